@@ -1,0 +1,1 @@
+"""hjepa: hierarchical joint-embedding predictive architectures (H-JEPA) on images."""

@@ -1,0 +1,31 @@
+"""The parts of a run, instantiated from the config groups in the order in which they need one another."""
+
+from hjepa.config import Config, build
+from hjepa.hardware import Hardware
+from hjepa.model import HJEPA
+from hjepa.rng import seed_global
+from hjepa.trainer import Parts
+
+
+def assemble(config: Config) -> Parts:
+    """Instantiate everything that a step needs; refuses what does not fit together before any data is read."""
+    hardware: Hardware = build(config["hardware"])
+    hardware.prepare()
+    dataset = build(config["dataset"])
+    seed_global(config["seed"], "init")
+    levels = build(config["levels"])
+    model: HJEPA = build(config["model"], levels=levels)
+    sampler = build(config["masking"], grid=model.grid, pools=levels.pool)
+    hardware.place(model)
+    return Parts(
+        seed=config["seed"],
+        hardware=hardware,
+        dataset=dataset,
+        sampler=sampler,
+        model=model,
+        loss=build(config["loss"]),
+        teacher=build(config["teacher"]),
+        optimizer=build(config["optimizer"], model=model),
+        lr=build(config["schedule"]["lr"]),
+        weight_decay=build(config["schedule"]["weight_decay"]),
+    )

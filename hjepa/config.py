@@ -1,0 +1,156 @@
+"""The config before any work: is it complete and well-typed, and which run does it name? Imports no torch.
+
+The schema of a config node is the signature of its `_target_`, read from the source: unknown options and wrong types are found in under a second, and a new class needs no second declaration.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from hjepa.errors import UserError
+
+Config = dict[str, Any]
+Signature = dict[str, str | None]  # option -> annotation
+
+TOP_LEVEL: Signature = {
+    "seed": "int",
+    "name": "str | None",
+    "experiment_name": "str",
+    "output_root": "str",
+    "overwrite": "bool",
+}
+# What may differ between two starts of one run: it changes where and how a run computes, not what.
+NOT_IDENTITY = ("name", "experiment_name", "output_root", "overwrite", "tracking", "checkpoint", "task", "hardware")
+KNOWN_TYPES = {"Literal": Literal, "Sequence": Sequence, "Callable": Callable, "Any": Any, "None": None}
+PLAIN_TYPES = {t.__name__: t for t in (bool, int, float, str, list, dict, tuple)}
+
+
+def resolve(cfg: DictConfig) -> Config:
+    """The config as plain data, interpolations resolved; refuses missing mandatory values."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"{missing[0]} has no value and needs one; give it as {missing[0]}=... on the command line.")
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def check(config: Config) -> None:
+    """Refuse unknown options and wrong types anywhere in a resolved config."""
+    for option, annotation in TOP_LEVEL.items():
+        check_type(option, config[option], annotation)
+    for path, node in nodes(config):
+        signature = signature_of(node["_target_"])
+        options = {k: v for k, v in node.items() if k not in ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")}
+        for option, value in options.items():
+            if option not in signature:
+                raise UserError(f"{path}.{option} is no option of {node['_target_']}; it has {', '.join(signature)}.")
+            check_type(f"{path}.{option}", value, signature[option])
+
+
+def nodes(config: Any, path: str = "") -> Iterator[tuple[str, Config]]:
+    """All nodes of our own code to instantiate, with their dotted paths."""
+    if isinstance(config, dict):
+        if str(config.get("_target_", "")).startswith("hjepa."):
+            yield path, config
+        for key, value in config.items():
+            yield from nodes(value, f"{path}.{key}" if path else str(key))
+
+
+def check_type(path: str, value: Any, annotation: str | None) -> None:
+    """Refuse a value that its annotation does not admit; annotations of our own classes are left to the constructor."""
+    if annotation is None or isinstance(value, dict):
+        return
+    try:
+        expected = eval(annotation, {"__builtins__": {}}, KNOWN_TYPES | PLAIN_TYPES)
+    except NameError:
+        return
+    try:
+        TypeAdapter(expected, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{path}={value!r}: expected {annotation} ({error.errors()[0]['msg'].lower()}).") from None
+
+
+@cache
+def signature_of(target: str) -> Signature:
+    """The options of a function or class of this package, by its dotted path, without importing it."""
+    module, _, name = target.rpartition(".")
+    if importlib.util.find_spec(module) is None or name not in (tree := definitions(module)):
+        raise UserError(f"_target_: {target} does not exist.")
+    definition = tree[name]
+    if isinstance(definition, ast.FunctionDef):
+        return arguments(definition)
+    body = {n.name: n for n in definition.body if isinstance(n, ast.FunctionDef)}
+    bases = [f"{module}.{b.id}" for b in definition.bases if isinstance(b, ast.Name) and b.id in tree]
+    inherited = {k: v for base in bases for k, v in signature_of(base).items()}
+    if "__init__" in body:
+        own = arguments(body["__init__"])
+        return own | inherited if body["__init__"].args.kwarg else own
+    fields = [n for n in definition.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+    return inherited | {n.target.id: ast.unparse(n.annotation) for n in fields}  # type: ignore[union-attr]
+
+
+@cache
+def definitions(module: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
+    """Classes and functions of a module by name."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text())
+    return {n.name: n for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+
+
+def arguments(function: ast.FunctionDef) -> Signature:
+    """Named arguments of a function, without self."""
+    named = [*function.args.args, *function.args.kwonlyargs]
+    return {a.arg: ast.unparse(a.annotation) if a.annotation else None for a in named if a.arg != "self"}
+
+
+def identity(config: Config) -> Config:
+    """The part of a config that changes the result of a run."""
+    kept = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
+    return kept | {"hardware": {"precision": config["hardware"]["precision"]}}
+
+
+def fingerprint(config: Config) -> str:
+    """8 hexadecimal digits of the identity."""
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_path(config: Config, choices: dict[str, str]) -> Path:
+    """The absolute folder of the run: output_root / experiment_name / name, the name made from the choices by default."""
+    parts = [choices[group] for group in ("dataset", "model", "levels", "masking", "loss")]
+    name = config["name"] or "-".join([*parts, f"s{config['seed']}", fingerprint(config)])
+    return Path(config["output_root"]).expanduser().absolute() / config["experiment_name"] / name
+
+
+def flatten(config: Any, prefix: str = "") -> Config:
+    """Dotted keys and plain values: {"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(config, dict):
+        return {prefix: config}
+    return {k: v for key, value in config.items() for k, v in flatten(value, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """`key: old -> new` of every flattened key that differs."""
+    a, b = flatten(old), flatten(new)
+    return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def build(node: Config, **more: Any) -> Any:
+    """`hydra.utils.instantiate`, with `more` arguments passed as they are and our own sentences let through."""
+    try:
+        if more:  # instantiate would take dataclass arguments for configs
+            return instantiate(node, _partial_=True, _convert_="all")(**more)
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise

@@ -1,0 +1,135 @@
+"""The encoder: a timm VisionTransformer that can encode any subset of its patches and hand out hidden states.
+
+The student encodes only the context patches (dropped patches are never computed), the teacher and the probes encode all.
+The state dict is timm's own, so `timm.create_model` loads an exported encoder.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hjepa.errors import UserError
+from hjepa.positions import grid_centres, sincos
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """[B, 3, H, W] -> [B, N, 3 * patch_size ** 2], patches in raster order, each in the layout of a conv weight."""
+    b, c, h, w = images.shape
+    p = patch_size
+    patches = images.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(b, (h // p) * (w // p), c * p * p)
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens [B, N, D], index int64 [B, ..., K] -> [B, ..., K, D]."""
+    flat = index.flatten(1).unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+    return tokens.gather(1, flat).unflatten(1, index.shape[1:])
+
+
+class Encoder(VisionTransformer):
+    """A ViT over square images without class token, with `summary_tokens` extra tokens (timm's register tokens).
+
+    Args:
+        image_size, patch_size: in pixels; the patch size divides the image size.
+        dim, depth, heads, mlp_ratio: width, number of blocks, attention heads, MLP expansion.
+        summary_tokens: learned tokens that travel with every subset of patches.
+        positions: "sincos" (fixed, 2-D) or "learned".
+        drop_path: stochastic depth rate; layer_scale: initial value of timm's LayerScale, None for none.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        summary_tokens: int = 0,
+        positions: str = "sincos",
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+    ) -> None:
+        if image_size % patch_size:
+            divisors = [p for p in range(2, image_size) if image_size % p == 0]
+            raise UserError(
+                f"model.patch_size={patch_size} does not divide dataset.image_size={image_size}; "
+                f"use one of {divisors} or another image size."
+            )
+        if dim % heads or dim % 4:
+            raise UserError(f"An encoder of dim={dim} needs a dim that 4 and heads={heads} divide; change either.")
+        if positions not in ("sincos", "learned"):
+            raise UserError(f"model.encoder.positions={positions} is unknown; expected sincos or learned.")
+        super().__init__(
+            img_size=image_size,
+            patch_size=patch_size,
+            embed_dim=dim,
+            depth=depth,
+            num_heads=heads,
+            mlp_ratio=mlp_ratio,
+            class_token=False,
+            reg_tokens=summary_tokens,
+            no_embed_class=True,
+            global_pool="avg",
+            fc_norm=False,
+            num_classes=0,
+            drop_path_rate=drop_path,
+            init_values=layer_scale,
+        )
+        self.image_size, self.patch_size = image_size, patch_size
+        self.grid = image_size // patch_size
+        self.depth, self.summary_tokens = depth, summary_tokens
+        self.activation_checkpointing = False
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=0.02)  # timm's 1e-6 leaves all summary tokens the same for long
+        if positions == "sincos":
+            self.pos_embed.data.copy_(sincos(grid_centres(self.grid), dim))
+            self.pos_embed.requires_grad_(False)
+
+    def embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
+        """Embed all patches ([B, S+N, D]) or only the kept ones ([B*C, S+K, D]), summary tokens first."""
+        patches, positions = patchify(images, self.patch_size), self.pos_embed
+        if keep is not None:
+            patches = gather_tokens(patches, keep).flatten(0, 1)
+            positions = positions[0, keep.flatten(0, 1)]
+        projection = self.patch_embed.proj
+        tokens = F.linear(patches, projection.weight.flatten(1), projection.bias) + positions
+        if self.reg_token is not None:
+            tokens = torch.cat([self.reg_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        return tokens
+
+    def forward(  # type: ignore[override]  # timm's forward classifies; ours encodes
+        self, images: Tensor, keep: Tensor | None = None, depths: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """Hidden states after the given numbers of blocks (default: the last), the last one after the final norm.
+
+        Args:
+            images: float [B, 3, H, W].
+            keep: int64 [B, C, K] patch indices, or None for all patches.
+            depths: ascending block counts in 1..depth.
+
+        Returns:
+            One [B*C, S+K, D] per depth (C = 1 and K = N where `keep` is None), the S summary tokens first.
+        """
+        wanted = tuple(depths or (self.depth,))
+        states: list[Tensor] = []
+        x = self.embed(images, keep)
+        for count, block in enumerate(self.blocks[: max(wanted)], start=1):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+            if count in wanted:
+                states.append(self.norm(x) if count == self.depth else x)
+        return states
+
+    def features(self, images: Tensor) -> Tensor:
+        """Image features of the probe protocol, [B, D] or [B, 2D]: mean patch token, then mean summary token if any."""
+        tokens = self(images)[-1]
+        s = self.summary_tokens
+        pooled = tokens[:, s:].mean(1)
+        return torch.cat([pooled, tokens[:, :s].mean(1)], dim=1) if s else pooled

@@ -1,0 +1,110 @@
+"""Where a run computes: device, precision, threads, compilation. The result of a run depends on `precision` alone."""
+
+import ctypes
+import os
+import sys
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+from torch import nn
+
+from hjepa.errors import UserError
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def available(device: str) -> bool:
+    """Whether this machine has the device."""
+    if device == "cuda":
+        return torch.cuda.is_available()
+    return device == "cpu" or (device == "mps" and torch.backends.mps.is_available())
+
+
+def keep_memory() -> None:
+    """Let glibc reuse freed memory instead of returning it to the system: activations are large, and mapping them anew in
+    every step costs more than computing them on some machines. Elsewhere (musl, macOS) nothing happens.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+class Hardware:
+    """A device and how to use it.
+
+    Args:
+        device: "auto" takes the first of cuda, mps, cpu that is there.
+        precision: "auto" is bfloat16 autocast on CUDA devices that have it, float32 elsewhere.
+        threads: CPU threads; None uses every core this process may run on.
+        compile: compile the transformer blocks with torch.compile.
+        activation_checkpointing: recompute the student's blocks in the backward pass to save memory.
+    """
+
+    def __init__(
+        self,
+        device: Literal["auto", "cpu", "mps", "cuda"],
+        precision: Literal["auto", "float32", "bfloat16", "float16"],
+        threads: int | None,
+        compile: bool,
+        activation_checkpointing: bool,
+    ) -> None:
+        if device == "auto":
+            device = next(d for d in ("cuda", "mps", "cpu") if available(d))  # type: ignore[assignment]
+        if not available(device):
+            there = [d for d in ("cuda", "mps", "cpu") if available(d)]
+            raise UserError(
+                f"hardware.device={device}: this machine has no {device} device (it has {', '.join(there)}); "
+                "use hardware=auto or hardware=cpu."
+            )
+        if precision == "auto":
+            precision = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        if precision == "float16" and device == "cpu":
+            raise UserError("hardware.precision=float16 needs a GPU; use float32 or bfloat16 on a CPU.")
+        if threads is not None and threads < 1:
+            raise UserError(f"hardware.threads={threads}: expected at least 1, or null for all cores.")
+        self.device, self.precision = torch.device(device), precision
+        self.threads = threads or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+        self.compile, self.activation_checkpointing = compile, activation_checkpointing
+
+    def prepare(self) -> None:
+        """Set this process' threads, matmul precision and, on a CPU, memory allocation."""
+        torch.set_num_threads(self.threads)
+        if self.device.type == "cpu":
+            keep_memory()
+        torch.set_float32_matmul_precision("high" if self.device.type == "cuda" else "highest")
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The precision of the forward pass."""
+        dtype = PRECISIONS[self.precision]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling, active for float16 only."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move the model here and switch on what was asked for."""
+        model.to(self.device)
+        for module in model.modules():
+            if hasattr(module, "activation_checkpointing"):
+                module.activation_checkpointing = self.activation_checkpointing and module is not getattr(model, "teacher", None)
+            if self.compile and isinstance(getattr(module, "blocks", None), nn.Sequential):
+                for block in module.blocks:
+                    block.compile(dynamic=True)
+        return model
+
+    def describe(self) -> str:
+        """Device, precision and threads in words."""
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
+        return f"{name}, {self.precision}, {self.threads} CPU threads"
+
+    def peak_memory_mb(self) -> float:
+        """Most memory this process has held: on the GPU for CUDA, resident otherwise."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)

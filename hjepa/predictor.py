@@ -1,0 +1,84 @@
+"""The predictor: a narrow transformer that fills in the targets of every level from the context's tokens.
+
+Queries are a mask token per level plus the 2-D position of the target cell's centre; every level has its own head. By
+default all queries of all levels share one pass with the context; `joint: false` gives each target block a pass of its own,
+as in I-JEPA (Assran et al. 2023).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from timm.models.vision_transformer import Block, init_weights_vit_timm
+from torch import Tensor, nn
+
+from hjepa.errors import UserError
+from hjepa.positions import grid_centres, sincos
+
+
+class Predictor(nn.Module):
+    """Predicts target cells of all levels.
+
+    Args:
+        encoder_dim: width of the context tokens and of the targets.
+        grid: side of the patch grid; pools: side of a target cell in patches, per level.
+        dim, depth, heads: width, number of blocks and attention heads.
+        joint: one pass for all target blocks of all levels, or one pass for each block of each level.
+    """
+
+    def __init__(
+        self, encoder_dim: int, grid: int, pools: Sequence[int], dim: int, depth: int, heads: int, joint: bool = True
+    ) -> None:
+        super().__init__()
+        if dim % heads or dim % 4:
+            raise UserError(f"A predictor of dim={dim} needs a dim that 4 and heads={heads} divide; change either.")
+        self.joint = joint
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_tokens = nn.Parameter(torch.randn(len(pools), dim) * 0.02)
+        self.blocks = nn.Sequential(*(Block(dim, heads, qkv_bias=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim)
+        self.heads = nn.ModuleList(nn.Linear(dim, encoder_dim) for _ in pools)
+        for level, pool in enumerate(pools):
+            self.register_buffer(f"positions{level}", sincos(grid_centres(grid, pool), dim), persistent=False)
+        self.register_buffer("patch_positions", sincos(grid_centres(grid), dim), persistent=False)
+        self.apply(init_weights_vit_timm)
+
+    def queries(self, level: int, targets: Tensor) -> Tensor:
+        """Queries of a level: int64 [B, C, P, T] -> [B*C, P, T, dim]."""
+        positions: Tensor = getattr(self, f"positions{level}")
+        return positions[targets.flatten(0, 1)] + self.mask_tokens[level]
+
+    def forward(self, tokens: Tensor, context: Tensor | None, targets: Sequence[Tensor]) -> list[Tensor]:
+        """Predict the targets of the first `len(targets)` levels.
+
+        Args:
+            tokens: [B*C, S+K, D], S summary tokens and the K context patches, or summary tokens alone.
+            context: int64 [B, C, K], where the patches are; None where `tokens` has summary tokens alone.
+            targets: per level int64 [B, C, P, T_l].
+
+        Returns:
+            Per level [B, C, P, T_l, D].
+        """
+        x = self.embed(tokens)
+        if context is not None:
+            places = self.patch_positions[context.flatten(0, 1)]  # type: ignore[index]  # a buffer
+            x = torch.cat([x[:, : -places.shape[1]], x[:, -places.shape[1] :] + places], dim=1)
+        queries = [self.queries(level, index) for level, index in enumerate(targets)]
+        if self.joint:
+            answers = self.answer(x, torch.cat([q.flatten(1, 2) for q in queries], dim=1))
+            parts = answers.split([q.shape[1] * q.shape[2] for q in queries], dim=1)
+        else:
+            parts = tuple(self.answer_each(x, q) for q in queries)
+        return [
+            head(part).view(*index.shape, -1)
+            for head, part, index in zip(self.heads, parts, targets, strict=False)  # the summary pass asks the first level only
+        ]
+
+    def answer(self, context: Tensor, queries: Tensor) -> Tensor:
+        """One pass: context [M, K, dim] and queries [M, T, dim] -> [M, T, dim]."""
+        x = self.blocks(torch.cat([context, queries], dim=1))
+        return self.norm(x[:, context.shape[1] :])
+
+    def answer_each(self, context: Tensor, queries: Tensor) -> Tensor:
+        """A pass per block: context [M, K, dim] and queries [M, P, T, dim] -> [M, P*T, dim]."""
+        blocks = queries.shape[1]
+        return self.answer(context.repeat_interleave(blocks, dim=0), queries.flatten(0, 1)).unflatten(0, (-1, blocks)).flatten(1, 2)

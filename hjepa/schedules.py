@@ -1,0 +1,67 @@
+"""Schedules as lists indexed by optimizer step: learning rate, weight decay, EMA momentum.
+
+Each schedule warms up linearly from 0 over its first steps (`warmup_epochs` or `warmup_steps`) and then goes from `start` to
+`end`. The value of step t is applied before update t.
+"""
+
+import math
+from dataclasses import dataclass
+
+from hjepa.errors import UserError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Shape of a value over a run; subclasses say how far it has come after a share of the way.
+
+    Args:
+        start, end: the value after the warm-up and at the last step.
+        warmup_epochs, warmup_steps: length of the linear warm-up from 0; only one of the two may be set.
+    """
+
+    start: float
+    end: float
+    warmup_epochs: float = 0.0
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.warmup_epochs and self.warmup_steps:
+            raise UserError(
+                f"warmup_epochs={self.warmup_epochs} and warmup_steps={self.warmup_steps} exclude each other; set one to 0."
+            )
+        if self.warmup_epochs < 0 or self.warmup_steps < 0:
+            raise UserError(f"A warm-up of {self.warmup_epochs} epochs, {self.warmup_steps} steps cannot be negative.")
+
+    def progress(self, share: float) -> float:
+        """How far from `start` (0) to `end` (1) the value is after `share` of the way."""
+        raise NotImplementedError
+
+    def __call__(self, steps: int, steps_per_epoch: int) -> list[float]:
+        """The value of each of `steps` optimizer steps."""
+        warmup = min(steps, self.warmup_steps or round(self.warmup_epochs * steps_per_epoch))
+        way = max(1, steps - warmup - 1)
+        rise = [self.start * step / warmup for step in range(warmup)]
+        return rise + [
+            self.start + (self.end - self.start) * self.progress(min(1.0, step / way)) for step in range(steps - warmup)
+        ]
+
+
+class Cosine(Schedule):
+    """Half a cosine (SGDR, Loshchilov & Hutter 2017)."""
+
+    def progress(self, share: float) -> float:
+        return (1 - math.cos(math.pi * share)) / 2
+
+
+class Linear(Schedule):
+    """A straight line."""
+
+    def progress(self, share: float) -> float:
+        return share
+
+
+class Constant(Schedule):
+    """`start` all the way; `end` is not reached."""
+
+    def progress(self, share: float) -> float:
+        return 0.0

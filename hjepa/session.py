@@ -1,0 +1,137 @@
+"""One sitting of a training run: from the claimed folder to the summary, whatever happens in between."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+
+from hjepa.assemble import assemble
+from hjepa.checkpoint import Checkpoints
+from hjepa.config import Config, build, flatten, identity
+from hjepa.errors import UserError
+from hjepa.folder import Record, RunFolder
+from hjepa.plots import plot_curves, plot_masks
+from hjepa.rng import generator
+from hjepa.signals import Stopped
+from hjepa.summary import git_state, summarise, tell
+from hjepa.tracking import NoTracking
+from hjepa.trainer import Parts, Trainer
+from hjepa.watch import Watch
+
+log = logging.getLogger("hjepa")
+
+
+class Session:
+    """Builds the parts and the data (nothing is written yet), then runs.
+
+    Args:
+        config: resolved and checked; folder: not claimed yet.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder) -> None:
+        self.config, self.folder = config, folder
+        self.parts: Parts = assemble(config)
+        self.checkpoints: Checkpoints = build(config["checkpoint"])
+        self.probe = build(config["probe"]) if config["probe"] else None
+        self.tracker: NoTracking = build(config["tracking"])
+        train, validation = self.parts.dataset.train_and_validation()
+        self.preview = validation.images[:4]
+        self.records: list[Record] = []
+        self.run_id: str | None = None
+        p = self.parts
+        self.trainer: Trainer = build(config["train"], parts=p, images=train.images)
+        self.watch = Watch(p.model, p.hardware, p.dataset, p.sampler, p.loss, self.probe, train, validation)
+
+    def run(self) -> float | None:
+        """Train to the end; returns the linear probe's accuracy, None without probes."""
+        self.folder.claim(self.config["overwrite"])
+        with self.logging(), self.outcome():
+            self.resume()
+            self.start_tracking()
+            self.describe()
+            self.trainer.fit(self.watch, self.checkpoints, self.record)
+        return self.watch.latest.get("linear")
+
+    @contextlib.contextmanager
+    def logging(self) -> Iterator[None]:
+        """Copy what is said to run.log, for this run only."""
+        handler, root = self.folder.log_handler(), logging.getLogger()
+        root.addHandler(handler)
+        try:
+            yield
+        finally:
+            root.removeHandler(handler)
+            handler.close()
+            self.folder.release()
+
+    @contextlib.contextmanager
+    def outcome(self) -> Iterator[None]:
+        """Whatever ends the run is written to summary.json and told to the tracker."""
+        try:
+            yield
+        except (Stopped, KeyboardInterrupt) as reason:
+            self.finish("stopped", str(reason) or "interrupted", "KILLED")
+            print(f"Stopped ({reason}). The same command continues this run.", file=sys.stderr)
+            raise SystemExit(130) from None
+        except BaseException as error:
+            collapsed = self.watch.collapsed and isinstance(error, UserError)
+            self.finish("collapsed" if collapsed else "failed", f"{type(error).__name__}: {error}", "FAILED")
+            raise
+        self.finish("collapsed" if self.watch.collapsed else "finished", self.watch.collapsed, "FINISHED")
+
+    def resume(self) -> None:
+        """Open the checkpoints and go on from the latest one; metrics after it will be written again."""
+        self.checkpoints.open(self.folder.path / "checkpoints", identity(self.config))
+        state = self.checkpoints.load(self.parts.hardware.device)
+        if state:
+            self.trainer.restore(state)
+            self.watch.restore(state["watch"])
+            log.info("resuming at step %d of %d", self.trainer.done, self.trainer.steps)
+        self.records = self.folder.rewind(self.trainer.done if state else -1)
+
+    def start_tracking(self) -> None:
+        """Start or resume the tracked run and send it what it lacks."""
+        file = self.folder.path / "run_id"
+        counts = self.parts.model.parameter_counts()
+        self.run_id = self.tracker.start(
+            self.folder.path,
+            self.config["experiment_name"],
+            file.read_text() if file.exists() else None,
+            {**flatten(self.config), **flatten(counts, "parameters")},
+            git_state(),
+        )
+        if self.run_id:
+            self.folder.write("run_id", self.run_id)
+        for record in self.records:
+            self.tracker.log(record)
+        self.tracker.artifact(self.folder.path / "config.yaml")
+
+    def describe(self) -> None:
+        """Say what is about to run, and draw its masks."""
+        p, counts = self.parts, self.parts.model.parameter_counts()
+        log.info("run folder %s", self.folder.path)
+        log.info("%s; parameters: %s", p.hardware.describe(), ", ".join(f"{k} {v:,}" for k, v in counts.items()))
+        log.info("%d steps of %d images, %d to an epoch", self.trainer.steps, self.trainer.batch_size, self.trainer.steps_per_epoch)
+        masks = p.sampler(len(self.preview), generator(p.seed, "preview"))
+        picture = self.folder.path / "plots" / "masks.png"
+        plot_masks(self.preview / 255, masks, p.model.levels, p.model.grid, picture)
+        self.tracker.artifact(picture, "plots")
+
+    def record(self, record: Record) -> None:
+        """Write a record to the run folder and send it to the tracker."""
+        self.records.append(record)
+        self.folder.append(record)
+        self.tracker.log(record)
+
+    def finish(self, status: str, reason: str | None, tracked_status: str) -> None:
+        """Write the summary and the curves, tell the tracker; after a whole run, tell the user."""
+        summary = summarise(self.config, self.parts, self.trainer, self.watch, self.records, self.run_id)
+        summary |= {"status": status, "reason": reason}
+        self.folder.write_summary(summary)
+        curves = self.folder.path / "plots" / "curves.png"
+        plot_curves(self.records, curves)
+        self.tracker.artifact(curves, "plots")
+        self.tracker.artifact(self.folder.path / "summary.json")
+        self.tracker.finish(tracked_status)
+        if tracked_status == "FINISHED":
+            tell(summary, self.folder.path, self.tracker.how_to_look())

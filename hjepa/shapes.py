@@ -1,0 +1,298 @@
+"""The embedded `shapes` data set: hierarchical (Navon-like) figures made from a seed alone.
+
+This is the first stage of the data flow when no files are wanted: `generate` hands the data layer uint8
+images with two independent labels, the *whole* (how several elements are arranged) and the *part* (the
+shape that every element has), so that probes can tell within minutes which level of a hierarchy carries
+which of the two.  Random colours of either polarity, smooth backgrounds, textures and geometric jitter
+leave raw pixels linearly useless for both labels while a person still reads them at 32 pixels.  No mirror
+image (left to right) of a class is another class, so horizontal flips are a safe augmentation.  Scenes are
+drawn first (`_draw_scenes`, in units of the image side) and rendered after (`_coverage`, `_paint`), so the
+same seed shows the same scenes at any size, and masks of single parts can be had from the same scenes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hjepa.errors import UserError
+
+Array = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+MIN_SIZE = 16  # pixels; at a smaller side a part spans fewer than four pixels and is unreadable
+_SPACING = 0.26  # distance of neighbouring elements at scale 1, in image sides
+_RADIUS = 0.12  # half the extent of a part at scale 1, in image sides: 7.7 px of 32
+_CHUNK_PIXELS = 400 * 32 * 32  # pixels rendered at once: keeps the temporaries below 50 MB
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_WAVES = 3  # plane waves in a background: two broad ones (shading) and one fine one (stripes)
+
+
+# -- signed distances of the parts: unit radius, x to the right, y down, negative inside ------------
+
+
+def _box(x: Array, y: Array, half_x: float, half_y: float) -> Array:
+    distance: Array = np.maximum(np.abs(x) - half_x, np.abs(y) - half_y)
+    return distance
+
+
+def _circle(x: Array, y: Array, radius: float) -> Array:
+    distance: Array = np.sqrt(x * x + y * y)
+    return distance - np.float32(radius)
+
+
+def _plus(x: Array, y: Array, arm: float) -> Array:
+    return np.minimum(_box(x, y, arm, 0.26), _box(x, y, 0.26, arm))
+
+
+def _cross(x: Array, y: Array) -> Array:
+    return _plus((x + y) * 0.7071, (y - x) * 0.7071, 1.1)
+
+
+def _triangle(x: Array, y: Array) -> Array:
+    distance: Array = np.maximum(y - 0.85, np.abs(x) * 0.874 - (y + 1) * 0.486)
+    return distance
+
+
+def _corner(x: Array, y: Array) -> Array:
+    return np.minimum(_box(x + 0.6, y, 0.3, 0.92), _box(x, y - 0.62, 0.9, 0.3))
+
+
+def _chevron(x: Array, y: Array) -> Array:
+    return np.maximum(np.abs(np.abs(x) * 0.793 - y * 0.61 - 0.38) - 0.29, np.abs(x) - 0.9)
+
+
+_PART_DISTANCES: dict[str, Callable[[Array, Array], Array]] = {
+    "disc": lambda x, y: _circle(x, y, 0.93),
+    "ring": lambda x, y: np.abs(_circle(x, y, 0.75)) - np.float32(0.25),
+    "triangle": _triangle,
+    "plus": lambda x, y: _plus(x, y, 0.95),
+    "cross": _cross,
+    "bar": lambda x, y: _box(x, y, 0.92, 0.36),
+    "pillar": lambda x, y: _box(x, y, 0.36, 0.92),
+    "corner": _corner,
+    "equals": lambda x, y: np.minimum(_box(x, y - 0.47, 0.92, 0.24), _box(x, y + 0.47, 0.92, 0.24)),
+    "chevron": _chevron,
+}
+
+# Element centres in units of the spacing.  Neighbours keep a distance of about 1, so that parts of
+# one figure never merge; three to six elements, or the figure no longer fits at a readable part size.
+_ARRANGEMENTS: dict[str, tuple[tuple[float, float], ...]] = {
+    "row": ((-1, 0), (0, 0), (1, 0)),
+    "column": ((0, -1), (0, 0), (0, 1)),
+    "diagonal": ((-0.9, -0.9), (0, 0), (0.9, 0.9)),
+    "corners": ((-0.9, -0.9), (0.9, -0.9), (-0.9, 0.9), (0.9, 0.9)),
+    "plus": ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)),
+    "triangle": ((0, -1), (-0.55, 0), (0.55, 0), (-1.05, 1), (0, 1), (1.05, 1)),
+    "ell": ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1)),
+    "tee": ((-1, -1), (0, -1), (1, -1), (0, 0), (0, 1)),
+    "vee": ((-1.05, -1), (1.05, -1), (-0.55, 0), (0.55, 0), (0, 1)),
+    "circle": ((0, -1.1), (0.95, -0.55), (0.95, 0.55), (0, 1.1), (-0.95, 0.55), (-0.95, -0.55)),
+}
+
+# Names of the classes, in label order.
+PARTS: tuple[str, ...] = tuple(_PART_DISTANCES)
+WHOLES: tuple[str, ...] = tuple(_ARRANGEMENTS)
+
+_ELEMENTS = max(len(points) for points in _ARRANGEMENTS.values())
+
+
+@dataclass(frozen=True)
+class _Scenes:
+    """Everything that N images show, free of resolution; E elements (absent ones masked).
+
+    Lengths are in image sides with the origin in the middle of the image, colours in 0..1, angles
+    in radians, wave vectors in cycles per image side.
+    """
+
+    whole: Labels  # [N]
+    part: Labels  # [N]
+    present: Mask  # [N, E]
+    centre: Array  # [N, E, 2]
+    radius: Array  # [N, E]
+    angle: Array  # [N, E]
+    colour: Array  # [N, 1 + E, 3] background, then every element
+    slope: Array  # [N, 3, 2] linear gradient of the background, colour per image side
+    waves: Array  # [N, W + 1, 3] wave vector and phase; the last wave is the foreground's
+    amplitude: Array  # [N, W + 1, 3] colour amplitude of each wave
+    noise: Array  # [N] standard deviation of the pixel noise
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def take(self, index: slice | Labels) -> _Scenes:
+        """Select scenes by their position."""
+        return _Scenes(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
+
+# -- drawing scenes ---------------------------------------------------------------------------------
+
+
+def _draw_labels(rng: np.random.Generator, count: int) -> tuple[Labels, Labels]:
+    """Whole and part labels [N], balanced (+-1) alone and in pairs."""
+    order = rng.permutation(count)
+    # A Latin square walk: every run of ten holds each class of both kinds once, and every run of a
+    # hundred holds each pair once.  The renaming keeps an incomplete run from favouring low classes.
+    whole = rng.permutation(len(WHOLES))[order % len(WHOLES)].astype(np.int64)
+    part = rng.permutation(len(PARTS))[(order + order // len(WHOLES)) % len(PARTS)].astype(np.int64)
+    return whole, part
+
+
+def _uniform(rng: np.random.Generator, low: float, high: float, *shape: int) -> Array:
+    return rng.uniform(low, high, shape).astype(np.float32)
+
+
+def _place(rng: np.random.Generator, whole: Labels) -> tuple[Mask, Array, Array, Array]:
+    """Turn, scale, jitter and move the arrangements: `present`, `centre`, `radius`, `angle` of scenes."""
+    count = len(whole)
+    points = np.zeros((len(WHOLES), _ELEMENTS, 2), np.float32)
+    exists = np.zeros((len(WHOLES), _ELEMENTS), np.bool_)
+    for kind, arrangement in enumerate(_ARRANGEMENTS.values()):
+        points[kind, : len(arrangement)] = arrangement
+        exists[kind, : len(arrangement)] = True
+    present = exists[whole]
+
+    # Whole and part together turn by less than 22.5 degrees, half of what makes a plus a cross.
+    turn = _uniform(rng, -np.radians(12), np.radians(12), count, 1)
+    scale = _uniform(rng, 0.88, 1.08, count, 1)
+    cos, sin = np.cos(turn), np.sin(turn)
+    x, y = points[whole, :, 0], points[whole, :, 1]
+    centre = np.stack([cos * x - sin * y, sin * x + cos * y], -1) * (scale * _SPACING)[..., None]
+    centre += _uniform(rng, -0.015, 0.015, count, _ELEMENTS, 2)
+    radius = scale * _RADIUS * _uniform(rng, 0.93, 1.07, count, _ELEMENTS)
+
+    low = np.where(present[..., None], centre - radius[..., None], np.inf).min(1)
+    high = np.where(present[..., None], centre + radius[..., None], -np.inf).max(1)
+    room = np.maximum(1 - (high - low), 0) / 2
+    shift = room * _uniform(rng, -1, 1, count, 2) - (high + low) / 2
+    centre += shift[:, None].astype(np.float32)
+    angle = turn + _uniform(rng, -np.radians(6), np.radians(6), count, _ELEMENTS)
+    return present, centre, radius, angle
+
+
+def _tint(rng: np.random.Generator, strength: float, *shape: int) -> Array:
+    """Random colour offsets [*shape, 3] that do not change the luminance."""
+    tint = _uniform(rng, -strength, strength, *shape, 3)
+    return tint - (tint @ _LUMA)[..., None]
+
+
+def _colour(rng: np.random.Generator, count: int) -> Array:
+    """Colours [N, 1 + E, 3]: a background near mid grey, elements at least 0.2 lighter or darker than it."""
+    # Symmetric about mid grey: the mean image of a class is flat, so no linear map sees the figure.
+    offset = _uniform(rng, 0.26, 0.46, count, _ELEMENTS) * rng.choice([-1, 1], (count, _ELEMENTS))
+    ground = _uniform(rng, -0.06, 0.06, count, 1)
+    luma = 0.5 + np.concatenate([ground, offset], 1).astype(np.float32)
+    tint = np.concatenate([_tint(rng, 0.1, count, 1), _tint(rng, 0.3, count, _ELEMENTS)], 1)
+    return np.clip(luma[..., None] + tint, 0, 1)
+
+
+def _texture(rng: np.random.Generator, count: int) -> tuple[Array, Array, Array]:
+    """Gradient [N, 3, 2], plane waves and their amplitudes [N, W + 1, 3] (see `_Scenes`)."""
+    slope = _uniform(rng, -0.1, 0.1, count, 1, 2) + _uniform(rng, -0.08, 0.08, count, 3, 2)
+    broad, fine = _uniform(rng, 0.3, 1.2, count, _WAVES - 1), _uniform(rng, 3.0, 5.0, count, 2)
+    cycles = np.concatenate([broad, fine], 1)
+    heading = _uniform(rng, 0, 2 * np.pi, count, _WAVES + 1)
+    phase = _uniform(rng, 0, 2 * np.pi, count, _WAVES + 1)
+    waves = np.stack([cycles * np.cos(heading), cycles * np.sin(heading), phase], -1)
+    strength = np.concatenate([np.full(_WAVES - 1, 0.05), [0.035, 0.05]]).astype(np.float32)
+    amplitude = _uniform(rng, 0, 1, count, _WAVES + 1, 1) + _tint(rng, 0.5, count, _WAVES + 1)
+    amplitude *= strength[:, None]
+    amplitude[:, _WAVES - 1] *= (rng.random(count) < 0.5)[:, None]  # stripes in half of the images
+    return slope, waves, amplitude
+
+
+def _draw_scenes(count: int, seed: int) -> _Scenes:
+    """Draw `count` scenes from the seed alone."""
+    rng = np.random.default_rng([seed, 0])
+    whole, part = _draw_labels(rng, count)
+    geometry, colour, texture = _place(rng, whole), _colour(rng, count), _texture(rng, count)
+    return _Scenes(whole, part, *geometry, colour, *texture, _uniform(rng, 0, 0.02, count))
+
+
+# -- rendering --------------------------------------------------------------------------------------
+
+
+def _axis(size: int) -> Array:
+    """Pixel centres [S] in image sides, origin in the middle."""
+    return ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
+
+
+def _coverage(scenes: _Scenes, size: int) -> Array:
+    """How much of every pixel each element covers, [N, E, S, S] in 0..1 (absent elements: 0)."""
+    axis = _axis(size)
+    cover = np.zeros((len(scenes), _ELEMENTS, size, size), np.float32)
+    for kind, distance in enumerate(_PART_DISTANCES.values()):
+        image, element = np.nonzero((scenes.part == kind)[:, None] & scenes.present)
+        radius, angle = scenes.radius[image, element], scenes.angle[image, element]
+        centre = scenes.centre[image, element]
+        x = axis[None, None, :] - centre[:, 0, None, None]
+        y = axis[None, :, None] - centre[:, 1, None, None]
+        cos = (np.cos(angle) / radius)[:, None, None]
+        sin = (np.sin(angle) / radius)[:, None, None]
+        inside = distance(cos * x + sin * y, cos * y - sin * x)
+        # From unit radius to pixels; the edge of a shape is one pixel wide at any size.
+        inside *= (-size * radius)[:, None, None]
+        inside += 0.5
+        cover[image, element] = np.clip(inside, 0, 1, out=inside)
+    return cover
+
+
+def _wave(scenes: _Scenes, index: int, size: int) -> Array:
+    """One plane wave of every scene as colour offsets [N, 3, S, S]."""
+    x, y = _axis(size)[None, :] * (2 * np.pi), _axis(size)[:, None] * (2 * np.pi)
+    wave = scenes.waves[:, index, :, None, None]
+    value = np.cos(wave[:, 0] * x + wave[:, 1] * y + wave[:, 2])
+    return scenes.amplitude[:, index, :, None, None] * value[:, None]
+
+
+def _paint(scenes: _Scenes, cover: Array, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Images [N, 3, S, S] of the scenes, given the coverage [N, E, S, S] of their elements."""
+    size = cover.shape[-1]
+    x, y = _axis(size)[None, :], _axis(size)[:, None]
+    slope = scenes.slope[..., None, None]
+    back = scenes.colour[:, 0, :, None, None] + slope[:, :, 0] * x + slope[:, :, 1] * y
+    for index in range(_WAVES):
+        back += _wave(scenes, index, size)
+    image = back
+    for element in range(_ELEMENTS):
+        image += cover[:, element, None] * (scenes.colour[:, 1 + element, :, None, None] - image)
+    image += cover.max(1)[:, None] * _wave(scenes, _WAVES, size)
+    noise = rng.standard_normal(image.shape, np.float32)
+    image += noise * scenes.noise[:, None, None, None]
+    pixels: npt.NDArray[np.uint8] = (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return pixels
+
+
+def generate(count: int, size: int = 32, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Make `count` labelled images from `seed` alone.
+
+    Args:
+        count: number of images N, at least 1.
+        size: image side S in pixels, at least 16; the same seed shows the same scenes at any size.
+        seed: non-negative seed; the global random state is neither read nor changed.
+
+    Returns:
+        Images, uint8 [N, 3, S, S], and labels `{"whole": int64 [N], "part": int64 [N]}`, indices
+        into `WHOLES` and `PARTS`, balanced one by one and in pairs.
+    """
+    if count < 1:
+        raise UserError(f"shapes: the number of images must be at least 1, not {count}.")
+    if size < MIN_SIZE:
+        raise UserError(f"shapes: the image size must be at least {MIN_SIZE} pixels, not {size}.")
+    if seed < 0:
+        raise UserError(f"shapes: the seed must not be negative, not {seed}.")
+    scenes = _draw_scenes(count, seed)
+    images = np.empty((count, 3, size, size), np.uint8)
+    noise = np.random.default_rng([seed, 1])  # apart from the scenes, which must not depend on the size
+    step = max(1, _CHUNK_PIXELS // size**2)
+    for start in range(0, count, step):
+        chunk = scenes.take(slice(start, start + step))
+        images[start : start + step] = _paint(chunk, _coverage(chunk, size), noise)
+    labels = {"whole": torch.from_numpy(scenes.whole), "part": torch.from_numpy(scenes.part)}
+    return torch.from_numpy(images), labels

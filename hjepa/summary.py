@@ -1,0 +1,72 @@
+"""The end of a run: summary.json for machines, a few plain sentences for people."""
+
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hjepa.config import Config
+from hjepa.trainer import Parts, Trainer
+from hjepa.watch import Watch
+
+
+@cache
+def git_state() -> dict[str, str]:
+    """Commit of the code and whether it has uncommitted changes; empty outside a git checkout."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": str(bool(git("status", "--porcelain", "--untracked-files=no")))}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+
+
+def summarise(
+    config: Config, parts: Parts, trainer: Trainer, watch: Watch, records: list[dict[str, Any]], run_id: str | None
+) -> dict[str, Any]:
+    """The contents of summary.json; accuracies are fractions, `best` is the probe record of the highest linear accuracy."""
+    probes = [r for r in records if "probe/linear" in r]
+    best = max(probes, key=lambda r: r["probe/linear"], default={})
+    return {
+        "probe": watch.latest,
+        "best": {k.removeprefix("probe/"): v for k, v in best.items() if k.startswith("probe/") or k == "step"},
+        "untrained": watch.untrained,
+        "images_per_second": trainer.done * trainer.batch_size / max(trainer.seconds, 1e-9),
+        "steps": trainer.done,
+        "epochs": trainer.done / trainer.steps_per_epoch,
+        "seconds": trainer.seconds,
+        "peak_memory_mb": parts.hardware.peak_memory_mb(),
+        "parameters": parts.model.parameter_counts(),
+        "device": parts.hardware.describe(),
+        "seed": config["seed"],
+        "run_id": run_id,
+        "commit": git_state().get("commit"),
+        "dirty": git_state().get("dirty"),
+    }
+
+
+def tell(summary: dict[str, Any], folder: Path, how_to_look: str | None) -> None:
+    """Print what came out in words; the last line names the run folder."""
+    if summary["status"] == "collapsed":
+        print(f"The run COLLAPSED: {summary['reason']}.")
+    now, before = summary["probe"], summary["untrained"]
+    names = {"linear": "linear probe", "knn": "k-NN"}
+    for key, name in names.items():
+        if key in now:
+            gain = 100 * (now[key] - before[key])
+            word = "better" if gain >= 0 else "WORSE"
+            print(
+                f"{name:>12}: {now[key]:6.1%} of the validation images right, untrained network {before[key]:6.1%}: "
+                f"{abs(gain):.1f} points {word}"
+            )
+    print(
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s, "
+        f"peak memory {summary['peak_memory_mb']:.0f} MB"
+    )
+    if how_to_look:
+        print(f"Look at it in MLflow: {how_to_look}")
+    print(f"Run folder: {folder}")

@@ -1,0 +1,92 @@
+"""Helpers shared by the tests: tiny configs, runs inside this process, and runs as a user types them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["HJEPA_ROOT"] = str(ROOT)
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+# A run of a few seconds: a small ViT on few images.
+TINY = (
+    "model.encoder.dim=32",
+    "model.encoder.depth=2",
+    "model.encoder.heads=2",
+    "model.predictor.dim=32",
+    "model.predictor.depth=1",
+    "model.predictor.heads=2",
+    "dataset.train=240",
+    "dataset.test=40",
+    "train.batch_size=24",
+    "train.epochs=2",
+    "train.log_every=2",
+    "probe.train_images=100",
+    "hardware=cpu",
+    "hardware.threads=1",
+    "tracking=none",
+)
+
+
+def compose(*overrides: str) -> Any:
+    """The composed config with its hydra node set as the current one."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = hydra_compose("config", list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    from omegaconf import open_dict
+
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., float | None]:
+    """Run a tiny config with further overrides in this process, under `tmp_path`."""
+    from hjepa.run import run as run_config
+
+    return lambda *overrides: run_config(compose(*TINY, f"output_root={tmp_path}", *overrides))
+
+
+def launch(*overrides: str, cwd: Path = ROOT, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """`python launch.py ...` as a user types it."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), *overrides],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def assemble(*overrides: str) -> Any:
+    """The parts of a tiny run."""
+    from hjepa.assemble import assemble as assemble_config
+    from hjepa.config import check, resolve
+
+    config = resolve(compose(*TINY, *overrides))
+    check(config)
+    return assemble_config(config)
+
+
+def trainer(*overrides: str) -> Any:
+    """The trainer of a tiny run, with its images loaded."""
+    from hjepa.assemble import assemble as assemble_config
+    from hjepa.config import build, check, resolve
+
+    config = resolve(compose(*TINY, *overrides))
+    check(config)
+    parts = assemble_config(config)
+    train, _ = parts.dataset.train_and_validation()
+    return build(config["train"], parts=parts, images=train.images)

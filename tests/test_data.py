@@ -1,0 +1,238 @@
+"""Folders, archives, splits and augmentation."""
+
+import hashlib
+import io
+import pickle
+import tarfile
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from hjepa.augment import Augment
+from hjepa.data import ImageFolder, Shapes, Torchvision, stratified
+from hjepa.errors import UserError
+
+COMMON = {"image_size": 16, "validation": 0.25, "mean": [0.5] * 3, "std": [0.25] * 3, "augment": Augment([1.0, 1.0], [1.0, 1.0], 0.0)}
+
+
+def make_folder(root: Path, classes: int = 3, images: int = 8, size: tuple[int, int] = (16, 16), kind: str = "jpg") -> Path:
+    rng = np.random.default_rng(0)
+    for c in range(classes):
+        (root / f"class{c}").mkdir(parents=True)
+        for i in range(images):
+            pixels = rng.integers(0, 50, (size[1], size[0], 3), dtype=np.uint8) + 70 * c
+            Image.fromarray(pixels.astype(np.uint8)).save(root / f"class{c}" / f"{i}.{kind}")
+    return root
+
+
+def folder(root: Path, **options: object) -> ImageFolder:
+    return ImageFolder(str(root), **({"max_corrupt": 0.0, "memory_limit_gb": 1.0, **COMMON} | options))
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_folder_images_and_labels(tmp_path: Path, kind: str) -> None:
+    split = folder(make_folder(tmp_path, kind=kind)).load("train")
+    assert split.images.shape == (24, 3, 16, 16)
+    assert split.labels["class"].tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    means = split.images.float().mean((1, 2, 3)).view(3, 8).mean(1)
+    assert (means.diff() > 50).all(), "pixels belong to their labels"
+
+
+def test_other_sizes_are_resized_and_cropped_to_the_centre(tmp_path: Path) -> None:
+    wide = np.zeros((32, 64, 3), np.uint8)
+    wide[:, 16:48] = 255
+    (tmp_path / "a").mkdir()
+    Image.fromarray(wide).save(tmp_path / "a" / "0.png")
+    image = folder(tmp_path).load("train").images[0]
+    assert image.shape == (3, 16, 16)
+    assert (image[:, :, 1:-1] > 240).all()
+
+
+def test_train_and_test_folders(tmp_path: Path) -> None:
+    make_folder(tmp_path / "train")
+    make_folder(tmp_path / "test", images=2)
+    data = folder(tmp_path)
+    assert len(data.load("train")) == 24
+    assert len(data.load("test")) == 6
+
+
+def test_validation_is_stratified_fixed_and_disjoint(tmp_path: Path) -> None:
+    data = folder(make_folder(tmp_path))
+    train, held = data.train_and_validation()
+    assert torch.bincount(held.labels["class"]).tolist() == [2, 2, 2]
+    assert len(train) == 18
+    again, _ = data.train_and_validation()
+    assert torch.equal(train.images, again.images)
+    pixels = {image.numpy().tobytes() for image in train.images}
+    assert not pixels & {image.numpy().tobytes() for image in held.images}
+
+
+def test_unknown_labels_are_never_held_out() -> None:
+    labels = torch.tensor([-1] * 50 + [0] * 10 + [1] * 10)
+    held = stratified(labels, 0.2)
+    assert torch.bincount(labels[held]).tolist() == [2, 2]
+
+
+def test_corrupt_images_are_named_left_out_or_refused(tmp_path: Path, caplog) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "class1" / "3.jpg").write_bytes(b"no image")
+    whole = (tmp_path / "class2" / "5.jpg").read_bytes()
+    (tmp_path / "class2" / "5.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"2 of 24 images cannot be read.*class1/3.jpg.*class2/5.jpg"):
+        folder(tmp_path).load("train")
+    split = folder(tmp_path, max_corrupt=0.1).load("train")
+    assert len(split) == 22
+    assert torch.bincount(split.labels["class"]).tolist() == [8, 7, 7]
+    assert "class1/3.jpg" in caplog.text
+
+
+def test_bad_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a folder"):
+        folder(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="neither images nor class folders"):
+        folder(tmp_path).load("train")
+    Image.new("RGB", (16, 16)).save(tmp_path / "loose.png")
+    with pytest.raises(UserError, match="images but no class folders"):
+        folder(tmp_path).load("train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="hold no images"):
+        folder(tmp_path).load("train")
+    make_folder(tmp_path)
+    with pytest.raises(UserError, match="memory_limit_gb"):
+        folder(tmp_path, memory_limit_gb=1e-9).load("train")
+    with pytest.raises(UserError, match="no test/ folder"):
+        folder(tmp_path).load("test")
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder and the loopback address that serves it."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def offer(
+    monkeypatch: pytest.MonkeyPatch, kind: type, served: tuple[Path, str], files: dict[str, bytes], lists: dict[str, object]
+) -> None:
+    """Point torchvision's dataset to a small archive of our own, checksums included."""
+    folder, address = served
+    with tarfile.open(folder / "archive.tar.gz", "w:gz") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    digest = hashlib.md5((folder / "archive.tar.gz").read_bytes()).hexdigest()
+    places = {"url": f"{address}/archive.tar.gz", "filename": "archive.tar.gz", "tgz_md5": digest}
+    for name, value in (places | lists).items():
+        monkeypatch.setattr(kind, name, value)
+
+
+@pytest.mark.parametrize(("name", "key", "classes"), [("CIFAR10", "labels", 10), ("CIFAR100", "fine_labels", 100)])
+def test_cifar_is_downloaded_checked_and_read(tmp_path: Path, served, monkeypatch, name: str, key: str, classes: int) -> None:
+    kind, rng = getattr(datasets, name), np.random.default_rng(0)
+    base, names = kind.base_folder, [f"label{i}" for i in range(classes)]
+    files, entries = {}, {}
+    for split in ("train", "test"):
+        data = {"data": rng.integers(0, 256, (20, 3072), dtype=np.uint8), key: list(range(10)) * 2}
+        files[f"{base}/{split}"] = pickle.dumps(data)
+        entries[split] = data
+    meta_key = kind.meta["key"]
+    files[f"{base}/meta"] = pickle.dumps({meta_key: names})
+    digest = {k.split("/")[-1]: hashlib.md5(v).hexdigest() for k, v in files.items()}
+    lists = {
+        "train_list": [["train", digest["train"]]],
+        "test_list": [["test", digest["test"]]],
+        "meta": {"filename": "meta", "key": meta_key, "md5": digest["meta"]},
+    }
+    offer(monkeypatch, kind, served, files, lists)
+    data = Torchvision(name, str(tmp_path / "root"), **(COMMON | {"image_size": 32}))
+    split = data.load("train")
+    assert torch.equal(split.images.flatten(1), torch.from_numpy(entries["train"]["data"]))
+    assert split.labels["class"].tolist() == list(range(10)) * 2
+    assert len(data.load("test")) == 20
+
+
+def test_stl10_trains_on_unlabelled_images_too(tmp_path: Path, served, monkeypatch) -> None:
+    kind, rng = datasets.STL10, np.random.default_rng(0)
+    base, files = kind.base_folder, {}
+    for split, count in (("train", 40), ("test", 10), ("unlabeled", 30)):
+        files[f"{base}/{split}_X.bin"] = rng.integers(0, 256, count * 3 * 96 * 96, dtype=np.uint8).tobytes()
+        if split != "unlabeled":
+            files[f"{base}/{split}_y.bin"] = (np.arange(count, dtype=np.uint8) % 10 + 1).tobytes()
+    files[f"{base}/class_names.txt"] = b"\n".join(b"c%d" % i for i in range(10))
+    digest = {k.split("/")[-1]: hashlib.md5(v).hexdigest() for k, v in files.items()}
+    lists = {
+        "train_list": [[f, digest[f]] for f in ("train_X.bin", "train_y.bin", "unlabeled_X.bin")],
+        "test_list": [[f, digest[f]] for f in ("test_X.bin", "test_y.bin")],
+    }
+    offer(monkeypatch, kind, served, files, lists)
+    data = Torchvision("STL10", str(tmp_path / "root"), **(COMMON | {"image_size": 48}))
+    train, held = data.train_and_validation()
+    assert len(train) + len(held) == 70
+    assert train.images.shape[1:] == (3, 48, 48)
+    assert (held.labels["class"] >= 0).all()
+    assert (train.labels["class"] == -1).sum() == 30
+
+
+def test_failed_download_is_one_sentence(tmp_path: Path, served, monkeypatch) -> None:
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"{served[1]}/missing.tar.gz")
+    with pytest.raises(UserError, match=r"CIFAR10 could not be downloaded"):
+        Torchvision("CIFAR10", str(tmp_path / "root"), **COMMON).load("train")
+
+
+def test_shapes_splits_differ() -> None:
+    data = Shapes(train=50, test=50, data_seed=0, **COMMON)
+    assert not torch.equal(data.load("train").images, data.load("test").images)
+    assert not torch.equal(data.load("train").images, Shapes(train=50, test=50, data_seed=1, **COMMON).load("train").images)
+
+
+def test_normalise() -> None:
+    data = Shapes(train=50, test=50, data_seed=0, **COMMON)
+    images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 4)
+    assert torch.allclose(data.normalise(images)[0, :, 0, 0], (torch.tensor([0, 128, 255]) / 255 - 0.5) / 0.25, atol=1e-5)
+
+
+def test_crops_match_torchvision_for_the_same_boxes() -> None:
+    """The one resampling of the batch equals cropping and resizing each image on its own."""
+    augment = Augment([0.3, 0.9], [0.8, 1.25], 0.0)
+    images = torch.nn.functional.avg_pool2d(torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0)), 5, 1, 2)
+    out = augment(images, torch.Generator().manual_seed(1))
+    boxes = augment.boxes(6, torch.Generator().manual_seed(1))
+    for image, box, got in zip(images, boxes, out, strict=True):
+        width, height = box[0, 0].item() * 64, box[1, 1].item() * 64
+        left, top = (box[0, 2].item() + 1) * 32 - width / 2, (box[1, 2].item() + 1) * 32 - height / 2
+        assert -1e-4 <= left <= 64 - width + 1e-4
+        assert -1e-4 <= top <= 64 - height + 1e-4
+        assert 0.29 <= width * height / 64**2 <= 0.91
+        x = left + (torch.arange(64) + 0.5) * width / 64 - 0.5
+        y = top + (torch.arange(64) + 0.5) * height / 64 - 0.5
+        nearest = image[:, y.round().long().clamp(0, 63)][:, :, x.round().long().clamp(0, 63)]
+        assert (got - nearest).abs().mean() < 0.02
+
+
+def test_flip_and_identity() -> None:
+    images = torch.rand(4, 3, 8, 8)
+    assert torch.equal(Augment([1.0, 1.0], [1.0, 1.0], 0.0)(images, torch.Generator()), images)
+    flipped = Augment([1.0, 1.0], [1.0, 1.0], 1.0)(images, torch.Generator())
+    assert torch.allclose(flipped, images.flip(-1), atol=1e-5)
+
+
+def test_augmentation_differs_between_images() -> None:
+    image = torch.rand(1, 3, 16, 16).expand(8, 3, 16, 16)
+    out = Augment([0.3, 1.0], [0.75, 1.33], 0.5)(image, torch.Generator().manual_seed(0))
+    assert len(torch.unique(out.flatten(1), dim=0)) == 8

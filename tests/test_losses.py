@@ -1,0 +1,55 @@
+"""Each loss against its formula written out."""
+
+import pytest
+import torch
+
+from hjepa.errors import UserError
+from hjepa.losses import MSE, Cosine, PredictionLoss, SmoothL1
+from hjepa.model import LevelOutput, Output
+
+
+def output() -> Output:
+    g = torch.Generator().manual_seed(0)
+    levels = [
+        LevelOutput(name, weight, torch.randn(2, 1, 3, t, 8, generator=g, requires_grad=True), torch.randn(2, 1, 3, t, 8, generator=g))
+        for name, weight, t in (("level1", 1.0, 4), ("level2", 0.5, 2))
+    ]
+    return Output(levels, torch.randn(2, 5, 8, generator=g))
+
+
+def smooth_l1(d: torch.Tensor) -> torch.Tensor:
+    beta = 0.5
+    return torch.where(d.abs() < beta, 0.5 * d**2 / beta, d.abs() - 0.5 * beta).mean()
+
+
+def cosine(p: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return (1 - (p * t).sum(-1) / (p.norm(dim=-1) * t.norm(dim=-1))).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "formula"),
+    [
+        (SmoothL1(beta=0.5), lambda p, t: smooth_l1(p - t)),
+        (MSE(), lambda p, t: ((p - t) ** 2).mean()),
+        (Cosine(), cosine),
+    ],
+)
+def test_formula_levels_and_weights(loss: PredictionLoss, formula) -> None:
+    out = output()
+    total, terms = loss(out)
+    expected = {level.name: formula(level.prediction, level.target) for level in out.levels}
+    assert torch.allclose(total, expected["level1"] + 0.5 * expected["level2"])
+    assert terms.keys() == expected.keys()
+    assert all(torch.allclose(terms[k], expected[k]) for k in expected)
+    assert not any(term.requires_grad for term in terms.values()), "logged terms hold no graph"
+
+
+def test_constant_is_the_loss_of_the_mean_vector() -> None:
+    out = output()
+    expected = sum(level.weight * ((level.target - level.target.flatten(0, 3).mean(0)) ** 2).mean() for level in out.levels)
+    assert torch.allclose(MSE().constant(out), expected)
+
+
+def test_beta_must_be_positive() -> None:
+    with pytest.raises(UserError, match="beta=0"):
+        SmoothL1(beta=0)

@@ -1,0 +1,183 @@
+"""Encoder, predictor and their composition: exactness against full attention, timm and I-JEPA written out."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from hjepa.encoder import Encoder, patchify
+from hjepa.errors import UserError
+from tests.conftest import assemble
+
+
+def small_encoder(**options) -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(**({"image_size": 32, "patch_size": 4, "dim": 32, "depth": 3, "heads": 2} | options)).eval()
+
+
+@pytest.mark.parametrize("summary_tokens", [0, 3])
+def test_dropping_tokens_equals_full_attention_with_masked_keys(summary_tokens: int) -> None:
+    encoder = small_encoder(summary_tokens=summary_tokens)
+    images = torch.randn(2, 3, 32, 32)
+    keep = torch.stack([torch.randperm(64)[:20].sort().values for _ in range(4)]).view(2, 2, 20)
+    dropped = encoder(images, keep=keep)[-1].view(2, 2, summary_tokens + 20, 32)
+    for context in range(2):
+        visible = torch.zeros(2, summary_tokens + 64, dtype=torch.bool)
+        visible[:, :summary_tokens] = True
+        visible.scatter_(1, keep[:, context] + summary_tokens, True)
+        x = encoder.embed(images, None)
+        for block in encoder.blocks:
+            x = block(x, attn_mask=visible[:, None, None, :])
+        full = encoder.norm(x)
+        index = torch.cat([torch.arange(summary_tokens).expand(2, -1), keep[:, context] + summary_tokens], dim=1)
+        expected = full.gather(1, index.unsqueeze(-1).expand(-1, -1, 32))
+        assert torch.allclose(dropped[:, context], expected, atol=1e-5)
+
+
+def test_dropped_patches_are_never_computed() -> None:
+    encoder, images = small_encoder(), torch.randn(2, 3, 32, 32)
+
+    def flops(keep: torch.Tensor | None) -> int:
+        with FlopCounterMode(display=False) as counter:
+            encoder(images, keep=keep)
+        return counter.get_total_flops()
+
+    assert flops(torch.arange(16).expand(2, 1, 16)) <= flops(None) / 4
+
+
+@pytest.mark.parametrize("options", [{}, {"summary_tokens": 4}, {"layer_scale": 0.1, "positions": "learned"}])
+def test_state_dict_and_features_are_timms(options: dict) -> None:
+    encoder, images = small_encoder(**options), torch.randn(2, 3, 32, 32)
+    other = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=4,
+        embed_dim=32,
+        depth=3,
+        num_heads=2,
+        class_token=False,
+        reg_tokens=options.get("summary_tokens", 0),
+        init_values=options.get("layer_scale"),
+        no_embed_class=True,
+        global_pool="avg",
+        fc_norm=False,
+        num_classes=0,
+    ).eval()
+    other.load_state_dict(encoder.state_dict())
+    assert torch.allclose(other.forward_features(images), encoder(images)[-1], atol=1e-5)
+
+
+def test_hidden_states_at_depths() -> None:
+    encoder, images = small_encoder(), torch.randn(2, 3, 32, 32)
+    middle, last = encoder(images, depths=[1, 3])
+    assert torch.equal(middle, encoder.blocks[0](encoder.embed(images, None)))
+    assert torch.equal(last, encoder(images)[-1])
+
+
+def test_patchify_matches_the_convolution() -> None:
+    encoder, images = small_encoder(), torch.randn(2, 3, 32, 32)
+    projection = encoder.patch_embed.proj
+    ours = F.linear(patchify(images, 4), projection.weight.flatten(1), projection.bias)
+    assert torch.allclose(ours, encoder.patch_embed(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["flat", "pyramid", "summary"])
+def test_teacher_equals_student_at_start_bit_for_bit(option: str) -> None:
+    model = assemble(f"levels={option}").model
+    student, teacher = model.student.state_dict(), model.teacher.state_dict()
+    assert student.keys() == teacher.keys()
+    assert all(torch.equal(student[k], teacher[k]) for k in student)
+
+
+@pytest.mark.parametrize("joint", ["false", "true"])
+def test_flat_is_ijepa_written_out(joint: str) -> None:
+    """Assran et al. 2023, eq. of section 3: mean over blocks of the distance of predicted and EMA-encoded patches.
+
+    With one target block the joint pass is the same objective.
+    """
+    parts = assemble("levels=flat", f"model.predictor.joint={joint}", f"masking.blocks={4 if joint == 'false' else 1}")
+    model = parts.model.eval()
+    images, masks = torch.randn(3, 3, 32, 32), parts.sampler(3, torch.Generator().manual_seed(0))
+    loss, _ = parts.loss(model(images, masks))
+
+    def encode(vit, pixels, keep):
+        x = vit.patch_embed(pixels) + vit.pos_embed
+        x = x if keep is None else torch.stack([x[i, keep[i]] for i in range(len(x))])
+        return vit.norm(vit.blocks(x))
+
+    with torch.no_grad():
+        whole = F.layer_norm(encode(model.teacher, images, None), (32,))
+    context = encode(model.student, images, masks.context[:, 0])
+    p = model.predictor
+    terms = []
+    for block in range(masks.targets[0].shape[2]):
+        index = masks.targets[0][:, 0, block]
+        seen = p.embed(context) + p.patch_positions[masks.context[:, 0]]
+        asked = p.mask_tokens[0] + p.patch_positions[index]
+        answer = p.norm(p.blocks(torch.cat([seen, asked], dim=1)))[:, seen.shape[1] :]
+        target = torch.stack([whole[i, index[i]] for i in range(len(index))])
+        terms.append(F.smooth_l1_loss(p.heads[0](answer), target))
+    assert torch.allclose(loss, torch.stack(terms).mean(), atol=1e-6)
+
+
+def test_loss_is_on_targets_only() -> None:
+    """Changing the teacher's view of visible patches alone leaves the loss as it is."""
+    parts = assemble("levels=flat")
+    model = parts.model.eval()
+    images, masks = torch.randn(2, 3, 32, 32), parts.sampler(2, torch.Generator().manual_seed(0))
+    before, _ = parts.loss(model(images, masks))
+    original = model.teacher.forward
+
+    def disturbed(*args, **kwargs):
+        states = original(*args, **kwargs)
+        flags = torch.zeros(2, 64, 1).scatter_(1, masks.context[:, 0].unsqueeze(-1), 1.0)
+        return [state + 100 * flags for state in states]
+
+    model.teacher.forward = disturbed
+    after, _ = parts.loss(model(images, masks))
+    assert torch.equal(before, after)
+
+
+def test_contexts_share_one_teacher_pass() -> None:
+    parts = assemble("masking=block", "masking.contexts=3")
+    calls = []
+    parts.model.teacher.register_forward_hook(lambda *args: calls.append(1))
+    parts.model(torch.randn(2, 3, 32, 32), parts.sampler(2, torch.Generator().manual_seed(0)))
+    assert len(calls) == 1
+
+
+def test_several_contexts_equal_separate_ones() -> None:
+    parts = assemble("masking=block", "masking.contexts=2", "levels=pyramid")
+    model, images = parts.model.eval(), torch.randn(2, 3, 32, 32)
+    masks = parts.sampler(2, torch.Generator().manual_seed(0))
+    together = model(images, masks)
+    for context in range(2):
+        single = copy.replace(masks) if hasattr(copy, "replace") else masks
+        single = type(masks)(masks.context[:, [context]], tuple(t[:, [context]] for t in masks.targets))
+        alone = model(images, single)
+        for a, b in zip(alone.levels, together.levels, strict=True):
+            assert torch.allclose(a.prediction[:, 0], b.prediction[:, context], atol=1e-5)
+
+
+def test_activation_checkpointing_changes_nothing() -> None:
+    grads = []
+    for switch in ("false", "true"):
+        parts = assemble(f"hardware.activation_checkpointing={switch}")
+        images, masks = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), parts.sampler(2, torch.Generator().manual_seed(0))
+        parts.loss(parts.model(images, masks))[0].backward()
+        grads.append([p.grad for p in parts.model.student.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads, strict=True))
+
+
+def test_parameter_counts_add_up() -> None:
+    counts = assemble().model.parameter_counts()
+    assert counts["total"] == counts["student"] + counts["teacher"] + counts["predictor"]
+    assert counts["trainable"] < counts["student"] + counts["predictor"], "fixed positions are not trained"
+
+
+def test_patch_size_must_divide() -> None:
+    with pytest.raises(UserError, match=r"patch_size=5 does not divide .*32"):
+        small_encoder(patch_size=5)

@@ -1,0 +1,204 @@
+"""Timing of schedule, update, teacher and accumulation; honest means; bounded memory; loud stops."""
+
+import gc
+import math
+
+import pytest
+import torch
+
+from hjepa.errors import UserError
+from hjepa.meter import Meter
+from hjepa.schedules import Constant, Cosine, Linear
+from hjepa.teacher import EMA
+from tests.conftest import TINY, assemble, trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_schedules_against_their_formulas() -> None:
+    values = Cosine(start=1.0, end=0.1, warmup_steps=4)(24, 10)
+    assert values[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert values[-1] == pytest.approx(0.1)
+    assert all(values[4 + t] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * t / 19)) / 2) for t in range(20))
+    assert Linear(start=0.0, end=1.0)(5, 1) == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert Constant(start=0.3, end=9.0, warmup_epochs=0.5)(6, 4) == [0.0, 0.15, 0.3, 0.3, 0.3, 0.3]
+    assert len(Cosine(start=1.0, end=0.0, warmup_epochs=50)(10, 10)) == 10, "a warm-up longer than the run is cut"
+
+
+def test_warmup_in_both_units_is_refused() -> None:
+    with pytest.raises(UserError, match="exclude each other"):
+        Cosine(start=1.0, end=0.0, warmup_epochs=1, warmup_steps=5)
+
+
+def test_ema_written_out() -> None:
+    student, teacher = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    before = teacher.weight.clone()
+    ema = EMA(Constant(start=0.9, end=0.9))
+    ema.plan(1, 1)
+    ema.update(teacher, student, 0)
+    assert torch.allclose(teacher.weight, 0.9 * before + 0.1 * student.weight, atol=1e-7)
+
+
+def test_default_momentum_never_reaches_one() -> None:
+    teacher = assemble().teacher
+    teacher.plan(1000, 100)
+    assert max(teacher.momentum) < 1
+
+
+def test_rates_are_set_before_the_update() -> None:
+    """The warm-up starts at 0: step 0 must move nothing, neither student nor teacher."""
+    t = trainer("schedule.lr.warmup_epochs=1")
+    before = [p.clone() for p in t.model.parameters()]
+    t.step(*t.batch(0), 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, t.model.parameters(), strict=True))
+    t.step(*t.batch(1), 1)
+    assert not all(torch.equal(a, b) for a, b in zip(before, t.model.parameters(), strict=True))
+    assert t.parts.optimizer.param_groups[0]["lr"] == t.lr[1] > 0
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_teacher_moves_once_per_step_after_the_update(accumulate: int) -> None:
+    t = trainer("schedule.lr.warmup_epochs=0", f"train.accumulate={accumulate}")
+    old = t.model.teacher.blocks[0].attn.qkv.weight.clone()
+    t.step(*t.batch(0), 0)
+    new_student = t.model.student.blocks[0].attn.qkv.weight
+    m = t.parts.teacher.momentum[0]
+    assert torch.allclose(t.model.teacher.blocks[0].attn.qkv.weight, m * old + (1 - m) * new_student, atol=1e-7)
+
+
+def test_accumulation_equals_the_large_batch() -> None:
+    results = []
+    for accumulate in (1, 4):
+        t = trainer(f"train.accumulate={accumulate}", "schedule.lr.warmup_epochs=0", "optimizer.eps=1e-3")
+        terms = [t.step(*t.batch(i), i) for i in range(3)]
+        results.append(([p.detach() for p in t.model.parameters()], terms))
+    (weights, terms), (split_weights, split_terms) = results
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(weights, split_weights, strict=True))
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for a, b in zip(terms, split_terms, strict=True) for k in a)
+
+
+def test_same_seed_same_bits_other_seed_other_bits() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        t = trainer(f"seed={seed}", "model.encoder.drop_path=0.2")
+        for i in range(3):
+            t.step(*t.batch(i), i)
+        return torch.cat([p.detach().flatten() for p in t.model.parameters()])
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+def test_an_epoch_visits_every_image_once() -> None:
+    t = trainer("train.batch_size=27")  # divides the 216 training images
+    assert t.steps_per_epoch == 8
+    for epoch in range(2):
+        seen = torch.cat([t.indices(epoch * 8 + i) for i in range(8)])
+        assert torch.equal(seen.sort().values, torch.arange(216))
+    assert not torch.equal(t.indices(0), t.indices(8))
+
+
+def test_weight_decay_spares_norms_biases_and_tokens() -> None:
+    parts = assemble("levels=summary", "model.encoder.positions=learned")
+    names = {id(p): name for name, p in parts.model.named_parameters()}
+    decayed, spared = ({names[id(p)] for p in group["params"]} for group in parts.optimizer.param_groups)
+    assert all(name.endswith("weight") and "norm" not in name for name in decayed)
+    assert {"student.reg_token", "student.pos_embed", "predictor.mask_tokens"} <= spared
+    assert decayed | spared == {name for name, p in parts.model.named_parameters() if p.requires_grad}
+
+
+def test_clipping_bounds_the_update_and_reports_the_whole_norm() -> None:
+    t = trainer("train.clip_norm=1e-6")
+    free = trainer("train.clip_norm=null")
+    norms = [x.step(*x.batch(0), 0)["gradient_norm"] for x in (t, free)]
+    assert torch.allclose(*norms)
+    assert norms[0] > 1e-3
+
+
+def test_meter_means_are_means_not_last_values() -> None:
+    meter = Meter()
+    for value in (1.0, 2.0, 6.0):
+        meter.add({"loss": torch.tensor(value, requires_grad=True)})
+    assert meter.interval() == {"loss": 3.0}
+    meter.add({"loss": torch.tensor(3.0)})
+    assert meter.interval() == {"loss": 3.0}
+    assert meter.epoch() == {"loss": 3.0}
+    assert meter.epoch() == {}
+
+
+def test_terms_hold_no_graph_and_memory_stays_bounded() -> None:
+    t = trainer("train.log_every=1000000")
+
+    def graphs() -> int:
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) and o.grad_fn is not None for o in gc.get_objects())
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(o.numel() for o in gc.get_objects() if isinstance(o, torch.Tensor))
+
+    for i in range(10):
+        t.meter.add(t.step(*t.batch(i % 18), i % 18))
+    held = tensors()
+    for i in range(300):
+        t.meter.add(t.step(*t.batch(i % 18), i % 18))
+    assert graphs() == 0
+    assert tensors() - held <= 300 * 8 + 1000, "one row of terms per step and nothing else"
+
+
+def test_nan_stops_the_run_with_the_batch_and_a_good_checkpoint(run, tmp_path, monkeypatch) -> None:
+    from hjepa.losses import SmoothL1
+    from hjepa.trainer import Trainer
+
+    original, now = SmoothL1.distance, {"step": -1}
+    step = Trainer.step
+
+    def counted(self, images, masks, number):
+        now["step"] = number
+        return step(self, images, masks, number)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    monkeypatch.setattr(SmoothL1, "distance", lambda self, p, t: original(self, p, t) * (math.nan if now["step"] == 12 else 1))
+    with pytest.raises(UserError, match=r"step 12 is not finite.*\[\d+, \d+"):
+        run("name=nan")
+    state = torch.load(tmp_path / "default" / "nan" / "checkpoints" / "latest.pt", weights_only=True)
+    assert state["step"] == 9, "the end of the first epoch"
+    assert all(v.isfinite().all() for v in state["model"].values())
+    import json
+
+    assert json.loads((tmp_path / "default" / "nan" / "summary.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("train.batch_size=5000", "train.batch_size=5000: expected 1 to 216"),
+        ("train.accumulate=5", "train.accumulate=5 does not divide"),
+        ("train.steps=4", "set one to at least 1 and the other to null"),
+        ("train.epochs=0", "set one to at least 1"),
+        ("train.log_every=0", "log_every=0"),
+    ],
+)
+def test_impossible_lengths_are_refused(override: str, word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        trainer(override)
+
+
+def test_every_group_option_takes_a_step() -> None:
+    for override in (
+        *(f"levels={x}" for x in ("flat", "pyramid", "depth", "summary")),
+        *(f"masking={x}" for x in ("multiblock", "block", "random", "hierarchical", "partition")),
+        *(f"loss={x}" for x in ("smooth_l1", "mse", "cosine")),
+        *(f"schedule={x}" for x in ("cosine", "linear", "constant")),
+    ):
+        t = trainer(override)
+        terms = t.step(*t.batch(1), 1)
+        assert all(value.isfinite() for value in terms.values()), override
+    assert TINY

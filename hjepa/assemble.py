@@ -2,6 +2,7 @@
 
 from hjepa.config import Config, build
 from hjepa.hardware import Hardware
+from hjepa.losses import Objective
 from hjepa.model import HJEPA
 from hjepa.rng import seed_global
 from hjepa.trainer import Parts
@@ -23,7 +24,7 @@ def assemble(config: Config) -> Parts:
         dataset=dataset,
         sampler=sampler,
         model=model,
-        loss=build(config["loss"]),
+        objective=Objective(build(config["loss"]), build(config["regularizer"]) if config["regularizer"] else None),
         teacher=build(config["teacher"]),
         optimizer=build(config["optimizer"], model=model),
         lr=build(config["schedule"]["lr"]),

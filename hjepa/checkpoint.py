@@ -38,7 +38,7 @@ def read(path: Path, device: torch.device) -> State:
     missing = sorted({"identity", "step", "model", "optimizer"} - set(state if isinstance(state, dict) else ()))
     if missing:
         raise UserError(f"{path} is no checkpoint of this framework: it lacks {', '.join(missing)}.")
-    return state  # type: ignore[no-any-return]
+    return state
 
 
 class Checkpoints:

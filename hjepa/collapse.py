@@ -47,7 +47,5 @@ def verdict(now: dict[str, float], untrained: dict[str, float]) -> str | None:
             f"(untrained: {untrained['variation']:.2g})"
         )
     if now["rank"] < 0.25 * untrained["rank"]:
-        return (
-            f"dimensional collapse: features fill {now['rank']:.1f} dimensions (untrained: {untrained['rank']:.1f})"
-        )
+        return f"dimensional collapse: features fill {now['rank']:.1f} dimensions (untrained: {untrained['rank']:.1f})"
     return None

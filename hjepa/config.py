@@ -1,6 +1,7 @@
 """The config before any work: is it complete and well-typed, and which run does it name? Imports no torch.
 
-The schema of a config node is the signature of its `_target_`, read from the source: unknown options and wrong types are found in under a second, and a new class needs no second declaration.
+The schema of a config node is the signature of its `_target_`, read from the source: unknown options and wrong types are
+found in under a second, and a new class needs no second declaration.
 """
 
 import ast
@@ -29,6 +30,10 @@ TOP_LEVEL: Signature = {
     "output_root": "str",
     "overwrite": "bool",
 }
+GROUPS = (
+    *("model", "levels", "masking", "loss", "regularizer", "teacher", "optimizer", "schedule", "dataset"),
+    *("hardware", "probe", "tracking", "task", "train", "checkpoint"),
+)
 # What may differ between two starts of one run: it changes where and how a run computes, not what.
 NOT_IDENTITY = ("name", "experiment_name", "output_root", "overwrite", "tracking", "checkpoint", "task", "hardware")
 KNOWN_TYPES = {"Literal": Literal, "Sequence": Sequence, "Callable": Callable, "Any": Any, "None": None}
@@ -45,6 +50,9 @@ def resolve(cfg: DictConfig) -> Config:
 
 def check(config: Config) -> None:
     """Refuse unknown options and wrong types anywhere in a resolved config."""
+    for key in config:
+        if key not in TOP_LEVEL and key not in GROUPS:
+            raise UserError(f"{key} is no option; at the top level there are {', '.join((*TOP_LEVEL, *GROUPS))}.")
     for option, annotation in TOP_LEVEL.items():
         check_type(option, config[option], annotation)
     for path, node in nodes(config):
@@ -102,7 +110,8 @@ def signature_of(target: str) -> Signature:
 def definitions(module: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
     """Classes and functions of a module by name."""
     spec = importlib.util.find_spec(module)
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     tree = ast.parse(Path(spec.origin).read_text())
     return {n.name: n for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
 

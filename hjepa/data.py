@@ -59,9 +59,7 @@ class Dataset(ABC):
         augment: applied to training images on the device.
     """
 
-    def __init__(
-        self, image_size: int, validation: float, mean: list[float], std: list[float], augment: Augment
-    ) -> None:
+    def __init__(self, image_size: int, validation: float, mean: list[float], std: list[float], augment: Augment) -> None:
         if not 0 < validation < 1:
             raise UserError(f"dataset.validation={validation}: expected a share between 0 and 1.")
         self.image_size, self.validation, self.augment = image_size, validation, augment

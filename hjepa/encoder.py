@@ -30,6 +30,16 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, flat).unflatten(1, index.shape[1:])
 
 
+def init_xavier(module: nn.Module) -> None:
+    """MAE's initialisation (He et al. 2022): at timm's std of 0.02 the positions drown the patches in narrow networks, and
+    what an untrained teacher says of a patch is then little more than where it is.
+    """
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight.flatten(1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 class Encoder(VisionTransformer):
     """A ViT over square images without class token, with `summary_tokens` extra tokens (timm's register tokens).
 
@@ -40,6 +50,8 @@ class Encoder(VisionTransformer):
         positions: "sincos" (fixed, 2-D) or "learned".
         drop_path: stochastic depth rate; layer_scale: initial value of timm's LayerScale, None for none.
     """
+
+    pos_embed: nn.Parameter  # timm allows for none, we always have one
 
     def __init__(
         self,
@@ -84,6 +96,7 @@ class Encoder(VisionTransformer):
         self.grid = image_size // patch_size
         self.depth, self.summary_tokens = depth, summary_tokens
         self.activation_checkpointing = False
+        self.apply(init_xavier)
         if self.reg_token is not None:
             nn.init.normal_(self.reg_token, std=0.02)  # timm's 1e-6 leaves all summary tokens the same for long
         if positions == "sincos":
@@ -92,10 +105,10 @@ class Encoder(VisionTransformer):
 
     def embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
         """Embed all patches ([B, S+N, D]) or only the kept ones ([B*C, S+K, D]), summary tokens first."""
-        patches, positions = patchify(images, self.patch_size), self.pos_embed
+        patches, positions = patchify(images, self.patch_size), self.pos_embed[0]
         if keep is not None:
             patches = gather_tokens(patches, keep).flatten(0, 1)
-            positions = positions[0, keep.flatten(0, 1)]
+            positions = positions[keep.flatten(0, 1)]
         projection = self.patch_embed.proj
         tokens = F.linear(patches, projection.weight.flatten(1), projection.bias) + positions
         if self.reg_token is not None:
@@ -128,8 +141,11 @@ class Encoder(VisionTransformer):
         return states
 
     def features(self, images: Tensor) -> Tensor:
-        """Image features of the probe protocol, [B, D] or [B, 2D]: mean patch token, then mean summary token if any."""
-        tokens = self(images)[-1]
+        """Image features of the probe protocol: `pooled` over all patches."""
+        return self.pooled(self(images)[-1])
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """[B, S+K, D] -> [B, D], or [B, 2D] with summary tokens: the mean patch token, then the mean summary token."""
         s = self.summary_tokens
-        pooled = tokens[:, s:].mean(1)
-        return torch.cat([pooled, tokens[:, :s].mean(1)], dim=1) if s else pooled
+        patches = tokens[:, s:].mean(1)
+        return torch.cat([patches, tokens[:, :s].mean(1)], dim=1) if s else patches

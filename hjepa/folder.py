@@ -1,8 +1,8 @@
 """The run folder: what a run leaves behind, and the guard that one folder holds one run.
 
-    config.yaml   the resolved config        metrics.jsonl   every metric by step, the truth that trackers copy
-    summary.json  the machine-readable end   run.log         what was said
-    run_id        the tracker's run          checkpoints/    plots/
+config.yaml   the resolved config        metrics.jsonl   every metric by step, the truth that trackers copy
+summary.json  the machine-readable end   run.log         what was said
+run_id        the tracker's run          checkpoints/    plots/
 """
 
 import fcntl
@@ -40,7 +40,9 @@ class RunFolder:
         while not there.exists() and there != there.parent:
             there = there.parent
         if not (there.is_dir() and os.access(there, os.W_OK)):
-            raise UserError(f"The run folder {self.path} cannot be written ({there} is in the way); set output_root to a folder that can.")
+            raise UserError(
+                f"The run folder {self.path} cannot be written ({there} is in the way); set output_root to a folder that can."
+            )
 
     def refuse_other_config(self) -> None:
         """Refuse a folder that holds a run of another config, naming what differs."""
@@ -51,7 +53,8 @@ class RunFolder:
         changed = differences(identity(before), identity(self.config))  # type: ignore[arg-type]
         if changed:
             raise UserError(
-                f"{self.path} holds a run with another config ({'; '.join(changed)}); give another name, or overwrite=true to replace it."
+                f"{self.path} holds a run with another config ({'; '.join(changed)}); "
+                "give another name, or overwrite=true to replace it."
             )
 
     def summary(self) -> Record:
@@ -68,7 +71,9 @@ class RunFolder:
         except BlockingIOError:
             raise UserError(f"Another process is working in {self.path}; wait for it, or give this run another name.") from None
         except OSError as error:
-            raise UserError(f"The run folder {self.path} cannot be written ({error.strerror}); set output_root to a folder that can.") from error
+            raise UserError(
+                f"The run folder {self.path} cannot be written ({error.strerror}); set output_root to a folder that can."
+            ) from error
         if overwrite:
             for child in self.path.iterdir():
                 if child.name != ".lock":

@@ -4,12 +4,14 @@ import ctypes
 import os
 import sys
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import nn
 
 from hjepa.errors import UserError
+
+if TYPE_CHECKING:
+    from hjepa.model import HJEPA
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,7 +53,7 @@ class Hardware:
         activation_checkpointing: bool,
     ) -> None:
         if device == "auto":
-            device = next(d for d in ("cuda", "mps", "cpu") if available(d))  # type: ignore[assignment]
+            device = next(d for d in ("cuda", "mps", "cpu") if available(d))
         if not available(device):
             there = [d for d in ("cuda", "mps", "cpu") if available(d)]
             raise UserError(
@@ -84,16 +86,14 @@ class Hardware:
         """Loss scaling, active for float16 only."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
 
-    def place(self, model: nn.Module) -> nn.Module:
+    def place(self, model: "HJEPA") -> None:
         """Move the model here and switch on what was asked for."""
         model.to(self.device)
-        for module in model.modules():
-            if hasattr(module, "activation_checkpointing"):
-                module.activation_checkpointing = self.activation_checkpointing and module is not getattr(model, "teacher", None)
-            if self.compile and isinstance(getattr(module, "blocks", None), nn.Sequential):
-                for block in module.blocks:
+        model.student.activation_checkpointing = self.activation_checkpointing
+        if self.compile:
+            for part in (model.student, model.teacher, model.predictor):
+                for block in part.blocks:
                     block.compile(dynamic=True)
-        return model
 
     def describe(self) -> str:
         """Device, precision and threads in words."""

@@ -1,4 +1,4 @@
-"""Prediction losses: how far the student's predictions are from the targets, averaged over target cells, summed over levels.
+"""Objectives: a prediction loss, averaged over target cells and summed over levels, and an optional regularizer.
 
 A loss is called as `loss(output) -> (scalar, {name: 0-d tensor})`; the terms are detached and stay on the device until they
 are logged. To add one, write one class with `distance` here and one YAML in conf/loss.
@@ -64,3 +64,47 @@ class Cosine(PredictionLoss):
 
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         return 1 - F.cosine_similarity(prediction, target, dim=-1).mean()
+
+
+class VarianceCovariance:
+    """VICReg's variance and covariance terms (Bardes et al. 2022, eq. 1-4) on the student's pooled features, as in C-JEPA
+    (Mo & Tong 2024): every dimension keeps a standard deviation of at least 1 over the batch, and no two are redundant.
+
+    The statistics are those of the part of the batch that is computed at once (see `train.accumulate`).
+
+    Args:
+        variance, covariance: weights of the two terms.
+    """
+
+    def __init__(self, variance: float, covariance: float) -> None:
+        if min(variance, covariance) < 0:
+            raise UserError(f"regularizer.variance={variance} and regularizer.covariance={covariance} must not be negative.")
+        self.variance, self.covariance = variance, covariance
+
+    def __call__(self, output: "Output") -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum and the two terms, unweighted and detached."""
+        features = output.features.float()
+        rows, dimensions = features.shape
+        centred = features - features.mean(0)
+        covariance = centred.T @ centred / (rows - 1)
+        diagonal = covariance.diagonal()
+        variance = F.relu(1 - (diagonal + 1e-4).sqrt()).mean()
+        redundancy = (covariance.square().sum() - diagonal.square().sum()) / dimensions
+        total = self.variance * variance + self.covariance * redundancy
+        return total, {"variance": variance.detach(), "covariance": redundancy.detach()}
+
+
+class Objective:
+    """What is minimised: the prediction loss plus the regularizer, if any."""
+
+    def __init__(self, loss: PredictionLoss, regularizer: VarianceCovariance | None) -> None:
+        self.loss, self.regularizer = loss, regularizer
+
+    def __call__(self, output: "Output") -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum to minimise and every term by name; `prediction` is the loss without the regularizer."""
+        prediction, terms = self.loss(output)
+        terms["prediction"] = prediction.detach()
+        if self.regularizer is None:
+            return prediction, terms
+        extra, more = self.regularizer(output)
+        return prediction + extra, terms | more

@@ -96,7 +96,9 @@ def log_uniform(low_high: Sequence[float], generator: Generator) -> float:
 def check_range(name: str, values: Sequence[float], low: float, high: float) -> None:
     """Refuse a [low, high] option that is no ascending pair inside (low, high]."""
     if len(values) != 2 or not low < values[0] <= values[1] <= high:
-        raise UserError(f"masking.{name}={list(values)}: expected [smallest, largest] with {low:g} < smallest <= largest <= {high:g}.")
+        raise UserError(
+            f"masking.{name}={list(values)}: expected [smallest, largest] with {low:g} < smallest <= largest <= {high:g}."
+        )
 
 
 class Sampler(ABC):

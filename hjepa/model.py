@@ -25,10 +25,10 @@ class LevelOutput:
 
 @dataclass(frozen=True)
 class Output:
-    """What a loss sees: every level, and the student's tokens [B*C, S+K, D] for losses on pooled features."""
+    """What an objective sees: every level, and the student's pooled features [B*C, D] (2D with summary tokens)."""
 
     levels: list[LevelOutput]
-    tokens: Tensor
+    features: Tensor
 
 
 class HJEPA(nn.Module):
@@ -80,7 +80,7 @@ class HJEPA(nn.Module):
             summary = tokens[:, : self.student.summary_tokens]
             guess = self.predictor(summary, None, masks.targets[:1])[0]
             outputs.append(LevelOutput("summary", self.levels.summary, guess, targets[0]))
-        return Output(outputs, tokens)
+        return Output(outputs, self.student.pooled(tokens))
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters: total, trainable, and of every part."""

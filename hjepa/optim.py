@@ -20,9 +20,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
 def adamw(model: nn.Module, lr: float, weight_decay: float, betas: list[float], eps: float = 1e-8) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019), fused into one kernel per group."""
     beta1, beta2 = betas
-    return torch.optim.AdamW(
-        parameter_groups(model), lr=lr, weight_decay=weight_decay, betas=(beta1, beta2), eps=eps, fused=True
-    )
+    return torch.optim.AdamW(parameter_groups(model), lr=lr, weight_decay=weight_decay, betas=(beta1, beta2), eps=eps, fused=True)
 
 
 def set_rates(optimizer: Optimizer, lr: float, weight_decay: float) -> None:

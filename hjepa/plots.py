@@ -41,9 +41,16 @@ def plot_curves(records: list[Record], path: Path) -> None:
 def plot_masks(images: Tensor, masks: Masks, levels: Levels, grid: int, path: Path) -> None:
     """Images [B, 3, S, S] in [0, 1], what the student sees of them, and every level's target cells (first context)."""
     rows = len(images)
-    titles = ["image", "context", *(f"{name}: {pool}x{pool} cells" for name, pool in zip(levels.names(), levels.pool, strict=True))]
+    titles = [
+        "image",
+        "context",
+        *(f"{name}: {pool}x{pool} cells" for name, pool in zip(levels.names(), levels.pool, strict=True)),
+    ]
     figure, axes = plt.subplots(rows, len(titles), figsize=(1.7 * len(titles), 1.8 * rows), layout="constrained", squeeze=False)
-    sets = [(masks.context[:, 0], 1), *((t[:, 0].flatten(1), p) for t, p in zip(masks.targets, levels.pool, strict=True))]
+    sets = [
+        (masks.context[:, 0], 1),
+        *((t[:, 0].flatten(1), p) for t, p in zip(masks.targets, levels.pool, strict=True)),
+    ]
     for row in range(rows):
         shown = [images[row], *(shade(images[row], index[row], grid, pool) for index, pool in sets)]
         for axis, picture, title in zip(axes[row], shown, titles, strict=True):

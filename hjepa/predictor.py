@@ -8,9 +8,10 @@ as in I-JEPA (Assran et al. 2023).
 from collections.abc import Sequence
 
 import torch
-from timm.models.vision_transformer import Block, init_weights_vit_timm
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from hjepa.encoder import init_xavier
 from hjepa.errors import UserError
 from hjepa.positions import grid_centres, sincos
 
@@ -40,7 +41,7 @@ class Predictor(nn.Module):
         for level, pool in enumerate(pools):
             self.register_buffer(f"positions{level}", sincos(grid_centres(grid, pool), dim), persistent=False)
         self.register_buffer("patch_positions", sincos(grid_centres(grid), dim), persistent=False)
-        self.apply(init_weights_vit_timm)
+        self.apply(init_xavier)
 
     def queries(self, level: int, targets: Tensor) -> Tensor:
         """Queries of a level: int64 [B, C, P, T] -> [B*C, P, T, dim]."""
@@ -81,4 +82,6 @@ class Predictor(nn.Module):
     def answer_each(self, context: Tensor, queries: Tensor) -> Tensor:
         """A pass per block: context [M, K, dim] and queries [M, P, T, dim] -> [M, P*T, dim]."""
         blocks = queries.shape[1]
-        return self.answer(context.repeat_interleave(blocks, dim=0), queries.flatten(0, 1)).unflatten(0, (-1, blocks)).flatten(1, 2)
+        return (
+            self.answer(context.repeat_interleave(blocks, dim=0), queries.flatten(0, 1)).unflatten(0, (-1, blocks)).flatten(1, 2)
+        )

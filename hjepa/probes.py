@@ -51,7 +51,9 @@ class Probe:
             raise UserError("The probes need labels and the dataset has none; use probe=none.")
         return subset(train, self.train_images), subset(validation, self.validation_images)
 
-    def __call__(self, encoder: Encoder, train: Split, validation: Split, normalise: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    def __call__(
+        self, encoder: Encoder, train: Split, validation: Split, normalise: Callable[[Tensor], Tensor]
+    ) -> dict[str, float]:
         """Scores of an encoder: `linear`, `knn` (fractions, main label), `linear_NAME`, `knn_NAME`, `rankme`."""
         x, y = (extract(encoder, split.images, normalise, self.batch_size) for split in (train, validation))
         scores = {"rankme": effective_rank(y)}
@@ -114,7 +116,7 @@ def logistic(x: Tensor, labels: Tensor, classes: int, penalty: float) -> Callabl
         loss.backward()
         return loss
 
-    solver.step(objective)  # type: ignore[no-untyped-call]
+    solver.step(objective)
     return lambda features: features @ weight.detach() + bias.detach()
 
 

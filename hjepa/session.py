@@ -40,7 +40,7 @@ class Session:
         self.run_id: str | None = None
         p = self.parts
         self.trainer: Trainer = build(config["train"], parts=p, images=train.images)
-        self.watch = Watch(p.model, p.hardware, p.dataset, p.sampler, p.loss, self.probe, train, validation)
+        self.watch = Watch(p.model, p.hardware, p.dataset, p.sampler, p.objective.loss, self.probe, train, validation)
 
     def run(self) -> float | None:
         """Train to the end; returns the linear probe's accuracy, None without probes."""
@@ -111,7 +111,12 @@ class Session:
         p, counts = self.parts, self.parts.model.parameter_counts()
         log.info("run folder %s", self.folder.path)
         log.info("%s; parameters: %s", p.hardware.describe(), ", ".join(f"{k} {v:,}" for k, v in counts.items()))
-        log.info("%d steps of %d images, %d to an epoch", self.trainer.steps, self.trainer.batch_size, self.trainer.steps_per_epoch)
+        log.info(
+            "%d steps of %d images, %d to an epoch",
+            self.trainer.steps,
+            self.trainer.batch_size,
+            self.trainer.steps_per_epoch,
+        )
         masks = p.sampler(len(self.preview), generator(p.seed, "preview"))
         picture = self.folder.path / "plots" / "masks.png"
         plot_masks(self.preview / 255, masks, p.model.levels, p.model.grid, picture)

@@ -1,13 +1,14 @@
 """The embedded `shapes` data set: hierarchical (Navon-like) figures made from a seed alone.
 
-This is the first stage of the data flow when no files are wanted: `generate` hands the data layer uint8
-images with two independent labels, the *whole* (how several elements are arranged) and the *part* (the
-shape that every element has), so that probes can tell within minutes which level of a hierarchy carries
-which of the two.  Random colours of either polarity, smooth backgrounds, textures and geometric jitter
-leave raw pixels linearly useless for both labels while a person still reads them at 32 pixels.  No mirror
-image (left to right) of a class is another class, so horizontal flips are a safe augmentation.  Scenes are
-drawn first (`_draw_scenes`, in units of the image side) and rendered after (`_coverage`, `_paint`), so the
-same seed shows the same scenes at any size, and masks of single parts can be had from the same scenes.
+`generate` hands the data layer uint8 images with two independent labels, the *whole* (how several elements are arranged)
+and the *part* (the shape that every element has), so that probes tell within minutes which level of a hierarchy carries
+which of the two. Every element has a colour of its own, lighter or darker than a clouded, noisy background; with jitter of
+place, scale and angle that leaves raw pixels linearly useless for both labels while a person still reads them at 32 pixels.
+Nuisances are local on purpose: what a whole image shares (a background colour, a level of noise) predicts every patch, and a
+predictive objective learns that first and best (the slow features of Sobal et al. 2022). Here only what the labels name is
+shared. No mirror image (left to right) of a class is another class, so horizontal flips are a safe augmentation. Scenes are
+drawn first (`_draw_scenes`, in units of the image side) and rendered after (`_coverage`, `_paint`), so the same seed shows
+the same scenes at any size, and masks of single parts can be had from the same scenes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ _SPACING = 0.26  # distance of neighbouring elements at scale 1, in image sides
 _RADIUS = 0.12  # half the extent of a part at scale 1, in image sides: 7.7 px of 32
 _CHUNK_PIXELS = 400 * 32 * 32  # pixels rendered at once: keeps the temporaries below 50 MB
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-_WAVES = 3  # plane waves in a background: two broad ones (shading) and one fine one (stripes)
+_LATTICE = 9  # points along a side of the background's colour lattice
+_CLOUD = 0.06  # largest colour offset of a lattice point
+_NOISE = 0.03  # standard deviation of the pixel noise
 
 
 # -- signed distances of the parts: unit radius, x to the right, y down, negative inside ------------
@@ -107,8 +110,7 @@ _ELEMENTS = max(len(points) for points in _ARRANGEMENTS.values())
 class _Scenes:
     """Everything that N images show, free of resolution; E elements (absent ones masked).
 
-    Lengths are in image sides with the origin in the middle of the image, colours in 0..1, angles
-    in radians, wave vectors in cycles per image side.
+    Lengths are in image sides with the origin in the middle of the image, colours in 0..1, angles in radians.
     """
 
     whole: Labels  # [N]
@@ -117,11 +119,8 @@ class _Scenes:
     centre: Array  # [N, E, 2]
     radius: Array  # [N, E]
     angle: Array  # [N, E]
-    colour: Array  # [N, 1 + E, 3] background, then every element
-    slope: Array  # [N, 3, 2] linear gradient of the background, colour per image side
-    waves: Array  # [N, W + 1, 3] wave vector and phase; the last wave is the foreground's
-    amplitude: Array  # [N, W + 1, 3] colour amplitude of each wave
-    noise: Array  # [N] standard deviation of the pixel noise
+    colour: Array  # [N, 2, 3] background, elements
+    cloud: Array  # [N, 3, C, C] colour offsets of the background on a lattice over the image
 
     def __len__(self) -> int:
         return len(self.whole)
@@ -183,36 +182,20 @@ def _tint(rng: np.random.Generator, strength: float, *shape: int) -> Array:
 
 
 def _colour(rng: np.random.Generator, count: int) -> Array:
-    """Colours [N, 1 + E, 3]: a background near mid grey, elements at least 0.2 lighter or darker than it."""
+    """Colours [N, 2, 3] of back- and foreground: at least 0.36 apart in luminance, either one lighter."""
     # Symmetric about mid grey: the mean image of a class is flat, so no linear map sees the figure.
-    offset = _uniform(rng, 0.26, 0.46, count, _ELEMENTS) * rng.choice([-1, 1], (count, _ELEMENTS))
-    ground = _uniform(rng, -0.06, 0.06, count, 1)
-    luma = 0.5 + np.concatenate([ground, offset], 1).astype(np.float32)
-    tint = np.concatenate([_tint(rng, 0.1, count, 1), _tint(rng, 0.3, count, _ELEMENTS)], 1)
-    return np.clip(luma[..., None] + tint, 0, 1)
-
-
-def _texture(rng: np.random.Generator, count: int) -> tuple[Array, Array, Array]:
-    """Gradient [N, 3, 2], plane waves and their amplitudes [N, W + 1, 3] (see `_Scenes`)."""
-    slope = _uniform(rng, -0.1, 0.1, count, 1, 2) + _uniform(rng, -0.08, 0.08, count, 3, 2)
-    broad, fine = _uniform(rng, 0.3, 1.2, count, _WAVES - 1), _uniform(rng, 3.0, 5.0, count, 2)
-    cycles = np.concatenate([broad, fine], 1)
-    heading = _uniform(rng, 0, 2 * np.pi, count, _WAVES + 1)
-    phase = _uniform(rng, 0, 2 * np.pi, count, _WAVES + 1)
-    waves = np.stack([cycles * np.cos(heading), cycles * np.sin(heading), phase], -1)
-    strength = np.concatenate([np.full(_WAVES - 1, 0.05), [0.035, 0.05]]).astype(np.float32)
-    amplitude = _uniform(rng, 0, 1, count, _WAVES + 1, 1) + _tint(rng, 0.5, count, _WAVES + 1)
-    amplitude *= strength[:, None]
-    amplitude[:, _WAVES - 1] *= (rng.random(count) < 0.5)[:, None]  # stripes in half of the images
-    return slope, waves, amplitude
+    sign = rng.choice(np.array([-1, 1], np.float32), (count, 1))
+    luma = 0.5 + sign * np.array([-1, 1], np.float32) * _uniform(rng, 0.18, 0.42, count, 2)
+    colour: Array = np.clip(luma[..., None] + _tint(rng, 0.3, count, 2), 0, 1).astype(np.float32)
+    return colour
 
 
 def _draw_scenes(count: int, seed: int) -> _Scenes:
     """Draw `count` scenes from the seed alone."""
     rng = np.random.default_rng([seed, 0])
     whole, part = _draw_labels(rng, count)
-    geometry, colour, texture = _place(rng, whole), _colour(rng, count), _texture(rng, count)
-    return _Scenes(whole, part, *geometry, colour, *texture, _uniform(rng, 0, 0.02, count))
+    cloud = _uniform(rng, -_CLOUD, _CLOUD, count, 3, _LATTICE, _LATTICE)
+    return _Scenes(whole, part, *_place(rng, whole), _colour(rng, count), cloud)
 
 
 # -- rendering --------------------------------------------------------------------------------------
@@ -243,28 +226,19 @@ def _coverage(scenes: _Scenes, size: int) -> Array:
     return cover
 
 
-def _wave(scenes: _Scenes, index: int, size: int) -> Array:
-    """One plane wave of every scene as colour offsets [N, 3, S, S]."""
-    x, y = _axis(size)[None, :] * (2 * np.pi), _axis(size)[:, None] * (2 * np.pi)
-    wave = scenes.waves[:, index, :, None, None]
-    value = np.cos(wave[:, 0] * x + wave[:, 1] * y + wave[:, 2])
-    return scenes.amplitude[:, index, :, None, None] * value[:, None]
+def _ground(scenes: _Scenes, size: int) -> Array:
+    """Backgrounds [N, 3, S, S]: mid grey, and the lattice of colour offsets spread bilinearly over the image."""
+    place = (_axis(size) + 0.5) * (_LATTICE - 1)
+    weight = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(_LATTICE))).astype(np.float32)  # [S, C]
+    ground: Array = scenes.colour[:, 0, :, None, None] + weight @ scenes.cloud @ weight.T
+    return ground
 
 
 def _paint(scenes: _Scenes, cover: Array, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Images [N, 3, S, S] of the scenes, given the coverage [N, E, S, S] of their elements."""
-    size = cover.shape[-1]
-    x, y = _axis(size)[None, :], _axis(size)[:, None]
-    slope = scenes.slope[..., None, None]
-    back = scenes.colour[:, 0, :, None, None] + slope[:, :, 0] * x + slope[:, :, 1] * y
-    for index in range(_WAVES):
-        back += _wave(scenes, index, size)
-    image = back
-    for element in range(_ELEMENTS):
-        image += cover[:, element, None] * (scenes.colour[:, 1 + element, :, None, None] - image)
-    image += cover.max(1)[:, None] * _wave(scenes, _WAVES, size)
-    noise = rng.standard_normal(image.shape, np.float32)
-    image += noise * scenes.noise[:, None, None, None]
+    image = _ground(scenes, cover.shape[-1])
+    image += cover.max(1)[:, None] * (scenes.colour[:, 1, :, None, None] - image)
+    image += np.float32(_NOISE) * rng.standard_normal(image.shape, np.float32)
     pixels: npt.NDArray[np.uint8] = (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
     return pixels
 

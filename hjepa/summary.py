@@ -20,7 +20,10 @@ def git_state() -> dict[str, str]:
         ).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": str(bool(git("status", "--porcelain", "--untracked-files=no")))}
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": str(bool(git("status", "--porcelain", "--untracked-files=no"))),
+        }
     except (OSError, subprocess.CalledProcessError):
         return {}
 

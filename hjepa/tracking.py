@@ -22,7 +22,9 @@ BATCH = 500  # metrics per request; MLflow allows 1000
 class NoTracking:
     """Keeps everything in the run folder only; also the interface of a tracker."""
 
-    def start(self, folder: Path, experiment: str, run_id: str | None, params: dict[str, Any], tags: dict[str, str]) -> str | None:
+    def start(
+        self, folder: Path, experiment: str, run_id: str | None, params: dict[str, Any], tags: dict[str, str]
+    ) -> str | None:
         """Start or, with a `run_id`, resume the tracked run of a run folder; returns its id."""
         return None
 
@@ -55,7 +57,7 @@ class MLflow(NoTracking):
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlflow.db"
         self.system_metrics = system_metrics
         self.broken = False
-        self.run_id: str | None = None
+        self.run_id = ""  # empty: no run
         self.experiment_id = ""
         self.sent: set[tuple[str, int]] = set()
         self.pending: list[Any] = []
@@ -80,7 +82,9 @@ class MLflow(NoTracking):
             log.warning("MLflow at %s: %s failed (%s); the run goes on, metrics.jsonl keeps everything", self.uri, what, error)
             return None
 
-    def start(self, folder: Path, experiment: str, run_id: str | None, params: dict[str, Any], tags: dict[str, str]) -> str | None:
+    def start(
+        self, folder: Path, experiment: str, run_id: str | None, params: dict[str, Any], tags: dict[str, str]
+    ) -> str | None:
         return self.attempt("starting a run", self.open, folder, experiment, run_id, params, tags) or run_id
 
     def open(self, folder: Path, experiment: str, run_id: str | None, params: dict[str, Any], tags: dict[str, str]) -> str:

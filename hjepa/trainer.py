@@ -20,14 +20,14 @@ from hjepa.checkpoint import Checkpoints, State
 from hjepa.data import Dataset
 from hjepa.errors import UserError
 from hjepa.hardware import Hardware
-from hjepa.losses import PredictionLoss
+from hjepa.losses import Objective
 from hjepa.masks import Masks, Sampler
 from hjepa.meter import Meter
 from hjepa.model import HJEPA
 from hjepa.optim import set_rates
 from hjepa.rng import generator, seed_global
 from hjepa.schedules import Schedule
-from hjepa.signals import Stopped, StopFlag
+from hjepa.signals import StopFlag, Stopped
 from hjepa.teacher import EMA
 from hjepa.watch import Watch
 
@@ -43,7 +43,7 @@ class Parts:
     dataset: Dataset
     sampler: Sampler
     model: HJEPA
-    loss: PredictionLoss
+    objective: Objective
     teacher: EMA
     optimizer: Optimizer
     lr: Schedule
@@ -123,7 +123,7 @@ class Trainer:
         for part, part_masks in zip(images.chunk(self.accumulate), masks.split(self.accumulate), strict=True):
             with parts.hardware.autocast():
                 output = self.model(part, part_masks)
-                loss, terms = parts.loss(output)
+                loss, terms = parts.objective(output)
             self.scaler.scale(loss / self.accumulate).backward()
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums[name] + value / self.accumulate if name in sums else value / self.accumulate
@@ -199,7 +199,13 @@ class Trainer:
         record({"step": self.done, "epoch": epoch, **means, **measured})
         self.save(watch, checkpoints, epoch, watch.latest.get("linear") if probe_now else None)
         scores = ", ".join(f"{name} {watch.latest[name]:.1%}" for name in ("linear", "knn") if probe_now and name in watch.latest)
-        log.info("epoch %d: loss %.4f, held-out %.4f%s", epoch, means["epoch/loss"], measured["validation/loss"], scores and ", " + scores)
+        log.info(
+            "epoch %d: loss %.4f, held-out %.4f%s",
+            epoch,
+            means["epoch/loss"],
+            measured["validation/loss"],
+            scores and ", " + scores,
+        )
         if watch.collapsed and self.stop_on_collapse:
             raise UserError(f"The run collapsed at step {self.done} ({watch.collapsed}) and train.stop_on_collapse is set.")
 

@@ -99,9 +99,7 @@ class Watch:
 
     def restore(self, state: dict[str, Scores]) -> None:
         """From a checkpoint."""
-        self.untrained, self.untrained_spread, self.latest = (
-            state[key] for key in ("untrained", "untrained_spread", "latest")
-        )
+        self.untrained, self.untrained_spread, self.latest = (state[key] for key in ("untrained", "untrained_spread", "latest"))
 
 
 def named(prefix: str, figures: Scores) -> Scores:

@@ -20,7 +20,13 @@ from hjepa.augment import Augment
 from hjepa.data import ImageFolder, Shapes, Torchvision, stratified
 from hjepa.errors import UserError
 
-COMMON = {"image_size": 16, "validation": 0.25, "mean": [0.5] * 3, "std": [0.25] * 3, "augment": Augment([1.0, 1.0], [1.0, 1.0], 0.0)}
+COMMON = {
+    "image_size": 16,
+    "validation": 0.25,
+    "mean": [0.5] * 3,
+    "std": [0.25] * 3,
+    "augment": Augment([1.0, 1.0], [1.0, 1.0], 0.0),
+}
 
 
 def make_folder(root: Path, classes: int = 3, images: int = 8, size: tuple[int, int] = (16, 16), kind: str = "jpg") -> Path:
@@ -127,7 +133,11 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 
 def offer(
-    monkeypatch: pytest.MonkeyPatch, kind: type, served: tuple[Path, str], files: dict[str, bytes], lists: dict[str, object]
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type,
+    served: tuple[Path, str],
+    files: dict[str, bytes],
+    lists: dict[str, object],
 ) -> None:
     """Point torchvision's dataset to a small archive of our own, checksums included."""
     folder, address = served

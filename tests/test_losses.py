@@ -4,17 +4,22 @@ import pytest
 import torch
 
 from hjepa.errors import UserError
-from hjepa.losses import MSE, Cosine, PredictionLoss, SmoothL1
+from hjepa.losses import MSE, Cosine, Objective, PredictionLoss, SmoothL1, VarianceCovariance
 from hjepa.model import LevelOutput, Output
 
 
 def output() -> Output:
     g = torch.Generator().manual_seed(0)
     levels = [
-        LevelOutput(name, weight, torch.randn(2, 1, 3, t, 8, generator=g, requires_grad=True), torch.randn(2, 1, 3, t, 8, generator=g))
+        LevelOutput(
+            name,
+            weight,
+            torch.randn(2, 1, 3, t, 8, generator=g, requires_grad=True),
+            torch.randn(2, 1, 3, t, 8, generator=g),
+        )
         for name, weight, t in (("level1", 1.0, 4), ("level2", 0.5, 2))
     ]
-    return Output(levels, torch.randn(2, 5, 8, generator=g))
+    return Output(levels, torch.randn(6, 8, generator=g, requires_grad=True))
 
 
 def smooth_l1(d: torch.Tensor) -> torch.Tensor:
@@ -53,3 +58,42 @@ def test_constant_is_the_loss_of_the_mean_vector() -> None:
 def test_beta_must_be_positive() -> None:
     with pytest.raises(UserError, match="beta=0"):
         SmoothL1(beta=0)
+
+
+def test_vicreg_written_out() -> None:
+    out = output()
+    total, terms = VarianceCovariance(variance=2.0, covariance=0.5)(out)
+    z = out.features
+    n, d = z.shape
+    variance = sum(max(0.0, 1 - (z[:, j].var() + 1e-4).sqrt().item()) for j in range(d)) / d
+    c = sum(torch.outer(row, row) for row in z - z.mean(0)) / (n - 1)
+    covariance = sum(c[i, j] ** 2 for i in range(d) for j in range(d) if i != j) / d
+    assert terms["variance"].item() == pytest.approx(variance, abs=1e-6)
+    assert torch.allclose(terms["covariance"], covariance, atol=1e-6)
+    assert torch.allclose(total, 2 * terms["variance"] + 0.5 * terms["covariance"])
+    assert not any(term.requires_grad for term in terms.values())
+
+
+def test_vicreg_revives_collapsed_features() -> None:
+    """Gradient descent on the regularizer alone spreads nearly identical features over all dimensions."""
+    from hjepa.collapse import effective_rank
+
+    z = torch.nn.Parameter(torch.ones(64, 8) + 1e-2 * torch.randn(64, 1, generator=torch.Generator().manual_seed(0)))
+    z.data += 1e-4 * torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    before = effective_rank((z - z.mean(0)).detach())
+    optimizer = torch.optim.Adam([z], lr=0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        VarianceCovariance(1.0, 0.04)(Output([], z))[0].backward()
+        optimizer.step()
+    assert before < 1.5
+    assert effective_rank((z - z.mean(0)).detach()) > 7
+
+
+def test_objective_is_the_sum_and_names_the_prediction() -> None:
+    out = output()
+    loss, regularizer = MSE(), VarianceCovariance(1.0, 0.04)
+    total, terms = Objective(loss, regularizer)(out)
+    assert torch.allclose(total, loss(out)[0] + regularizer(out)[0])
+    assert torch.allclose(terms["prediction"], loss(out)[0])
+    assert torch.equal(Objective(loss, None)(out)[0], loss(out)[0])

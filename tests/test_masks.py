@@ -41,7 +41,12 @@ def check_contract(masks: Masks, grid: int, pools: list[int], batch: int) -> Non
 
 @pytest.mark.parametrize("kind", SAMPLERS)
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(grid=st.integers(4, 32), pools=st.sampled_from([[1], [1, 2], [1, 2, 4], [1, 1]]), batch=st.integers(1, 9), seed=st.integers(0, 2**31))
+@given(
+    grid=st.integers(4, 32),
+    pools=st.sampled_from([[1], [1, 2], [1, 2, 4], [1, 1]]),
+    batch=st.integers(1, 9),
+    seed=st.integers(0, 2**31),
+)
 def test_contract(kind: str, grid: int, pools: list[int], batch: int, seed: int) -> None:
     grid -= grid % max(pools)
     if grid // max(pools) < 2:

@@ -91,7 +91,7 @@ class CollapsingLoss(MSE):
 
     def __call__(self, output):
         total, terms = super().__call__(output)
-        pooled = output.tokens.mean(1)
+        pooled = output.features
         return total + 100 * pooled.var(0).mean(), terms
 
 
@@ -114,8 +114,15 @@ def test_a_collapsed_run_is_called_collapsed_within_an_epoch(run, tmp_path, caps
 
 
 def test_stop_on_collapse_ends_the_run(run, tmp_path, collapsing) -> None:
-    with pytest.raises(UserError, match="collapsed at step 36 .*collapse"):
-        run(*COLLAPSE, "train.epochs=3", "name=c", "train.stop_on_collapse=true", "teacher.momentum.start=0.5", "teacher.momentum.end=0.5")
+    with pytest.raises(UserError, match=r"collapsed at step 36 .*collapse"):
+        run(
+            *COLLAPSE,
+            "train.epochs=3",
+            "name=c",
+            "train.stop_on_collapse=true",
+            "teacher.momentum.start=0.5",
+            "teacher.momentum.end=0.5",
+        )
 
 
 def test_probing_does_not_disturb_training(run, tmp_path) -> None:
@@ -141,8 +148,14 @@ def test_constant_vector_loss_is_beside_the_held_out_loss(run, tmp_path) -> None
     [({"every": 0}, "probe.every=0"), ({"penalties": []}, "penalties"), ({"temperature": 0.0}, "temperature")],
 )
 def test_impossible_probes_are_refused(options, word) -> None:
-    usual = {"every": 1, "train_images": 10, "validation_images": 10, "neighbours": 5, "temperature": 0.1, "penalties": [0.1], "batch_size": 8}
+    usual = {
+        "every": 1,
+        "train_images": 10,
+        "validation_images": 10,
+        "neighbours": 5,
+        "temperature": 0.1,
+        "penalties": [0.1],
+        "batch_size": 8,
+    }
     with pytest.raises(UserError, match=word):
         Probe(**(usual | options))
-
-

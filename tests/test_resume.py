@@ -16,7 +16,13 @@ from hjepa.checkpoint import Checkpoints, best_rank, read, write_atomically
 from hjepa.errors import UserError
 from tests.conftest import ROOT, TINY, launch
 
-LONG = ("train.epochs=4", "train.log_every=3", "probe.every=2", "checkpoint.every_seconds=0.01", "model.encoder.drop_path=0.1")
+LONG = (
+    "train.epochs=4",
+    "train.log_every=3",
+    "probe.every=2",
+    "checkpoint.every_seconds=0.01",
+    "model.encoder.drop_path=0.1",
+)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from hjepa.errors import UserError
 from hjepa.meter import Meter
 from hjepa.schedules import Constant, Cosine, Linear
 from hjepa.teacher import EMA
-from tests.conftest import TINY, assemble, trainer
+from tests.conftest import assemble, trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,7 +77,7 @@ def test_teacher_moves_once_per_step_after_the_update(accumulate: int) -> None:
 def test_accumulation_equals_the_large_batch() -> None:
     results = []
     for accumulate in (1, 4):
-        t = trainer(f"train.accumulate={accumulate}", "schedule.lr.warmup_epochs=0", "optimizer.eps=1e-3")
+        t = trainer(f"train.accumulate={accumulate}", "schedule.lr.warmup_epochs=0", "optimizer.eps=1e-3", "regularizer=none")
         terms = [t.step(*t.batch(i), i) for i in range(3)]
         results.append(([p.detach() for p in t.model.parameters()], terms))
     (weights, terms), (split_weights, split_terms) = results
@@ -97,12 +97,12 @@ def test_same_seed_same_bits_other_seed_other_bits() -> None:
 
 
 def test_an_epoch_visits_every_image_once() -> None:
-    t = trainer("train.batch_size=27")  # divides the 216 training images
-    assert t.steps_per_epoch == 8
+    t = trainer("train.batch_size=44")
+    assert len(t.images) == 220 == 5 * 44
     for epoch in range(2):
-        seen = torch.cat([t.indices(epoch * 8 + i) for i in range(8)])
-        assert torch.equal(seen.sort().values, torch.arange(216))
-    assert not torch.equal(t.indices(0), t.indices(8))
+        seen = torch.cat([t.indices(epoch * 5 + i) for i in range(5)])
+        assert torch.equal(seen.sort().values, torch.arange(220))
+    assert not torch.equal(t.indices(0), t.indices(5))
 
 
 def test_weight_decay_spares_norms_biases_and_tokens() -> None:
@@ -167,19 +167,19 @@ def test_nan_stops_the_run_with_the_batch_and_a_good_checkpoint(run, tmp_path, m
     monkeypatch.setattr(Trainer, "step", counted)
     monkeypatch.setattr(SmoothL1, "distance", lambda self, p, t: original(self, p, t) * (math.nan if now["step"] == 12 else 1))
     with pytest.raises(UserError, match=r"step 12 is not finite.*\[\d+, \d+"):
-        run("name=nan")
-    state = torch.load(tmp_path / "default" / "nan" / "checkpoints" / "latest.pt", weights_only=True)
+        run("name=nan_")
+    state = torch.load(tmp_path / "default" / "nan_" / "checkpoints" / "latest.pt", weights_only=True)
     assert state["step"] == 9, "the end of the first epoch"
     assert all(v.isfinite().all() for v in state["model"].values())
     import json
 
-    assert json.loads((tmp_path / "default" / "nan" / "summary.json").read_text())["status"] == "failed"
+    assert json.loads((tmp_path / "default" / "nan_" / "summary.json").read_text())["status"] == "failed"
 
 
 @pytest.mark.parametrize(
     ("override", "word"),
     [
-        ("train.batch_size=5000", "train.batch_size=5000: expected 1 to 216"),
+        ("train.batch_size=5000", "train.batch_size=5000: expected 1 to 220"),
         ("train.accumulate=5", "train.accumulate=5 does not divide"),
         ("train.steps=4", "set one to at least 1 and the other to null"),
         ("train.epochs=0", "set one to at least 1"),
@@ -193,7 +193,8 @@ def test_impossible_lengths_are_refused(override: str, word: str) -> None:
 
 def test_every_group_option_takes_a_step() -> None:
     for override in (
-        *(f"levels={x}" for x in ("flat", "pyramid", "depth", "summary")),
+        *(f"levels={x}" for x in ("flat", "pyramid", "depth", "summary", "pyramid_summary")),
+        *(f"regularizer={x}" for x in ("none", "vicreg")),
         *(f"masking={x}" for x in ("multiblock", "block", "random", "hierarchical", "partition")),
         *(f"loss={x}" for x in ("smooth_l1", "mse", "cosine")),
         *(f"schedule={x}" for x in ("cosine", "linear", "constant")),
@@ -201,4 +202,3 @@ def test_every_group_option_takes_a_step() -> None:
         t = trainer(override)
         terms = t.step(*t.batch(1), 1)
         assert all(value.isfinite() for value in terms.values()), override
-    assert TINY

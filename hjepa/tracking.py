@@ -68,6 +68,7 @@ class MLflow(NoTracking):
             import mlflow
         except ImportError:
             raise UserError("tracking=mlflow needs the package mlflow; pip install mlflow, or use tracking=none.") from None
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         self.mlflow = mlflow
         self.client = mlflow.MlflowClient(self.uri)
 

@@ -72,7 +72,9 @@ class Dataset(ABC):
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> float32, zero mean and unit variance over the dataset."""
-        return (images.float() - self.mean.to(images.device)) / self.std.to(images.device)
+        if self.mean.device != images.device:
+            self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        return (images.float() - self.mean) / self.std
 
     def train_and_validation(self) -> tuple[Split, Split]:
         """The training split without and the part of it that is held out; the same parts for every seed of a run."""
@@ -100,7 +102,7 @@ def stratified(labels: Tensor, share: float) -> Tensor:
 
 
 class Shapes(Dataset):
-    """The embedded procedural dataset (see `hjepa.shapes`): labels `whole` (arrangement) and `part` (kind of shape).
+    """The embedded procedural dataset (see `hjepa.shapes`): labels `part` (kind of shape) and `whole` (arrangement).
 
     Args:
         train, test: numbers of images; data_seed: what they are drawn from.
@@ -114,11 +116,13 @@ class Shapes(Dataset):
 
     def load(self, split: Literal["train", "test"]) -> Split:
         seed = 2 * self.data_seed + (split == "test")
-        return Split(*generate(self.sizes[split], self.image_size, seed))
+        images, labels = generate(self.sizes[split], self.image_size, seed)
+        return Split(images, {name: labels[name] for name in ("part", "whole")})
 
 
 class ImageFolder(Dataset):
-    """JPEG, PNG or other images in `root/train/<class>/` and `root/test/<class>/`, or in `root/<class>/` without a test split.
+    """JPEG, PNG or other images in `root/train/<class>/` and `root/test/<class>/`, or in `root/<class>/` without a test split;
+    images outside class folders have no labels.
 
     Args:
         root: the folder.
@@ -163,7 +167,8 @@ class ImageFolder(Dataset):
         keep = torch.ones(len(files), dtype=torch.bool)
         keep[[i for i, _ in bad]] = False
         labels = torch.tensor([label for _, label in files])
-        return Split(images[keep] if bad else images, {"class": labels[keep]})
+        images, labels = (images[keep], labels[keep]) if bad else (images, labels)
+        return Split(images, {"class": labels} if labels.max() >= 0 else {})
 
     def report_corrupt(self, total: int, bad: list[str]) -> None:
         """Warn about unreadable images, or refuse when they are more than the tolerated share."""
@@ -177,12 +182,13 @@ class ImageFolder(Dataset):
 
 
 def list_images(folder: Path) -> list[tuple[str, int]]:
-    """(path, class index) of every image in the class folders, sorted; refuses folders without classes or images."""
+    """(path, class index) of every image in the class folders, sorted; class -1 for images outside class folders."""
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    loose = any(p.suffix.lower() in IMG_EXTENSIONS for p in folder.iterdir() if p.is_file())
+    loose = sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in IMG_EXTENSIONS)
+    if loose and not classes:
+        return [(path, -1) for path in loose]
     if not classes:
-        found = "images but no class folders, so no labels for the probes" if loose else "neither images nor class folders"
-        raise UserError(f"{folder} holds {found}; expected one folder of images per class, as in {folder}/<class>/*.jpg.")
+        raise UserError(f"{folder} holds neither images nor class folders; expected {folder}/<class>/*.jpg.")
     files: list[tuple[str, int]] = make_dataset(
         str(folder), {name: i for i, name in enumerate(classes)}, IMG_EXTENSIONS, allow_empty=True
     )

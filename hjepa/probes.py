@@ -48,7 +48,7 @@ class Probe:
     def choose(self, train: Split, validation: Split) -> tuple[Split, Split]:
         """The labelled images that the probe uses, a fixed random choice."""
         if not train.labels:
-            raise UserError("The probes need labels and the dataset has none; use probe=none.")
+            raise UserError("The images have no labels, which the probes need; sort them into class folders or use probe=none.")
         return subset(train, self.train_images), subset(validation, self.validation_images)
 
     def __call__(

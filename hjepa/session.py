@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from hjepa.assemble import assemble
 from hjepa.checkpoint import Checkpoints
-from hjepa.config import Config, build, flatten, identity
+from hjepa.config import Config, build, fingerprint, flatten, identity
 from hjepa.errors import UserError
 from hjepa.folder import Record, RunFolder
 from hjepa.plots import plot_curves, plot_masks
@@ -98,7 +98,7 @@ class Session:
             self.config["experiment_name"],
             file.read_text() if file.exists() else None,
             {**flatten(self.config), **flatten(counts, "parameters")},
-            git_state(),
+            git_state() | {"config": fingerprint(self.config)},
         )
         if self.run_id:
             self.folder.write("run_id", self.run_id)

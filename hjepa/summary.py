@@ -9,6 +9,8 @@ from hjepa.config import Config
 from hjepa.trainer import Parts, Trainer
 from hjepa.watch import Watch
 
+PROBES = {"linear": "linear probe", "knn": "k-NN"}
+
 
 @cache
 def git_state() -> dict[str, str]:
@@ -42,6 +44,7 @@ def summarise(
         "steps": trainer.done,
         "epochs": trainer.done / trainer.steps_per_epoch,
         "seconds": trainer.seconds,
+        "watch_seconds": watch.seconds,
         "peak_memory_mb": parts.hardware.peak_memory_mb(),
         "parameters": parts.model.parameter_counts(),
         "device": parts.hardware.describe(),
@@ -57,18 +60,17 @@ def tell(summary: dict[str, Any], folder: Path, how_to_look: str | None) -> None
     if summary["status"] == "collapsed":
         print(f"The run COLLAPSED: {summary['reason']}.")
     now, before = summary["probe"], summary["untrained"]
-    names = {"linear": "linear probe", "knn": "k-NN"}
-    for key, name in names.items():
-        if key in now:
-            gain = 100 * (now[key] - before[key])
-            word = "better" if gain >= 0 else "WORSE"
+    for key, score in now.items():
+        kind, _, label = key.partition("_")
+        if kind in PROBES:
+            gain = 100 * (score - before[key])
             print(
-                f"{name:>12}: {now[key]:6.1%} of the validation images right, untrained network {before[key]:6.1%}: "
-                f"{abs(gain):.1f} points {word}"
+                f"{PROBES[kind] + (f' ({label})' if label else ''):>20}: {score:6.1%} of the validation images right, "
+                f"untrained network {before[key]:6.1%}: {abs(gain):.1f} points {'better' if gain >= 0 else 'WORSE'}"
             )
     print(
         f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s, "
-        f"peak memory {summary['peak_memory_mb']:.0f} MB"
+        f"peak memory {summary['peak_memory_mb']:.0f} MB; probes and collapse watch took {summary['watch_seconds']:.0f} s"
     )
     if how_to_look:
         print(f"Look at it in MLflow: {how_to_look}")

@@ -70,7 +70,7 @@ class MLflow(NoTracking):
             raise UserError("tracking=mlflow needs the package mlflow; pip install mlflow, or use tracking=none.") from None
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self.mlflow = mlflow
-        self.client = mlflow.MlflowClient(self.uri)
+        self.client: Any = None  # its constructor already creates the database
 
     def attempt(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
         """Call; after the first fault warn once and call no more."""
@@ -94,20 +94,22 @@ class MLflow(NoTracking):
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / ".mlflow.lock").open("w") as lock:  # two first users of a fresh database would break it
             fcntl.flock(lock, fcntl.LOCK_EX)
+            self.client = self.mlflow.MlflowClient(self.uri)
             self.experiment_id = self.find_experiment(experiment)
-        known = run_id or self.find_run(folder)
+        tags = tags | {"run_folder": str(folder)}
+        known = run_id or self.find_run(tags)
         self.mlflow.end_run()  # of an earlier job in this process
         run = self.mlflow.start_run(
             run_id=known,
             experiment_id=self.experiment_id,
             run_name=folder.name,
-            tags=tags | {"run_folder": str(folder)},
+            tags=tags,
             log_system_metrics=self.system_metrics,
         )
         self.run_id = str(run.info.run_id)
         if known:
             self.learn_sent(run.data.metrics)
-        else:
+        if not run.data.params:
             self.log_params(params)
         return self.run_id
 
@@ -119,11 +121,10 @@ class MLflow(NoTracking):
         local = str(self.root / "mlartifacts") if self.uri.startswith("sqlite") else None
         return str(self.client.create_experiment(name, artifact_location=local))
 
-    def find_run(self, folder: Path) -> str | None:
-        """A run of this folder that is not finished: a crash may have come before its id was written down."""
-        runs = self.client.search_runs(
-            [self.experiment_id], f"tags.run_folder = '{folder}' and attributes.status != 'FINISHED'", max_results=1
-        )
+    def find_run(self, tags: dict[str, str]) -> str | None:
+        """A run of this folder and config that still counts as running: a crash may have come before its id was kept."""
+        same = " and ".join(f"tags.{key} = '{tags[key]}'" for key in ("run_folder", "config") if key in tags)
+        runs = self.client.search_runs([self.experiment_id], f"{same} and attributes.status = 'RUNNING'", max_results=1)
         return str(runs[0].info.run_id) if runs else None
 
     def learn_sent(self, latest: dict[str, float]) -> None:

@@ -1,6 +1,8 @@
 """What a run measures of itself besides the loss it minimises: held-out loss, collapse watch, probes, the untrained network."""
 
 import logging
+import time
+from typing import Any
 
 import torch
 
@@ -16,6 +18,7 @@ from hjepa.rng import generator
 log = logging.getLogger(__name__)
 HELD_OUT = 512  # validation images for the held-out loss and the collapse watch
 PART = 64  # images per forward pass
+STATE = ("untrained", "untrained_spread", "latest", "collapsed", "seconds")
 
 Scores = dict[str, float]
 
@@ -46,15 +49,20 @@ class Watch:
         self.untrained: Scores = {}
         self.latest: Scores = {}
         self.collapsed: str | None = None
+        self.seconds = 0.0
 
     def begin(self) -> Scores:
         """Measure the untrained network: the baseline of everything later."""
+        began = time.perf_counter()
         self.untrained_spread = self.spreads()["teacher"]
         self.untrained = self.latest = self.scores()
-        return {**self.held_out_loss(), **named("teacher", self.untrained_spread), **named("probe", self.untrained)}
+        measured = {**self.held_out_loss(), **named("teacher", self.untrained_spread), **named("probe", self.untrained)}
+        self.seconds += time.perf_counter() - began
+        return measured
 
     def epoch(self, probe_now: bool) -> Scores:
         """Measure at the end of an epoch; a collapse is put in words and warned about."""
+        began = time.perf_counter()
         spreads = self.spreads()
         measured = self.held_out_loss()
         for who, figures in spreads.items():
@@ -67,6 +75,7 @@ class Watch:
         if probe_now and self.probe:
             self.latest = self.scores()
             measured |= named("probe", self.latest) | named("untrained", self.untrained)
+        self.seconds += time.perf_counter() - began
         return measured
 
     def scores(self) -> Scores:
@@ -93,13 +102,14 @@ class Watch:
         self.model.train(training)
         return {"validation/loss": sums[0].item(), "validation/constant_loss": sums[1].item()}
 
-    def state(self) -> dict[str, Scores]:
+    def state(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"untrained": self.untrained, "untrained_spread": self.untrained_spread, "latest": self.latest}
+        return {key: getattr(self, key) for key in STATE}
 
-    def restore(self, state: dict[str, Scores]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
-        self.untrained, self.untrained_spread, self.latest = (state[key] for key in ("untrained", "untrained_spread", "latest"))
+        for key in STATE:
+            setattr(self, key, state[key])
 
 
 def named(prefix: str, figures: Scores) -> Scores:

@@ -54,10 +54,15 @@ def run(tmp_path: Path) -> Callable[..., float | None]:
     """Run a tiny config with further overrides in this process, under `tmp_path`."""
     from hjepa.run import run as run_config
 
-    return lambda *overrides: run_config(compose(*TINY, f"output_root={tmp_path}", *overrides))
+    def tiny(*overrides: str) -> float | None:
+        own_data = any(o.startswith("dataset=") for o in overrides)
+        options = [o for o in TINY if not (own_data and o.startswith("dataset."))]
+        return run_config(compose(*options, f"output_root={tmp_path}", *overrides))
+
+    return tiny
 
 
-def launch(*overrides: str, cwd: Path = ROOT, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+def launch(*overrides: str, cwd: Path = ROOT, timeout: float = 500, **env: str) -> subprocess.CompletedProcess[str]:
     """`python launch.py ...` as a user types it."""
     return subprocess.run(
         [sys.executable, str(ROOT / "launch.py"), *overrides],

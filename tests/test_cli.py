@@ -18,6 +18,7 @@ GROUPS = (
     "levels",
     "masking",
     "loss",
+    "regularizer",
     "teacher",
     "optimizer",
     "schedule",
@@ -81,7 +82,7 @@ def test_config_errors_are_said_before_torch_is_imported(tmp_path: Path, overrid
         (["model.patch_size=5"], "model.patch_size=5 does not divide dataset.image_size=32"),
         (["levels.pool=[1,8]"], "does not fit a grid of 8x8"),
         (["levels.depth=[1.0]"], "one entry per level"),
-        (["masking.target_scale=[0.5,0.6]"], "leave no context"),
+        (["masking=multiblock", "masking.target_scale=[0.5,0.6]"], "leave no context"),
         (["masking=partition", "masking.num_parts=7"], "masking.num_parts=7"),
         (["model.encoder.heads=5"], "heads=5"),
         (["hardware=m1_max"], "this machine has no mps device"),
@@ -92,7 +93,7 @@ def test_config_errors_are_said_before_torch_is_imported(tmp_path: Path, overrid
         (["train.batch_size=100000"], "train.batch_size=100000"),
         (["dataset=image_folder", "dataset.root=/nowhere"], "/nowhere is not a folder"),
         (["dataset.train=5"], "leaves no image"),
-        (["dataset.image_size=8"], "at least 16 pixels"),
+        (["dataset.image_size=8", "model.patch_size=1"], "at least 16 pixels"),
         (["checkpoint.every_seconds=0"], "checkpoint.every_seconds"),
         (["output_root=/dev/null/x"], "cannot be written"),
     ],
@@ -141,7 +142,7 @@ def test_unlabelled_folder_trains_without_probes_and_is_refused_with_them(run, t
     strip = [o for o in TINY if not o.startswith(("dataset.", "probe."))] + [f"output_root={tmp_path}/out"]
     from hjepa.run import run as run_config
 
-    with pytest.raises(UserError, match="no class folders"):
+    with pytest.raises(UserError, match="no labels, which the probes need"):
         run_config(compose(*strip, *data))
     assert run_config(compose(*strip, *data, "probe=none", "name=r")) is None
     assert json.loads((tmp_path / "out" / "default" / "r" / "summary.json").read_text())["status"] == "finished"

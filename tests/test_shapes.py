@@ -99,7 +99,7 @@ def test_same_scene_at_any_size() -> None:
     large, large_labels = shapes.generate(100, 64, seed=5)
     assert all(torch.equal(labels[name], large_labels[name]) for name in LABELS)
     reduced = torch.nn.functional.avg_pool2d(large.float(), 2)
-    assert (reduced - small.float()).abs().mean() < 5  # of 255; the pixel noise alone makes about 2
+    assert (reduced - small.float()).abs().mean() < 8  # of 255; the pixel noise alone makes about 6
 
 
 @pytest.mark.parametrize(("count", "size", "seed"), [(0, 32, 0), (10, 15, 0), (10, 32, -1)])

@@ -73,5 +73,5 @@ def tell(summary: dict[str, Any], folder: Path, how_to_look: str | None) -> None
         f"peak memory {summary['peak_memory_mb']:.0f} MB; probes and collapse watch took {summary['watch_seconds']:.0f} s"
     )
     if how_to_look:
-        print(f"Look at it in MLflow: {how_to_look}")
+        print(f"To look at it in MLflow, type\n  {how_to_look}")
     print(f"Run folder: {folder}")

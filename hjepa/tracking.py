@@ -7,6 +7,7 @@ posts from a thread of its own. A tracking fault never stops training: the user 
 import fcntl
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -171,5 +172,9 @@ class MLflow(NoTracking):
 
     def how_to_look(self) -> str | None:
         if not self.uri.startswith("sqlite"):
-            return f"open {self.uri}"
-        return f"mlflow server --backend-store-uri {self.uri} --host 127.0.0.1 --port 5000 --workers 1"
+            return f"the address {self.uri} into a browser"
+        return (
+            f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {sys.executable} -m mlflow server --backend-store-uri {self.uri} "
+            f"--host 127.0.0.1 --port 5000 --workers 1\n  and open "
+            f"http://127.0.0.1:5000/#/experiments/{self.experiment_id}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+        )

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["HJEPA_ROOT"] = str(ROOT)
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 
 # A run of a few seconds: a small ViT on few images.
 TINY = (

@@ -12,7 +12,7 @@ from torch import Tensor
 
 def effective_rank(features: Tensor) -> float:
     """RankMe (Garrido et al. 2023, eq. 3): exp of the entropy of the singular values of [N, D], from 1 to min(N, D)."""
-    singular = torch.linalg.svdvals(features.double().cpu())
+    singular = torch.linalg.svdvals(features.cpu().double())  # Apple GPUs have no float64
     share = singular / singular.sum().clamp(min=1e-12) + 1e-7
     return torch.exp(-(share * share.log()).sum()).item()
 

@@ -32,7 +32,7 @@ GROUPS = (
 
 
 def options(group: str) -> list[str]:
-    return sorted(p.stem for p in (ROOT / "conf" / group).glob("*.yaml") if p.stem != "common")
+    return sorted(p.stem for p in (ROOT / "conf" / group).glob("*.yaml") if not p.stem.startswith("_"))
 
 
 @pytest.mark.parametrize("override", [f"{group}={option}" for group in GROUPS for option in options(group)])

@@ -15,7 +15,7 @@ from hjepa.masks import Masks
 
 Record = dict[str, Any]
 PANELS = {
-    "loss": ("train/loss", "validation/loss", "validation/constant_loss"),
+    "prediction loss": ("train/prediction", "validation/loss", "validation/constant_loss"),
     "probe accuracy": ("probe/linear", "probe/knn"),
     "variation across images": ("teacher/variation", "student/variation"),
     "effective rank": ("probe/rankme", "teacher/rank", "student/rank"),

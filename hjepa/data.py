@@ -207,7 +207,7 @@ def read_image(path: str, size: int) -> np.ndarray | str:
         return str(error).replace(path, "").strip(" :'") or type(error).__name__
     if image.size != (size, size):
         image = TF.center_crop(TF.resize(image, size, antialias=True), [size, size])
-    return np.asarray(image)
+    return np.array(image)
 
 
 class Torchvision(Dataset):

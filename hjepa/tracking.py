@@ -65,6 +65,7 @@ class MLflow(NoTracking):
         self.posts: list[Future[None]] = []
         self.thread = ThreadPoolExecutor(max_workers=1)
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the usual 7 hold a run up for minutes
         try:
             import mlflow
         except ImportError:
@@ -91,7 +92,10 @@ class MLflow(NoTracking):
 
     def open(self, folder: Path, experiment: str, run_id: str | None, params: dict[str, Any], tags: dict[str, str]) -> str:
         """Find or create experiment and run; learn what the server already has."""
+        before = os.environ.get("MLFLOW_TRACKING_URI")
         self.mlflow.set_tracking_uri(self.uri)
+        if before is None:  # MLflow writes it to the environment, where the next job of a sweep would find it
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / ".mlflow.lock").open("w") as lock:  # two first users of a fresh database would break it
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -5,13 +5,14 @@ Each schedule warms up linearly from 0 over its first steps (`warmup_epochs` or 
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from hjepa.errors import UserError
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(ABC):
     """Shape of a value over a run; subclasses say how far it has come after a share of the way.
 
     Args:
@@ -32,9 +33,9 @@ class Schedule:
         if self.warmup_epochs < 0 or self.warmup_steps < 0:
             raise UserError(f"A warm-up of {self.warmup_epochs} epochs, {self.warmup_steps} steps cannot be negative.")
 
+    @abstractmethod
     def progress(self, share: float) -> float:
         """How far from `start` (0) to `end` (1) the value is after `share` of the way."""
-        raise NotImplementedError
 
     def __call__(self, steps: int, steps_per_epoch: int) -> list[float]:
         """The value of each of `steps` optimizer steps."""

@@ -33,7 +33,8 @@ def plot_curves(records: list[Record], path: Path) -> None:
                 if key.startswith("probe/"):
                     axis.axhline(points[0][1], color=f"C{color}", linestyle=":", label=f"untrained {key.removeprefix('probe/')}")
         axis.set(title=title, xlabel="optimizer step")
-        axis.legend(fontsize=7)
+        if axis.lines:
+            axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

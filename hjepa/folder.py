@@ -21,6 +21,15 @@ from hjepa.errors import UserError
 Record = dict[str, Any]
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Refuse a place where nothing can be written, before any work."""
+    there = path
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"The folder {path} cannot be written ({there} is in the way); set output_root to a folder that can.")
+
+
 class RunFolder:
     """A run's folder; nothing is written before `claim`.
 
@@ -32,17 +41,7 @@ class RunFolder:
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         self.path, self.config = path, config
         self.lock: IO[str] | None = None
-        self.refuse_unwritable()
-
-    def refuse_unwritable(self) -> None:
-        """Refuse a place where nothing can be written, before any work."""
-        there = self.path
-        while not there.exists() and there != there.parent:
-            there = there.parent
-        if not (there.is_dir() and os.access(there, os.W_OK)):
-            raise UserError(
-                f"The run folder {self.path} cannot be written ({there} is in the way); set output_root to a folder that can."
-            )
+        refuse_unwritable(path)
 
     def refuse_other_config(self) -> None:
         """Refuse a folder that holds a run of another config, naming what differs."""

@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from hjepa.encoder import init_xavier
+from hjepa.encoder import LeanMlp, init_xavier
 from hjepa.errors import UserError
 from hjepa.positions import grid_centres, sincos
 
@@ -35,7 +35,7 @@ class Predictor(nn.Module):
         self.joint = joint
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_tokens = nn.Parameter(torch.randn(len(pools), dim) * 0.02)
-        self.blocks = nn.Sequential(*(Block(dim, heads, qkv_bias=True) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(dim, heads, qkv_bias=True, mlp_layer=LeanMlp) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
         self.heads = nn.ModuleList(nn.Linear(dim, encoder_dim) for _ in pools)
         for level, pool in enumerate(pools):

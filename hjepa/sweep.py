@@ -1,11 +1,16 @@
 """The end of a multirun: one table of all its jobs, the failed ones with their reasons."""
 
 import atexit
+import sys
+from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+
+from hjepa.errors import UserError
+from hjepa.folder import refuse_unwritable
 
 
 class SweepTable(Callback):
@@ -15,6 +20,10 @@ class SweepTable(Callback):
         self.rows: list[tuple[str, str, str]] = []
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            refuse_unwritable(Path(config.hydra.sweep.dir).expanduser().absolute())
+        except UserError as error:
+            sys.exit(str(error))  # Hydra would only warn of any other exception here, and fail later
         atexit.register(self.print_table)  # Hydra does not call on_multirun_end when a job failed
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:

@@ -16,7 +16,7 @@ from hjepa.probes import Probe, extract
 from hjepa.rng import generator
 
 log = logging.getLogger(__name__)
-HELD_OUT = 512  # validation images for the held-out loss and the collapse watch
+HELD_OUT = 256  # validation images for the held-out loss and the collapse watch
 PART = 64  # images per forward pass
 STATE = ("untrained", "untrained_spread", "latest", "collapsed", "seconds")
 

@@ -111,6 +111,13 @@ def test_what_does_not_fit_is_refused_before_work_starts(run, tmp_path: Path, ov
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
+def test_sweep_into_an_unwritable_folder_as_typed() -> None:
+    result = launch("--multirun", *TINY, "output_root=/dev/null/x", "seed=0,1")
+    assert result.returncode == 1
+    assert "/dev/null is in the way" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_missing_device_as_typed(tmp_path: Path) -> None:
     result = launch(
         "model=vit_small", "hardware=m1_max", "hardware.device=cuda", f"output_root={tmp_path}", CUDA_VISIBLE_DEVICES=""

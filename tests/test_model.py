@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from hjepa.encoder import Encoder, patchify
+from hjepa.encoder import Encoder, LeanMlp, patchify
 from hjepa.errors import UserError
 from tests.conftest import assemble
 
@@ -179,6 +179,27 @@ def test_activation_checkpointing_changes_nothing() -> None:
         parts.objective(parts.model(images, masks))[0].backward()
         grads.append([p.grad for p in parts.model.student.parameters() if p.grad is not None])
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads, strict=True))
+
+
+def test_lean_mlp_is_timms_with_less_kept_for_the_backward_pass() -> None:
+    torch.manual_seed(0)
+    lean, plain = LeanMlp(8, 32), timm.layers.Mlp(8, 32)
+    plain.load_state_dict(lean.state_dict())
+    x, grads, kept = torch.randn(5, 8), [], []
+    for mlp in (lean, plain):
+        leaf, sizes = x.clone().requires_grad_(), {}
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = mlp(leaf)
+        out.square().sum().backward()
+        grads.append([out, leaf.grad, *(p.grad for p in mlp.parameters())])
+        kept.append(sum(sizes.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert kept[0] <= kept[1] - 5 * 32, "the activation's output is not kept"
 
 
 def test_parameter_counts_add_up() -> None:

@@ -66,38 +66,55 @@ class Cosine(PredictionLoss):
         return 1 - F.cosine_similarity(prediction, target, dim=-1).mean()
 
 
-class VarianceCovariance:
-    """VICReg's variance and covariance terms (Bardes et al. 2022, eq. 1-4) on the student's pooled features, as in C-JEPA
-    (Mo & Tong 2024): every dimension keeps a standard deviation of at least 1 over the batch, and no two are redundant.
+class VICReg:
+    """VICReg (Bardes et al. 2022, eq. 1-5) on the student's pooled features, as in C-JEPA (Mo & Tong 2024): every dimension
+    keeps a standard deviation of at least 1 over the batch, no two are redundant, and the contexts of an image agree.
 
     The statistics are those of the part of the batch that is computed at once (see `train.accumulate`).
 
     Args:
-        variance, covariance: weights of the two terms.
+        variance, invariance, covariance: weights of the terms; there is no invariance term with one context per image.
     """
 
-    def __init__(self, variance: float, covariance: float) -> None:
-        if min(variance, covariance) < 0:
-            raise UserError(f"regularizer.variance={variance} and regularizer.covariance={covariance} must not be negative.")
-        self.variance, self.covariance = variance, covariance
+    def __init__(self, variance: float, invariance: float, covariance: float) -> None:
+        if min(variance, invariance, covariance) < 0:
+            raise UserError(
+                f"regularizer.variance={variance}, invariance={invariance} and covariance={covariance} must not be negative."
+            )
+        self.weights = {"variance": variance, "invariance": invariance, "covariance": covariance}
 
     def __call__(self, output: "Output") -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum and the two terms, unweighted and detached."""
+        """The weighted sum and the terms, unweighted and detached."""
         features = output.features.float()
-        rows, dimensions = features.shape
-        centred = features - features.mean(0)
-        covariance = centred.T @ centred / (rows - 1)
-        diagonal = covariance.diagonal()
-        variance = F.relu(1 - (diagonal + 1e-4).sqrt()).mean()
-        redundancy = (covariance.square().sum() - diagonal.square().sum()) / dimensions
-        total = self.variance * variance + self.covariance * redundancy
-        return total, {"variance": variance.detach(), "covariance": redundancy.detach()}
+        terms = {"variance": hinge_variance(features), "covariance": redundancy(features)}
+        if features.shape[1] > 1:
+            terms["invariance"] = disagreement(features)
+        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        return total, {name: term.detach() for name, term in terms.items()}
+
+
+def hinge_variance(features: Tensor) -> Tensor:
+    """Mean over views and dimensions of how far the standard deviation of [B, V, D] over the batch is below 1."""
+    return F.relu(1 - (features.var(0) + 1e-4).sqrt()).mean()
+
+
+def redundancy(features: Tensor) -> Tensor:
+    """Squared covariances between different dimensions of [B, V, D], summed, over D; the mean over views."""
+    centred = (features - features.mean(0)).transpose(0, 1)
+    covariance = centred.mT @ centred / (centred.shape[1] - 1)
+    diagonal = covariance.diagonal(dim1=1, dim2=2)
+    return (covariance.square().sum() - diagonal.square().sum()) / features[0].numel()
+
+
+def disagreement(features: Tensor) -> Tensor:
+    """Mean squared difference between two views of an image, over all pairs of the V views of [B, V, D]."""
+    return 2 * features.var(1).mean()
 
 
 class Objective:
     """What is minimised: the prediction loss plus the regularizer, if any."""
 
-    def __init__(self, loss: PredictionLoss, regularizer: VarianceCovariance | None) -> None:
+    def __init__(self, loss: PredictionLoss, regularizer: VICReg | None) -> None:
         self.loss, self.regularizer = loss, regularizer
 
     def __call__(self, output: "Output") -> tuple[Tensor, dict[str, Tensor]]:

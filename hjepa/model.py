@@ -25,7 +25,7 @@ class LevelOutput:
 
 @dataclass(frozen=True)
 class Output:
-    """What an objective sees: every level, and the student's pooled features [B*C, D] (2D with summary tokens)."""
+    """What an objective sees: every level, and the student's pooled features [B, C, D] (2D with summary tokens)."""
 
     levels: list[LevelOutput]
     features: Tensor
@@ -80,7 +80,7 @@ class HJEPA(nn.Module):
             summary = tokens[:, : self.student.summary_tokens]
             guess = self.predictor(summary, None, masks.targets[:1])[0]
             outputs.append(LevelOutput("summary", self.levels.summary, guess, targets[0]))
-        return Output(outputs, self.student.pooled(tokens))
+        return Output(outputs, self.student.pooled(tokens).unflatten(0, masks.context.shape[:2]))
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters: total, trainable, and of every part."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hjepa.errors import UserError
-from hjepa.losses import MSE, Cosine, Objective, PredictionLoss, SmoothL1, VarianceCovariance
+from hjepa.losses import MSE, Cosine, Objective, PredictionLoss, SmoothL1, VICReg
 from hjepa.model import LevelOutput, Output
 
 
@@ -19,7 +19,7 @@ def output() -> Output:
         )
         for name, weight, t in (("level1", 1.0, 4), ("level2", 0.5, 2))
     ]
-    return Output(levels, torch.randn(6, 8, generator=g, requires_grad=True))
+    return Output(levels, torch.randn(6, 1, 8, generator=g, requires_grad=True))
 
 
 def smooth_l1(d: torch.Tensor) -> torch.Tensor:
@@ -61,17 +61,29 @@ def test_beta_must_be_positive() -> None:
 
 
 def test_vicreg_written_out() -> None:
-    out = output()
-    total, terms = VarianceCovariance(variance=2.0, covariance=0.5)(out)
-    z = out.features
-    n, d = z.shape
-    variance = sum(max(0.0, 1 - (z[:, j].var() + 1e-4).sqrt().item()) for j in range(d)) / d
-    c = sum(torch.outer(row, row) for row in z - z.mean(0)) / (n - 1)
-    covariance = sum(c[i, j] ** 2 for i in range(d) for j in range(d) if i != j) / d
-    assert terms["variance"].item() == pytest.approx(variance, abs=1e-6)
-    assert torch.allclose(terms["covariance"], covariance, atol=1e-6)
-    assert torch.allclose(total, 2 * terms["variance"] + 0.5 * terms["covariance"])
+    """Bardes et al. 2022, equations 1 to 5, per view and over pairs of views."""
+    z = torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(0))
+    total, terms = VICReg(variance=2.0, invariance=3.0, covariance=0.5)(Output([], z))
+    n, views, d = z.shape
+    variance = covariance = 0.0
+    for view in range(views):
+        x = z[:, view]
+        variance += sum(max(0.0, 1 - (x[:, j].var() + 1e-4).sqrt().item()) for j in range(d)) / d / views
+        c = sum(torch.outer(row, row) for row in x - x.mean(0)) / (n - 1)
+        covariance += sum(c[i, j].item() ** 2 for i in range(d) for j in range(d) if i != j) / d / views
+    pairs = [(a, b) for a in range(views) for b in range(a)]
+    invariance = sum((z[:, a] - z[:, b]).square().mean().item() for a, b in pairs) / len(pairs)
+    expected = {"variance": variance, "invariance": invariance, "covariance": covariance}
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(expected, abs=1e-5)
+    assert total.item() == pytest.approx(2 * variance + 3 * invariance + 0.5 * covariance, abs=1e-5)
     assert not any(term.requires_grad for term in terms.values())
+
+
+def test_vicreg_compares_views_of_the_same_image_only() -> None:
+    z = torch.randn(6, 1, 4, generator=torch.Generator().manual_seed(0))
+    assert "invariance" not in VICReg(1.0, 1.0, 0.04)(Output([], z))[1]
+    _, terms = VICReg(1.0, 1.0, 0.04)(Output([], z.expand(6, 2, 4)))
+    assert terms["invariance"] == 0, "views that agree cost nothing, however different the images are"
 
 
 def test_vicreg_revives_collapsed_features() -> None:
@@ -84,7 +96,7 @@ def test_vicreg_revives_collapsed_features() -> None:
     optimizer = torch.optim.Adam([z], lr=0.05)
     for _ in range(200):
         optimizer.zero_grad()
-        VarianceCovariance(1.0, 0.04)(Output([], z))[0].backward()
+        VICReg(1.0, 1.0, 0.04)(Output([], z.unsqueeze(1)))[0].backward()
         optimizer.step()
     assert before < 1.5
     assert effective_rank((z - z.mean(0)).detach()) > 7
@@ -92,7 +104,7 @@ def test_vicreg_revives_collapsed_features() -> None:
 
 def test_objective_is_the_sum_and_names_the_prediction() -> None:
     out = output()
-    loss, regularizer = MSE(), VarianceCovariance(1.0, 0.04)
+    loss, regularizer = MSE(), VICReg(1.0, 1.0, 0.04)
     total, terms = Objective(loss, regularizer)(out)
     assert torch.allclose(total, loss(out)[0] + regularizer(out)[0])
     assert torch.allclose(terms["prediction"], loss(out)[0])

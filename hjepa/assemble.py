@@ -1,22 +1,32 @@
 """The parts of a run, instantiated from the config groups in the order in which they need one another."""
 
 from hjepa.config import Config, build
+from hjepa.data import Dataset
+from hjepa.errors import UserError
 from hjepa.hardware import Hardware
 from hjepa.losses import Objective
 from hjepa.model import HJEPA
 from hjepa.rng import seed_global
+from hjepa.teacher import Teacher
 from hjepa.trainer import Parts
+from hjepa.weights import load_model
 
 
 def assemble(config: Config) -> Parts:
     """Instantiate everything that a step needs; refuses what does not fit together before any data is read."""
     hardware: Hardware = build(config["hardware"])
     hardware.prepare()
-    dataset = build(config["dataset"])
+    dataset: Dataset = build(config["dataset"])
     seed_global(config["seed"], "init")
     levels = build(config["levels"])
-    model: HJEPA = build(config["model"], levels=levels)
+    projector = build(config["projector"]) if config["projector"] else None
+    model: HJEPA = build(config["model"], levels=levels, projector=projector)
     sampler = build(config["masking"], grid=model.grid, pools=levels.pool)
+    if config["init_from"]:
+        load_model(model, config["init_from"])
+    teacher: Teacher = build(config["teacher"])
+    teacher.attach(model)
+    refuse_pointless(config, dataset)
     hardware.place(model)
     return Parts(
         seed=config["seed"],
@@ -25,8 +35,19 @@ def assemble(config: Config) -> Parts:
         sampler=sampler,
         model=model,
         objective=Objective(build(config["loss"]), build(config["regularizer"]) if config["regularizer"] else None),
-        teacher=build(config["teacher"]),
+        teacher=teacher,
         optimizer=build(config["optimizer"], model=model),
         lr=build(config["schedule"]["lr"]),
         weight_decay=build(config["schedule"]["weight_decay"]),
     )
+
+
+def refuse_pointless(config: Config, dataset: Dataset) -> None:
+    """Refuse parts that have nothing to do, or do not fit, beside the other parts."""
+    regularizer, levels, patch = config["regularizer"], config["levels"]["pool"], config["model"]["patch_size"]
+    if not regularizer and not levels:
+        raise UserError("levels=none with regularizer=none leaves nothing to minimise; choose levels or a regularizer.")
+    if dataset.local_views and not regularizer:
+        raise UserError(f"dataset.local_views={dataset.local_views} serves a regularizer only; choose one, or set it to 0.")
+    if dataset.local_views and dataset.local_size % patch:
+        raise UserError(f"dataset.local_size={dataset.local_size} is no multiple of model.patch_size={patch}; make it one.")

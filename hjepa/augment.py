@@ -41,10 +41,11 @@ class Augment:
         ]
         return torch.stack(rows, dim=1)
 
-    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
-        """Normalised images [B, 3, H, W] -> crops of the same size; bilinear, borders repeated."""
-        if self.scale[0] == 1 and self.flip == 0:
+    def __call__(self, images: Tensor, generator: Generator, size: int | None = None) -> Tensor:
+        """Normalised images [B, 3, H, W] -> crops of the same size or [B, 3, size, size]; bilinear, borders repeated."""
+        if self.scale[0] == 1 and self.flip == 0 and size is None:
             return images
         boxes = self.boxes(len(images), generator).to(images.device, non_blocking=True)
-        places = F.affine_grid(boxes, list(images.shape), align_corners=False)
+        shape = [len(images), images.shape[1], size or images.shape[2], size or images.shape[3]]
+        places = F.affine_grid(boxes, shape, align_corners=False)
         return F.grid_sample(images, places, mode="bilinear", padding_mode="border", align_corners=False)

@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hjepa.assemble import assemble
@@ -61,7 +60,7 @@ class Clock:
 def watch_phases(trainer: Trainer, clock: Clock) -> None:
     """Hang the clock around the parts of a step, in the order in which they run."""
     model, parts = trainer.model, trainer.parts
-    modules: dict[str, nn.Module] = {"teacher": model.teacher, "student": model.student, "predictor": model.predictor}
+    modules = {name: part for name, part in model.named_children() if name in ("teacher", "student", "predictor")}
     for phase, module in modules.items():
         module.register_forward_pre_hook(lambda *_: clock.mark("other"))
         module.register_forward_hook(lambda *_, phase=phase: clock.mark(phase))

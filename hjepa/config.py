@@ -26,12 +26,13 @@ Signature = dict[str, str | None]  # option -> annotation
 TOP_LEVEL: Signature = {
     "seed": "int",
     "name": "str | None",
+    "init_from": "str | None",
     "experiment_name": "str",
     "output_root": "str",
     "overwrite": "bool",
 }
 GROUPS = (
-    *("model", "levels", "masking", "loss", "regularizer", "teacher", "optimizer", "schedule", "dataset"),
+    *("model", "levels", "masking", "loss", "regularizer", "projector", "teacher", "optimizer", "schedule", "dataset"),
     *("hardware", "probe", "tracking", "task", "train", "checkpoint"),
 )
 # What may differ between two starts of one run: it changes where and how a run computes, not what.

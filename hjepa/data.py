@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
+from torch import Generator, Tensor
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import functional as TF
@@ -56,12 +56,29 @@ class Dataset(ABC):
         image_size: side of the images in pixels; others are resized and centre-cropped to it.
         validation: share of the training split that is held out, the same for every label.
         mean, std: per channel, in [0, 1], for normalisation.
-        augment: applied to training images on the device.
+        augment: applied to training images on the device; views: whole views of each image that it draws.
+        local_augment, local_views, local_size: the same for local crops of another size (multi-crop, SwAV), none by default.
     """
 
-    def __init__(self, image_size: int, validation: float, mean: list[float], std: list[float], augment: Augment) -> None:
+    def __init__(
+        self,
+        image_size: int,
+        validation: float,
+        mean: list[float],
+        std: list[float],
+        augment: Augment,
+        views: int,
+        local_augment: Augment,
+        local_views: int,
+        local_size: int,
+    ) -> None:
         if not 0 < validation < 1:
             raise UserError(f"dataset.validation={validation}: expected a share between 0 and 1.")
+        if views < 1 or local_views < 0 or local_size < 1:
+            raise UserError(
+                f"dataset.views={views}, local_views={local_views} and local_size={local_size}: expected at least 1, 0 and 1."
+            )
+        self.views, self.local_augment, self.local_views, self.local_size = views, local_augment, local_views, local_size
         self.image_size, self.validation, self.augment = image_size, validation, augment
         self.mean = torch.tensor(mean).view(-1, 1, 1) * 255
         self.std = torch.tensor(std).view(-1, 1, 1) * 255
@@ -75,6 +92,18 @@ class Dataset(ABC):
         if self.mean.device != images.device:
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         return (images.float() - self.mean) / self.std
+
+    def crops(self, images: Tensor, generator: Generator) -> tuple[Tensor, Tensor | None]:
+        """Augmented, normalised views of uint8 images [B, 3, S, S], those of one image in a row.
+
+        Returns:
+            Whole views float [B * views, 3, S, S] and local crops [B * local_views, 3, local_size, local_size], or None.
+        """
+        images = self.normalise(images)
+        whole = self.augment(images.repeat_interleave(self.views, 0) if self.views > 1 else images, generator)
+        if not self.local_views:
+            return whole, None
+        return whole, self.local_augment(images.repeat_interleave(self.local_views, 0), generator, self.local_size)
 
     def train_and_validation(self) -> tuple[Split, Split]:
         """The training split without and the part of it that is held out; the same parts for every seed of a run."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from timm.layers.mlp import Mlp
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -123,7 +124,7 @@ class Encoder(VisionTransformer):
 
     def embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
         """Embed all patches ([B, S+N, D]) or only the kept ones ([B*C, S+K, D]), summary tokens first."""
-        patches, positions = patchify(images, self.patch_size), self.pos_embed[0]
+        patches, positions = patchify(images, self.patch_size), self.positions(images.shape[-1] // self.patch_size)
         if keep is not None:
             patches = gather_tokens(patches, keep).flatten(0, 1)
             positions = positions[keep.flatten(0, 1)]
@@ -133,13 +134,20 @@ class Encoder(VisionTransformer):
             tokens = torch.cat([self.reg_token.expand(len(tokens), -1, -1), tokens], dim=1)
         return tokens
 
+    def positions(self, grid: int) -> Tensor:
+        """Position embeddings [grid^2, D]; for a grid other than the encoder's own they are resampled."""
+        if grid == self.grid:
+            return self.pos_embed[0]
+        resampled: Tensor = resample_abs_pos_embed(self.pos_embed, [grid, grid], num_prefix_tokens=0)
+        return resampled[0]
+
     def forward(  # type: ignore[override]  # timm's forward classifies; ours encodes
         self, images: Tensor, keep: Tensor | None = None, depths: Sequence[int] | None = None
     ) -> list[Tensor]:
         """Hidden states after the given numbers of blocks (default: the last), the last one after the final norm.
 
         Args:
-            images: float [B, 3, H, W].
+            images: float [B, 3, H, W], of any square size that the patch size divides (local crops are smaller).
             keep: int64 [B, C, K] patch indices, or None for all patches.
             depths: ascending block counts in 1..depth.
 
@@ -157,6 +165,11 @@ class Encoder(VisionTransformer):
             if count in wanted:
                 states.append(self.norm(x) if count == self.depth else x)
         return states
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of `pooled`."""
+        return (2 if self.summary_tokens else 1) * self.embed_dim
 
     def features(self, images: Tensor) -> Tensor:
         """Image features of the probe protocol: `pooled` over all patches."""

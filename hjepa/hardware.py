@@ -91,9 +91,8 @@ class Hardware:
         model.to(self.device)
         model.student.activation_checkpointing = self.activation_checkpointing
         if self.compile:
-            for part in (model.student, model.teacher, model.predictor):
-                for block in part.blocks:
-                    block.compile(dynamic=True)
+            for block in model.blocks():
+                block.compile(dynamic=True)
 
     def describe(self) -> str:
         """Device, precision and threads in words."""

@@ -7,6 +7,7 @@ level: a second predictor pass that sees only the student's summary tokens and m
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +18,7 @@ from hjepa.errors import UserError
 
 @dataclass(frozen=True)
 class Levels:
-    """The hierarchy, one entry per level in each list.
+    """The hierarchy, one entry per level in each list; without any, nothing is predicted (`levels=none`).
 
     Args:
         depth: fraction of the encoder's blocks, 0 < depth <= 1; 1.0 is the last block (after the final norm).
@@ -25,6 +26,7 @@ class Levels:
         weight: factor of the level's loss.
         summary: factor of the summary pass' loss; 0 leaves the pass out.
         summary_tokens: how many summary tokens the encoder carries.
+        fusion: how the student's hidden states at the levels' depths are brought together for the predictor (see `Fusion`).
     """
 
     depth: list[float]
@@ -32,25 +34,29 @@ class Levels:
     weight: list[float]
     summary: float = 0.0
     summary_tokens: int = 0
+    fusion: Literal["none", "add", "concat"] = "none"
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.depth) == len(self.pool) == len(self.weight) <= 4:
+        if not len(self.depth) == len(self.pool) == len(self.weight) <= 4:
             raise UserError(
                 f"levels.depth={list(self.depth)}, levels.pool={list(self.pool)} and levels.weight={list(self.weight)} "
-                "need one entry per level each, for 1 to 4 levels."
+                "need one entry per level each, for at most 4 levels."
             )
         if not all(0 < d <= 1 for d in self.depth):
             raise UserError(f"levels.depth={list(self.depth)}: each is a fraction of the encoder's blocks in (0, 1].")
         if any(p < 1 or max(self.pool) % p for p in self.pool):
             raise UserError(f"levels.pool={list(self.pool)}: each must divide the coarsest, e.g. [1, 2, 4].")
-        if min(*self.weight, self.summary) < 0:
+        if min([*self.weight, self.summary]) < 0:
             raise UserError(f"levels.weight={list(self.weight)} and levels.summary={self.summary} must not be negative.")
-        if self.summary and not self.summary_tokens:
-            raise UserError(f"levels.summary={self.summary} needs levels.summary_tokens of at least 1; it is 0.")
+        if self.summary and not (self.summary_tokens and self.pool):
+            raise UserError(
+                f"levels.summary={self.summary} needs levels.summary_tokens of at least 1 and a level to predict; there are "
+                f"{self.summary_tokens} tokens and {len(self.pool)} levels."
+            )
 
     def check_grid(self, grid: int) -> None:
         """Refuse cells that the grid cannot be cut into, or a coarsest grid under 2 x 2."""
-        coarsest = max(self.pool)
+        coarsest = max(self.pool, default=1)
         if grid % coarsest or grid // coarsest < 2:
             raise UserError(
                 f"levels.pool={list(self.pool)} does not fit a grid of {grid}x{grid} patches: every pool must divide "

@@ -106,7 +106,7 @@ class Sampler(ABC):
 
     def __init__(self, grid: int, pools: Sequence[int]) -> None:
         self.grid, self.pools, self.patches = grid, tuple(pools), grid * grid
-        self.align = max(self.pools)
+        self.align = max(self.pools, default=1)
 
     @abstractmethod
     def __call__(self, batch_size: int, generator: Generator) -> Masks:
@@ -338,3 +338,15 @@ class Partition(CellSampler):
         parts = order.view(batch_size, self.num_parts, -1)
         others = [torch.cat([parts[:, j] for j in range(self.num_parts) if j != i], dim=1) for i in range(self.num_parts)]
         return self.masks(parts, torch.stack(others, dim=1))
+
+
+class Everything(CellSampler):
+    """The student sees every patch and predicts none: for `levels=none`."""
+
+    def __init__(self, grid: int, pools: Sequence[int]) -> None:
+        super().__init__(grid, pools)
+        if pools:
+            raise UserError("masking=none leaves nothing to predict; it goes with levels=none only.")
+
+    def __call__(self, batch_size: int, generator: Generator) -> Masks:
+        return Masks(torch.arange(self.patches).expand(batch_size, 1, -1), ())

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from hjepa.encoder import Encoder
+from hjepa.fusion import Fusion
 from hjepa.levels import Levels
 from hjepa.masks import Masks
 from hjepa.predictor import Predictor
+from hjepa.weights import load_encoder
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,15 @@ class LevelOutput:
 
 @dataclass(frozen=True)
 class Output:
-    """What an objective sees: every level, and the student's pooled features [B, C, D] (2D with summary tokens)."""
+    """What an objective sees: every level, and the student's pooled features for the regularizer.
+
+    `features`: per level, at the level's depth, [B, V, F] of the V views of each image: all contexts of its whole views (there
+    are `whole` of them), then its local crops. F is D, 2D with summary tokens, or the projector's width.
+    """
 
     levels: list[LevelOutput]
-    features: Tensor
+    features: list[Tensor]
+    whole: int = 1
 
 
 class HJEPA(nn.Module):
@@ -37,7 +44,9 @@ class HJEPA(nn.Module):
     Args:
         image_size, patch_size: in pixels.
         encoder, predictor: constructors that lack only what follows from the sizes and the levels.
-        levels: the hierarchy.
+        projector: constructor of the map from pooled features to those that the regularizer sees, None for none.
+        pretrained: weights that student and teacher start from (see `load_encoder`), None for random ones.
+        levels: the hierarchy; without any level nothing is predicted, and the regularizer is the whole objective.
     """
 
     def __init__(
@@ -46,45 +55,93 @@ class HJEPA(nn.Module):
         patch_size: int,
         encoder: Callable[..., Encoder],
         predictor: Callable[..., Predictor],
+        projector: Callable[..., nn.Module] | None,
+        pretrained: str | None,
         levels: Levels,
     ) -> None:
         super().__init__()
         self.student = encoder(image_size=image_size, patch_size=patch_size, summary_tokens=levels.summary_tokens)
         self.levels, self.grid = levels, self.student.grid
         levels.check_grid(self.grid)
-        self.depths = sorted(set(levels.block_counts(self.student.depth)))
-        self.predictor = predictor(encoder_dim=self.student.embed_dim, grid=self.grid, pools=levels.pool)
+        self.counts = levels.block_counts(self.student.depth) or [self.student.depth]
+        self.depths = sorted({*self.counts, self.student.depth})
+        dim = self.student.embed_dim
+        self.fusion = Fusion(levels.fusion, dim, len(self.depths))
+        self.predictor = predictor(encoder_dim=dim, grid=self.grid, pools=levels.pool) if levels.pool else None
+        width = self.student.feature_dim
+        self.projectors = nn.ModuleList(projector(dim=width) if projector else nn.Identity() for _ in self.counts)
+        if pretrained:
+            load_encoder(self.student, pretrained, "model.pretrained")
         self.teacher = deepcopy(self.student).requires_grad_(False).eval()
 
+    def share_teacher(self) -> None:
+        """Let the student be its own teacher: targets follow it at once, and gradients flow through them."""
+        self.teacher = self.student
+
+    @property
+    def shared(self) -> bool:
+        """Whether the student is its own teacher."""
+        return self.teacher is self.student
+
     def train(self, mode: bool = True) -> "HJEPA":
-        """Training mode for student and predictor; the teacher always evaluates."""
+        """Training mode for student and predictor; a teacher that is not the student always evaluates."""
         super().train(mode)
-        self.teacher.eval()
+        if not self.shared:
+            self.teacher.eval()
         return self
 
-    @torch.no_grad()
+    def forward(self, images: Tensor, masks: Masks, crops: Tensor | None = None, views: int = 1) -> Output:
+        """Predictions beside targets, and the student's features.
+
+        Args:
+            images: float [B*V, 3, H, W], the V whole views of each image in a row, on the masks' device.
+            masks: for the B*V whole views.
+            crops: float [B*L, 3, h, w], the L local crops of each image in a row, which the student alone sees.
+            views: V.
+        """
+        states = self.student(images, keep=masks.context, depths=self.depths)
+        levels = self.predict(images, masks, states) if self.predictor else []
+        features = self.features(states, len(images) // views)
+        whole = features[0].shape[1]
+        if crops is not None:
+            local = self.features(self.student(crops, depths=self.depths), len(images) // views)
+            features = [torch.cat(pair, dim=1) for pair in zip(features, local, strict=True)]
+        return Output(levels, features, whole)
+
     def targets(self, images: Tensor, masks: Masks) -> list[Tensor]:
         """Per level the targets [B, C, P, T_l, D]; one pass over all patches serves all contexts and blocks."""
-        states = self.teacher(images, depths=self.depths)
-        patches = {depth: state[:, self.teacher.summary_tokens :] for depth, state in zip(self.depths, states, strict=True)}
-        return self.levels.targets(patches, masks.targets, self.grid, self.teacher.depth)
+        depths = sorted(set(self.counts))
+        with torch.set_grad_enabled(self.shared and torch.is_grad_enabled()):
+            states = self.teacher(images, depths=depths)
+            patches = {depth: state[:, self.teacher.summary_tokens :] for depth, state in zip(depths, states, strict=True)}
+            return self.levels.targets(patches, masks.targets, self.grid, self.teacher.depth)
 
-    def forward(self, images: Tensor, masks: Masks) -> Output:
-        """images float [B, 3, H, W] and masks on the same device -> predictions beside targets."""
-        targets = self.targets(images, masks)
-        tokens = self.student(images, keep=masks.context)[-1]
+    def predict(self, images: Tensor, masks: Masks, states: list[Tensor]) -> list[LevelOutput]:
+        """Every level's targets beside what the predictor makes of the student's hidden states [B*C, S+K, D]."""
+        assert self.predictor is not None
+        targets, tokens = self.targets(images, masks), self.fusion(states)
         predictions = self.predictor(tokens, masks.context, masks.targets)
         rows = zip(self.levels.names(), self.levels.weight, predictions, targets, strict=True)
         outputs = [LevelOutput(*row) for row in rows]
         if self.levels.summary:
-            summary = tokens[:, : self.student.summary_tokens]
-            guess = self.predictor(summary, None, masks.targets[:1])[0]
+            guess = self.predictor(tokens[:, : self.student.summary_tokens], None, masks.targets[:1])[0]
             outputs.append(LevelOutput("summary", self.levels.summary, guess, targets[0]))
-        return Output(outputs, self.student.pooled(tokens).unflatten(0, masks.context.shape[:2]))
+        return outputs
+
+    def features(self, states: list[Tensor], images: int) -> list[Tensor]:
+        """Per level the projected, pooled hidden states [B, V, F] at the level's depth; `images` is B."""
+        pooled = {depth: self.student.pooled(state) for depth, state in zip(self.depths, states, strict=True)}
+        rows = zip(self.projectors, self.counts, strict=True)
+        return [projector(pooled[count]).unflatten(0, (images, -1)) for projector, count in rows]
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks of all parts."""
+        parts = dict.fromkeys(part for part in (self.student, self.teacher, self.predictor) if part)
+        return [block for part in parts for block in part.blocks]
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters: total, trainable, and of every part."""
-        parts = {"student": self.student, "teacher": self.teacher, "predictor": self.predictor}
-        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
+        counts = {name: count for name, count in counts.items() if count}
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return {"total": sum(counts.values()), "trainable": trainable, **counts}

@@ -3,28 +3,98 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from hjepa.errors import UserError
+from hjepa.model import HJEPA
 from hjepa.schedules import Schedule
+from hjepa.weights import load_encoder
 
 
-class EMA:
+class Teacher:
+    """What the trainer asks of a teacher, which equals the student at the start of a run; this one never changes."""
+
+    def attach(self, model: HJEPA) -> None:
+        """Prepare the model's teacher, once, before its first step."""
+
+    def plan(self, steps: int, steps_per_epoch: int) -> None:
+        """Lay out what it does over a run of `steps` optimizer steps."""
+
+    def update(self, model: HJEPA, step: int) -> None:
+        """Move the model's teacher after optimizer step `step`."""
+
+    def rates(self, step: int) -> dict[str, float]:
+        """What of it changes over the run, for the record."""
+        return {}
+
+
+class EMA(Teacher):
     """Exponential moving average of the student (BYOL, Grill et al. 2020): teacher <- m * teacher + (1 - m) * student.
 
     Args:
         momentum: the schedule of m over optimizer steps.
+        half_life: instead, the number of steps in which half of the teacher is replaced: m = 2 ** (-1 / half_life).
     """
 
-    def __init__(self, momentum: Schedule) -> None:
-        self.schedule = momentum
+    def __init__(self, momentum: Schedule, half_life: float | None = None) -> None:
+        if half_life is not None and half_life <= 0:
+            raise UserError(f"teacher.half_life={half_life}: expected a positive number of optimizer steps, or null.")
+        self.schedule, self.half_life = momentum, half_life
         self.momentum: Sequence[float] = ()
 
     def plan(self, steps: int, steps_per_epoch: int) -> None:
-        """Lay out the momentum for a run of `steps` optimizer steps."""
-        self.momentum = self.schedule(steps, steps_per_epoch)
+        constant = self.half_life and [2 ** (-1 / self.half_life)] * steps
+        self.momentum = constant or self.schedule(steps, steps_per_epoch)
 
     @torch.no_grad()
-    def update(self, teacher: nn.Module, student: nn.Module, step: int) -> None:
-        """Move the teacher towards the student after optimizer step `step`."""
-        targets: list[Tensor] = list(teacher.parameters())
-        torch._foreach_lerp_(targets, list(student.parameters()), 1.0 - self.momentum[step])
+    def update(self, model: HJEPA, step: int) -> None:
+        targets: list[Tensor] = list(model.teacher.parameters())
+        torch._foreach_lerp_(targets, list(model.student.parameters()), 1.0 - self.momentum[step])
+
+    def rates(self, step: int) -> dict[str, float]:
+        return {"momentum": self.momentum[step]}
+
+
+class Refresh(Teacher):
+    """A copy of the student that is renewed at intervals (Parallel JEPA).
+
+    Args:
+        epochs, steps: the interval in epochs or in optimizer steps; the other one is None.
+    """
+
+    def __init__(self, epochs: float | None, steps: int | None) -> None:
+        if (epochs is None) == (steps is None) or (epochs or steps or 0) <= 0:
+            raise UserError(f"teacher.epochs={epochs} and teacher.steps={steps}: set one to a positive value, the other to null.")
+        self.epochs, self.steps = epochs, steps
+        self.every = 0
+
+    def plan(self, steps: int, steps_per_epoch: int) -> None:
+        self.every = self.steps or max(1, round((self.epochs or 0) * steps_per_epoch))
+
+    @torch.no_grad()
+    def update(self, model: HJEPA, step: int) -> None:
+        if (step + 1) % self.every == 0:
+            torch._foreach_copy_(list(model.teacher.parameters()), list(model.student.parameters()))
+
+
+class Frozen(Teacher):
+    """Given weights that never change.
+
+    Args:
+        weights: a run folder, a checkpoint of a run (its teacher), or a timm checkpoint file of the same architecture.
+    """
+
+    def __init__(self, weights: str) -> None:
+        self.weights = weights
+
+    def attach(self, model: HJEPA) -> None:
+        load_encoder(model.teacher, self.weights, "teacher.weights")
+
+
+class Shared(Teacher):
+    """No teacher: the student gives the targets itself, and gradients flow through both sides. Without a regularizer this
+    collapses.
+    """
+
+    def attach(self, model: HJEPA) -> None:
+        model.share_teacher()

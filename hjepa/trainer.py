@@ -6,7 +6,7 @@ Nothing in the step waits for the device: losses stay there until they are logge
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from hjepa.optim import set_rates
 from hjepa.rng import generator, seed_global
 from hjepa.schedules import Schedule
 from hjepa.signals import StopFlag, Stopped
-from hjepa.teacher import EMA
+from hjepa.teacher import Teacher
 from hjepa.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Parts:
     sampler: Sampler
     model: HJEPA
     objective: Objective
-    teacher: EMA
+    teacher: Teacher
     optimizer: Optimizer
     lr: Schedule
     weight_decay: Schedule
@@ -93,13 +93,13 @@ class Trainer:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def batch(self, step: int) -> tuple[Tensor, Masks]:
-        """Augmented images [B, 3, S, S] and masks of a step, both a function of the seed and the step alone."""
+    def batch(self, step: int) -> tuple[Tensor, Masks, Tensor | None]:
+        """Whole views [B*V, 3, S, S], their masks, and local crops of a step: functions of the seed and the step alone."""
         seed, dataset = self.parts.seed, self.parts.dataset
-        images = dataset.normalise(self.images[self.indices(step).to(self.device)])
-        images = dataset.augment(images, generator(seed, "augment", step))
-        masks = self.parts.sampler(self.batch_size, generator(seed, "masks", step))
-        return images, masks.to(self.device)
+        images = self.images[self.indices(step).to(self.device)]
+        whole, crops = dataset.crops(images, generator(seed, "augment", step))
+        masks = self.parts.sampler(len(whole), generator(seed, "masks", step))
+        return whole, masks.to(self.device), crops
 
     def indices(self, step: int) -> Tensor:
         """The images of a step: consecutive parts of a permutation of its epoch."""
@@ -114,15 +114,15 @@ class Trainer:
             self.permutation = torch.randperm(len(self.images), generator=generator(self.parts.seed, "order", epoch))
         return self.permutation
 
-    def step(self, images: Tensor, masks: Masks, step: int) -> dict[str, Tensor]:
+    def step(self, images: Tensor, masks: Masks, crops: Tensor | None, step: int) -> dict[str, Tensor]:
         """One optimizer step on a batch; returns the named terms, 0-d tensors on the device."""
         parts = self.parts
         set_rates(parts.optimizer, self.lr[step], self.weight_decay[step])
         seed_global(parts.seed, "step", step)
         sums: dict[str, Tensor] = {}
-        for part, part_masks in zip(images.chunk(self.accumulate), masks.split(self.accumulate), strict=True):
+        for part in split(images, masks, crops, self.accumulate):
             with parts.hardware.autocast():
-                output = self.model(part, part_masks)
+                output = self.model(*part, parts.dataset.views)
                 loss, terms = parts.objective(output)
             self.scaler.scale(loss / self.accumulate).backward()
             for name, value in {"loss": loss.detach(), **terms}.items():
@@ -132,7 +132,7 @@ class Trainer:
         self.scaler.step(parts.optimizer)
         self.scaler.update()
         parts.optimizer.zero_grad()
-        parts.teacher.update(self.model.teacher, self.model.student, step)
+        parts.teacher.update(self.model, step)
         return sums
 
     # -- the run -------------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ class Trainer:
         rates = {
             "lr": self.lr[step],
             "weight_decay": self.weight_decay[step],
-            "momentum": self.parts.teacher.momentum[step],
+            **self.parts.teacher.rates(step),
             "images_per_second": speed,
             "peak_memory_mb": self.parts.hardware.peak_memory_mb(),
         }
@@ -199,13 +199,8 @@ class Trainer:
         record({"step": self.done, "epoch": epoch, **means, **measured})
         self.save(watch, checkpoints, epoch, watch.latest.get("linear") if probe_now else None)
         scores = ", ".join(f"{name} {watch.latest[name]:.1%}" for name in ("linear", "knn") if probe_now and name in watch.latest)
-        log.info(
-            "epoch %d: loss %.4f, held-out %.4f%s",
-            epoch,
-            means["epoch/loss"],
-            measured["validation/loss"],
-            scores and ", " + scores,
-        )
+        held_out = f", held-out {measured['validation/loss']:.4f}" if "validation/loss" in measured else ""
+        log.info("epoch %d: loss %.4f%s%s", epoch, means["epoch/loss"], held_out, scores and ", " + scores)
         if watch.collapsed and self.stop_on_collapse:
             raise UserError(f"The run collapsed at step {self.done} ({watch.collapsed}) and train.stop_on_collapse is set.")
 
@@ -245,6 +240,13 @@ class Trainer:
         self.parts.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.meter.restore(state["meter"])
+
+
+def split(images: Tensor, masks: Masks, crops: Tensor | None, parts: int) -> Iterator[tuple[Tensor, Masks, Tensor | None]]:
+    """A batch in equal parts of whole images."""
+    yield from zip(
+        images.chunk(parts), masks.split(parts), crops.chunk(parts) if crops is not None else [None] * parts, strict=True
+    )
 
 
 def check_lengths(images: int, epochs: int | None, steps: int | None, batch_size: int, accumulate: int, log_every: int) -> None:

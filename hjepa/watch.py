@@ -84,12 +84,14 @@ class Watch:
 
     def spreads(self) -> dict[str, Scores]:
         """How the held-out images' features differ, for teacher and student."""
-        encoders = {"teacher": self.model.teacher, "student": self.model.student}
+        encoders = {"teacher": self.model.teacher} | ({} if self.model.shared else {"student": self.model.student})
         return {who: spread(extract(e, self.held_out, self.dataset.normalise, PART)) for who, e in encoders.items()}
 
     @torch.inference_mode()
     def held_out_loss(self) -> Scores:
-        """Loss on held-out images under fixed masks, beside that of predicting one constant vector."""
+        """Loss on held-out images under fixed masks, beside that of predicting one constant vector; empty without levels."""
+        if not self.model.predictor:
+            return {}
         training = self.model.training
         self.model.eval()
         sums, parts = torch.zeros(2), self.held_out.split(PART)

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hjepa.encoder import Encoder, LeanMlp, patchify
 from hjepa.errors import UserError
+from hjepa.fusion import Fusion
 from tests.conftest import assemble
 
 
@@ -200,6 +201,38 @@ def test_lean_mlp_is_timms_with_less_kept_for_the_backward_pass() -> None:
         kept.append(sum(sizes.values()))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     assert kept[0] <= kept[1] - 5 * 32, "the activation's output is not kept"
+
+
+def test_fusion_by_adding_starts_as_no_fusion_and_concat_uses_every_depth() -> None:
+    g = torch.Generator().manual_seed(0)
+    states = [torch.randn(2, 5, 8, generator=g) for _ in range(3)]
+    assert torch.equal(Fusion("none", 8, 3)(states), states[-1])
+    assert torch.equal(Fusion("add", 8, 3)(states), states[-1])
+    concat = Fusion("concat", 8, 3)
+    before = concat(states)
+    for position in range(3):
+        changed = [state + (i == position) * torch.randn(2, 5, 8, generator=g) for i, state in enumerate(states)]
+        assert not torch.allclose(concat(changed), before)
+
+
+@pytest.mark.parametrize("mode", ["add", "concat"])
+def test_fusion_is_on_the_students_side_only(mode: str) -> None:
+    model = assemble("levels=depth", f"levels.fusion={mode}").model
+    plain = assemble("levels=depth").model
+    model.student.load_state_dict(plain.student.state_dict())
+    model.teacher.load_state_dict(plain.teacher.state_dict())
+    images, masks = torch.randn(2, 3, 32, 32), assemble("levels=depth").sampler(2, torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(model.targets(images, masks), plain.targets(images, masks), strict=True))
+    with pytest.raises(UserError, match=f"levels.fusion={mode} needs a level at another depth"):
+        assemble("levels=flat", f"levels.fusion={mode}")
+
+
+def test_other_image_sizes_take_resampled_positions() -> None:
+    encoder = small_encoder()
+    assert encoder(torch.randn(2, 3, 16, 16))[-1].shape == (2, 16, 32)
+    centre = encoder.positions(4).view(4, 4, 32)
+    own = encoder.positions(8).view(4, 2, 4, 2, 32).mean((1, 3))
+    assert torch.nn.functional.cosine_similarity(centre, own, dim=-1)[1:-1, 1:-1].min() > 0.98, "a crop's centres lie between"
 
 
 def test_parameter_counts_add_up() -> None:

@@ -9,7 +9,6 @@ import torch
 from hjepa.errors import UserError
 from hjepa.meter import Meter
 from hjepa.schedules import Constant, Cosine, Linear
-from hjepa.teacher import EMA
 from tests.conftest import assemble, trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,21 +35,6 @@ def test_schedules_against_their_formulas() -> None:
 def test_warmup_in_both_units_is_refused() -> None:
     with pytest.raises(UserError, match="exclude each other"):
         Cosine(start=1.0, end=0.0, warmup_epochs=1, warmup_steps=5)
-
-
-def test_ema_written_out() -> None:
-    student, teacher = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    before = teacher.weight.clone()
-    ema = EMA(Constant(start=0.9, end=0.9))
-    ema.plan(1, 1)
-    ema.update(teacher, student, 0)
-    assert torch.allclose(teacher.weight, 0.9 * before + 0.1 * student.weight, atol=1e-7)
-
-
-def test_default_momentum_never_reaches_one() -> None:
-    teacher = assemble().teacher
-    teacher.plan(1000, 100)
-    assert max(teacher.momentum) < 1
 
 
 def test_rates_are_set_before_the_update() -> None:
@@ -160,9 +144,9 @@ def test_nan_stops_the_run_with_the_batch_and_a_good_checkpoint(run, tmp_path, m
     original, now = SmoothL1.distance, {"step": -1}
     step = Trainer.step
 
-    def counted(self, images, masks, number):
+    def counted(self, images, masks, crops, number):
         now["step"] = number
-        return step(self, images, masks, number)
+        return step(self, images, masks, crops, number)
 
     monkeypatch.setattr(Trainer, "step", counted)
     monkeypatch.setattr(SmoothL1, "distance", lambda self, p, t: original(self, p, t) * (math.nan if now["step"] == 12 else 1))
@@ -194,7 +178,9 @@ def test_impossible_lengths_are_refused(override: str, word: str) -> None:
 def test_every_group_option_takes_a_step() -> None:
     for override in (
         *(f"levels={x}" for x in ("flat", "pyramid", "depth", "summary", "pyramid_summary")),
-        *(f"regularizer={x}" for x in ("none", "vicreg")),
+        *(f"regularizer={x}" for x in ("none", "vicreg", "sigreg")),
+        *(f"teacher={x}" for x in ("ema", "refresh", "none")),
+        "projector=mlp",
         *(f"masking={x}" for x in ("multiblock", "block", "random", "hierarchical", "partition")),
         *(f"loss={x}" for x in ("smooth_l1", "mse", "cosine")),
         *(f"schedule={x}" for x in ("cosine", "linear", "constant")),

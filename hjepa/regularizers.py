@@ -1,0 +1,127 @@
+"""Regularizers: what keeps the student's pooled features alive, spread out and the same for all views of an image.
+
+Each is added to any prediction loss, or is the whole objective with `levels=none`. To add one, write one class with `terms`
+here and one YAML in conf/regularizer.
+"""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hjepa.errors import UserError
+
+if TYPE_CHECKING:
+    from hjepa.model import Output
+
+
+class Regularizer(ABC):
+    """Weighted terms on the features of some levels.
+
+    The statistics are those of the part of the batch that is computed at once (see `train.accumulate`).
+
+    Args:
+        weights: of the terms, by name.
+        levels: factor of each level, the first level first; levels beyond the list are left alone. A level's features are the
+            student's hidden state at the level's depth, pooled over the patches it sees.
+    """
+
+    def __init__(self, weights: dict[str, float], levels: list[float]) -> None:
+        if min(weights.values()) < 0 or not levels or min(levels) < 0:
+            given = ", ".join(f"regularizer.{name}={weight}" for name, weight in weights.items())
+            raise UserError(f"{given}, regularizer.levels={list(levels)}: expected weights of at least 0, one level or more.")
+        self.weights, self.levels = weights, levels
+
+    @abstractmethod
+    def terms(self, features: Tensor, whole: int) -> dict[str, Tensor]:
+        """The terms by name, 0-d, of features [B, V, D]: V views of each image, the first `whole` of them not local crops."""
+
+    def __call__(self, output: "Output") -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum, and the terms by name (and level, beyond the first), unweighted and detached."""
+        total, named = output.features[0].new_zeros(()), {}
+        for number, (factor, features) in enumerate(zip(self.levels, output.features, strict=False), start=1):
+            if factor:
+                for name, term in self.terms(features.float(), output.whole).items():
+                    total = total + factor * self.weights[name] * term
+                    named[name if number == 1 else f"{name}_level{number}"] = term.detach()
+        return total, named
+
+
+class VICReg(Regularizer):
+    """VICReg (Bardes et al. 2022, eq. 1-5), as in C-JEPA (Mo & Tong 2024): every dimension keeps a standard deviation of at
+    least 1 over the batch, no two are redundant, and the views (also: contexts) of an image agree.
+
+    Args:
+        variance, invariance, covariance: weights of the terms; there is no invariance with one view and context per image.
+        levels: see `Regularizer`.
+    """
+
+    def __init__(self, variance: float, invariance: float, covariance: float, levels: list[float]) -> None:
+        super().__init__({"variance": variance, "invariance": invariance, "covariance": covariance}, levels)
+
+    def terms(self, features: Tensor, whole: int) -> dict[str, Tensor]:
+        found = {"variance": hinge_variance(features), "covariance": redundancy(features)}
+        return found | ({"invariance": disagreement(features)} if features.shape[1] > 1 else {})
+
+
+class SIGReg(Regularizer):
+    """Sketched isotropic Gaussian regularization (LeJEPA, Balestriero & LeCun 2025): along random directions the features of
+    the batch shall be distributed as a standard normal, by the Epps-Pulley test of their characteristic function; and, as
+    there, the views of an image shall agree with the mean of its whole views.
+
+    Args:
+        gaussianity, invariance: weights of the two terms; there is no invariance with one view and context per image.
+        directions: random projections, drawn anew in each step.
+        knots: quadrature points of the test's integral over t in [0, `reach`], trapezoidal; the integrand is even.
+        levels: see `Regularizer`.
+    """
+
+    def __init__(
+        self, gaussianity: float, invariance: float, directions: int, knots: int, reach: float, levels: list[float]
+    ) -> None:
+        super().__init__({"gaussianity": gaussianity, "invariance": invariance}, levels)
+        if directions < 1 or knots < 2 or reach <= 0:
+            raise UserError(
+                f"regularizer.directions={directions}, knots={knots} and reach={reach}: expected at least 1 direction, "
+                "2 knots and a positive reach."
+            )
+        self.directions, self.knots, self.reach = directions, knots, reach
+
+    def terms(self, features: Tensor, whole: int) -> dict[str, Tensor]:
+        directions = F.normalize(torch.randn(features.shape[-1], self.directions, device=features.device), dim=0)
+        found = {"gaussianity": epps_pulley(features.transpose(0, 1) @ directions, self.knots, self.reach)}
+        if features.shape[1] > 1:
+            found["invariance"] = (features - features[:, :whole].mean(1, keepdim=True)).square().mean()
+        return found
+
+
+def hinge_variance(features: Tensor) -> Tensor:
+    """Mean over views and dimensions of how far the standard deviation of [B, V, D] over the batch is below 1."""
+    return F.relu(1 - (features.var(0) + 1e-4).sqrt()).mean()
+
+
+def redundancy(features: Tensor) -> Tensor:
+    """Squared covariances between different dimensions of [B, V, D], summed, over D; the mean over views."""
+    centred = (features - features.mean(0)).transpose(0, 1)
+    covariance = centred.mT @ centred / (centred.shape[1] - 1)
+    diagonal = covariance.diagonal(dim1=1, dim2=2)
+    return (covariance.square().sum() - diagonal.square().sum()) / features[0].numel()
+
+
+def disagreement(features: Tensor) -> Tensor:
+    """Mean squared difference between two views of an image, over all pairs of the V views of [B, V, D]."""
+    return 2 * features.var(1).mean()
+
+
+def epps_pulley(samples: Tensor, knots: int, reach: float) -> Tensor:
+    """Epps & Pulley's (1983) statistic of samples [..., N, M] against N(0, 1) along N, the mean over all else:
+
+    N * integral of |empirical characteristic function(t) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt, over t in [-reach, reach].
+    """
+    t = torch.linspace(0, reach, knots, device=samples.device)
+    normal = torch.exp(-t.square() / 2)
+    angles = samples.unsqueeze(-1) * t
+    distance = (angles.cos().mean(-3) - normal).square() + angles.sin().mean(-3).square()
+    return samples.shape[-2] * 2 * torch.trapezoid(distance * normal, t).mean()

@@ -1,19 +1,47 @@
 """The predictor: a narrow transformer that fills in the targets of every level from the context's tokens.
 
-Queries are a mask token per level plus the 2-D position of the target cell's centre; every level has its own head. By
-default all queries of all levels share one pass with the context; `joint: false` gives each target block a pass of its own,
-as in I-JEPA (Assran et al. 2023).
+Queries are a mask token per level plus the 2-D position of the target cell's centre; every level has its own head. With
+self-attention, queries and context attend to each other: all queries of all levels share one pass with the context, or each
+target block has a pass of its own (`joint: false`, as in I-JEPA, Assran et al. 2023). With cross-attention the queries attend
+to the context only and each is answered on its own (CrossMAE, Fu et al. 2024), so that one pass is the same as many.
 """
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from hjepa.encoder import LeanMlp, init_xavier
 from hjepa.errors import UserError
 from hjepa.positions import grid_centres, sincos
+
+
+class CrossBlock(nn.Module):
+    """A transformer block whose queries attend to a context that stays as it is.
+
+    Args:
+        dim, heads: width and attention heads.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm_context, self.norm2 = (nn.LayerNorm(dim) for _ in range(3))
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.mlp = LeanMlp(dim, 4 * dim)
+
+    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
+        """queries [M, T, dim] and context [M, K, dim] -> [M, T, dim]."""
+        q = self.q(self.norm1(queries)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(self.norm_context(context)).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        queries = queries + self.proj(attended)
+        mixed: Tensor = self.mlp(self.norm2(queries))
+        return queries + mixed
 
 
 class Predictor(nn.Module):
@@ -23,19 +51,29 @@ class Predictor(nn.Module):
         encoder_dim: width of the context tokens and of the targets.
         grid: side of the patch grid; pools: side of a target cell in patches, per level.
         dim, depth, heads: width, number of blocks and attention heads.
-        joint: one pass for all target blocks of all levels, or one pass for each block of each level.
+        attention: "self" or "cross".
+        joint: with self-attention, one pass for all target blocks of all levels, or one pass for each block of each level.
     """
 
     def __init__(
-        self, encoder_dim: int, grid: int, pools: Sequence[int], dim: int, depth: int, heads: int, joint: bool = True
+        self,
+        encoder_dim: int,
+        grid: int,
+        pools: Sequence[int],
+        dim: int,
+        depth: int,
+        heads: int,
+        attention: Literal["self", "cross"] = "self",
+        joint: bool = True,
     ) -> None:
         super().__init__()
         if dim % heads or dim % 4:
             raise UserError(f"A predictor of dim={dim} needs a dim that 4 and heads={heads} divide; change either.")
-        self.joint = joint
+        self.cross, self.joint = attention == "cross", joint or attention == "cross"
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_tokens = nn.Parameter(torch.randn(len(pools), dim) * 0.02)
-        self.blocks = nn.Sequential(*(Block(dim, heads, qkv_bias=True, mlp_layer=LeanMlp) for _ in range(depth)))
+        block = CrossBlock if self.cross else partial(Block, qkv_bias=True, mlp_layer=LeanMlp)
+        self.blocks = nn.ModuleList(block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.heads = nn.ModuleList(nn.Linear(dim, encoder_dim) for _ in pools)
         for level, pool in enumerate(pools):
@@ -76,7 +114,13 @@ class Predictor(nn.Module):
 
     def answer(self, context: Tensor, queries: Tensor) -> Tensor:
         """One pass: context [M, K, dim] and queries [M, T, dim] -> [M, T, dim]."""
-        x = self.blocks(torch.cat([context, queries], dim=1))
+        if self.cross:
+            for block in self.blocks:
+                queries = block(queries, context)
+            return self.norm(queries)
+        x = torch.cat([context, queries], dim=1)
+        for block in self.blocks:
+            x = block(x)
         return self.norm(x[:, context.shape[1] :])
 
     def answer_each(self, context: Tensor, queries: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from hjepa.encoder import Encoder, LeanMlp, patchify
 from hjepa.errors import UserError
 from hjepa.fusion import Fusion
+from hjepa.masks import Partition
+from hjepa.predictor import CrossBlock
 from tests.conftest import assemble
 
 
@@ -124,10 +126,52 @@ def test_flat_is_ijepa_written_out(joint: str) -> None:
         index = masks.targets[0][:, 0, block]
         seen = p.embed(context) + p.patch_positions[masks.context[:, 0]]
         asked = p.mask_tokens[0] + p.patch_positions[index]
-        answer = p.norm(p.blocks(torch.cat([seen, asked], dim=1)))[:, seen.shape[1] :]
+        x = torch.cat([seen, asked], dim=1)
+        for layer in p.blocks:
+            x = layer(x)
+        answer = p.norm(x)[:, seen.shape[1] :]
         target = torch.stack([whole[i, index[i]] for i in range(len(index))])
         terms.append(F.smooth_l1_loss(p.heads[0](answer), target))
     assert torch.allclose(loss, torch.stack(terms).mean(), atol=1e-6)
+
+
+def test_cross_attention_answers_each_query_from_the_context_alone() -> None:
+    parts = assemble("levels=pyramid", "model.predictor.attention=cross", "masking=multiblock")
+    model, images = parts.model.eval(), torch.randn(2, 3, 32, 32)
+    masks = parts.sampler(2, torch.Generator().manual_seed(0))
+    tokens = model.student(images, keep=masks.context)[-1]
+    together = model.predictor(tokens, masks.context, masks.targets)
+    single = [index[:, :, :1, :1] for index in masks.targets]
+    alone = model.predictor(tokens, masks.context, single)
+    assert all(torch.allclose(a, b[:, :, :1, :1], atol=1e-5) for a, b in zip(alone, together, strict=True))
+    other = model.predictor(tokens + 0.1, masks.context, masks.targets)
+    assert not torch.allclose(together[0], other[0], atol=1e-3)
+
+
+def test_cross_block_is_attention_written_out() -> None:
+    torch.manual_seed(0)
+    block, queries, context = CrossBlock(8, 2), torch.randn(3, 4, 8), torch.randn(3, 5, 8)
+    q, (k, v) = block.q(block.norm1(queries)), block.kv(block.norm_context(context)).chunk(2, dim=-1)
+    heads = []
+    for part in (slice(0, 4), slice(4, 8)):
+        weights = (q[..., part] @ k[..., part].mT / 2).softmax(-1)
+        heads.append(weights @ v[..., part])
+    x = queries + block.proj(torch.cat(heads, dim=-1))
+    assert torch.allclose(block(queries, context), x + block.mlp(block.norm2(x)), atol=1e-5)
+
+
+def test_parts_by_reshape_equal_block_diagonal_attention() -> None:
+    """Each part alone, by a reshape to a longer batch, is full attention under a block-diagonal mask; without the mask's cost."""
+    encoder, images = small_encoder(), torch.randn(2, 3, 32, 32)
+    masks = Partition(8, [1], num_parts=4)(2, torch.Generator().manual_seed(0))
+    reshaped = encoder(images, keep=masks.context)[-1].unflatten(0, (2, 4)).flatten(1, 2)
+    order = masks.context.flatten(1)
+    x = encoder.embed(images, order.unsqueeze(1))
+    part = torch.arange(64) // 16
+    diagonal = part[:, None] == part[None, :]
+    for block in encoder.blocks:
+        x = block(x, attn_mask=diagonal)
+    assert torch.allclose(reshaped, encoder.norm(x), atol=1e-5)
 
 
 def test_loss_is_on_targets_only() -> None:

@@ -7,6 +7,7 @@ from hjepa.hardware import Hardware
 from hjepa.losses import Objective
 from hjepa.model import HJEPA
 from hjepa.rng import seed_global
+from hjepa.stacked import StackedSampler
 from hjepa.teacher import Teacher
 from hjepa.trainer import Parts
 from hjepa.weights import load_model
@@ -22,6 +23,8 @@ def assemble(config: Config) -> Parts:
     projector = build(config["projector"]) if config["projector"] else None
     model: HJEPA = build(config["model"], levels=levels, projector=projector)
     sampler = build(config["masking"], grid=model.grid, pools=levels.pool)
+    if model.upper:
+        sampler = StackedSampler(sampler, model.upper.stages())
     if config["init_from"]:
         load_model(model, config["init_from"])
     teacher: Teacher = build(config["teacher"])

@@ -7,7 +7,7 @@ level: a second predictor pass that sees only the student's summary tokens and m
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +26,7 @@ class Levels:
         weight: factor of the level's loss.
         summary: factor of the summary pass' loss; 0 leaves the pass out.
         summary_tokens: how many summary tokens the encoder carries.
+        upper: the constructor of a level stacked on these (see `hjepa.stacked.Upper`), None for none.
         fusion: how the student's hidden states at the levels' depths are brought together for the predictor (see `Fusion`).
     """
 
@@ -35,6 +36,7 @@ class Levels:
     summary: float = 0.0
     summary_tokens: int = 0
     fusion: Literal["none", "add", "concat"] = "none"
+    upper: Any = None
 
     def __post_init__(self) -> None:
         if not len(self.depth) == len(self.pool) == len(self.weight) <= 4:
@@ -48,6 +50,8 @@ class Levels:
             raise UserError(f"levels.pool={list(self.pool)}: each must divide the coarsest, e.g. [1, 2, 4].")
         if min([*self.weight, self.summary]) < 0:
             raise UserError(f"levels.weight={list(self.weight)} and levels.summary={self.summary} must not be negative.")
+        if self.upper and not self.pool:
+            raise UserError("levels.upper needs a level to stand on; give levels.depth, pool and weight one entry.")
         if self.summary and not (self.summary_tokens and self.pool):
             raise UserError(
                 f"levels.summary={self.summary} needs levels.summary_tokens of at least 1 and a level to predict; there are "

@@ -21,21 +21,23 @@ from hjepa.errors import UserError
 class Masks:
     """`context` int64 [B, C, K] into the patch grid; `targets` per level int64 [B, C, P, T_l] into the level's grid.
 
-    C contexts per image, P target blocks per context.
+    C contexts per image, P target blocks per context; `stacked` holds the masks of stacked levels, on their own grids.
     """
 
     context: Tensor
     targets: tuple[Tensor, ...]
+    stacked: tuple["Masks", ...] = ()
 
     def to(self, device: torch.device) -> "Masks":
         """The same masks on a device."""
-        move = [t.to(device, non_blocking=True) for t in (self.context, *self.targets)]
-        return Masks(move[0], tuple(move[1:]))
+        targets = tuple(t.to(device, non_blocking=True) for t in self.targets)
+        return Masks(self.context.to(device, non_blocking=True), targets, tuple(masks.to(device) for masks in self.stacked))
 
     def split(self, parts: int) -> list["Masks"]:
         """Equal parts along the batch, in order."""
-        pieces = [t.chunk(parts) for t in (self.context, *self.targets)]
-        return [Masks(piece[0], tuple(piece[1:])) for piece in zip(*pieces, strict=True)]
+        targets = list(zip(*(t.chunk(parts) for t in self.targets), strict=True)) or [()] * parts
+        stacked = list(zip(*(masks.split(parts) for masks in self.stacked), strict=True)) or [()] * parts
+        return [Masks(*part) for part in zip(self.context.chunk(parts), targets, stacked, strict=True)]
 
 
 def block_sides(area: float, aspect: float, grid: int, align: int = 1, most: float = math.inf) -> tuple[int, int]:

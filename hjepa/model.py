@@ -12,6 +12,7 @@ from hjepa.fusion import Fusion
 from hjepa.levels import Levels
 from hjepa.masks import Masks
 from hjepa.predictor import Predictor
+from hjepa.stacked import Upper
 from hjepa.weights import load_encoder
 
 
@@ -68,6 +69,7 @@ class HJEPA(nn.Module):
         dim = self.student.embed_dim
         self.fusion = Fusion(levels.fusion, dim, len(self.depths))
         self.predictor = predictor(encoder_dim=dim, grid=self.grid, pools=levels.pool) if levels.pool else None
+        self.upper: Upper | None = levels.upper(input_dim=dim, grid=self.grid) if levels.upper else None
         width = self.student.feature_dim
         self.projectors = nn.ModuleList(projector(dim=width) if projector else nn.Identity() for _ in self.counts)
         if pretrained:
@@ -77,6 +79,8 @@ class HJEPA(nn.Module):
     def share_teacher(self) -> None:
         """Let the student be its own teacher: targets follow it at once, and gradients flow through them."""
         self.teacher = self.student
+        if self.upper:
+            self.upper.share_teacher()
 
     @property
     def shared(self) -> bool:
@@ -86,9 +90,13 @@ class HJEPA(nn.Module):
     def train(self, mode: bool = True) -> "HJEPA":
         """Training mode for student and predictor; a teacher that is not the student always evaluates."""
         super().train(mode)
-        if not self.shared:
-            self.teacher.eval()
+        for teacher, student in self.pairs():
+            teacher.train(mode and teacher is student)
         return self
+
+    def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Every teacher and its student."""
+        return [(self.teacher, self.student), *((s.teacher, s.student) for s in (self.upper.stages() if self.upper else []))]
 
     def forward(self, images: Tensor, masks: Masks, crops: Tensor | None = None, views: int = 1) -> Output:
         """Predictions beside targets, and the student's features.
@@ -108,24 +116,29 @@ class HJEPA(nn.Module):
             features = [torch.cat(pair, dim=1) for pair in zip(features, local, strict=True)]
         return Output(levels, features, whole)
 
-    def targets(self, images: Tensor, masks: Masks) -> list[Tensor]:
-        """Per level the targets [B, C, P, T_l, D]; one pass over all patches serves all contexts and blocks."""
-        depths = sorted(set(self.counts))
+    def look(self, images: Tensor) -> dict[int, Tensor]:
+        """The teacher's hidden states [B, N, D] of all patches, by depth; one pass serves all levels, contexts and blocks."""
+        depths = sorted({*self.counts, self.student.depth} if self.upper else set(self.counts))
         with torch.set_grad_enabled(self.shared and torch.is_grad_enabled()):
             states = self.teacher(images, depths=depths)
-            patches = {depth: state[:, self.teacher.summary_tokens :] for depth, state in zip(depths, states, strict=True)}
-            return self.levels.targets(patches, masks.targets, self.grid, self.teacher.depth)
+        return {depth: state[:, self.teacher.summary_tokens :] for depth, state in zip(depths, states, strict=True)}
 
     def predict(self, images: Tensor, masks: Masks, states: list[Tensor]) -> list[LevelOutput]:
         """Every level's targets beside what the predictor makes of the student's hidden states [B*C, S+K, D]."""
         assert self.predictor is not None
-        targets, tokens = self.targets(images, masks), self.fusion(states)
+        seen, tokens = self.look(images), self.fusion(states)
+        targets = self.levels.targets(seen, masks.targets, self.grid, self.student.depth)
         predictions = self.predictor(tokens, masks.context, masks.targets)
         rows = zip(self.levels.names(), self.levels.weight, predictions, targets, strict=True)
         outputs = [LevelOutput(*row) for row in rows]
         if self.levels.summary:
             guess = self.predictor(tokens[:, : self.student.summary_tokens], None, masks.targets[:1])[0]
             outputs.append(LevelOutput("summary", self.levels.summary, guess, targets[0]))
+        if self.upper:
+            stacked = self.upper(
+                seen[self.student.depth], lambda: self.student(images)[-1][:, self.student.summary_tokens :], masks.stacked
+            )
+            outputs += [LevelOutput(f"stacked{i}", *level) for i, level in enumerate(stacked, start=1)]
         return outputs
 
     def features(self, states: list[Tensor], images: int) -> list[Tensor]:
@@ -136,8 +149,7 @@ class HJEPA(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks of all parts."""
-        parts = dict.fromkeys(part for part in (self.student, self.teacher, self.predictor) if part)
-        return [block for part in parts for block in part.blocks]
+        return [block for part in self.modules() for block in getattr(part, "blocks", ())]
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters: total, trainable, and of every part."""

@@ -11,6 +11,12 @@ from hjepa.schedules import Schedule
 from hjepa.weights import load_encoder
 
 
+def parameters(model: HJEPA) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters of all teachers, and those of their students in the same order."""
+    teachers, students = zip(*model.pairs(), strict=True)
+    return [p for t in teachers for p in t.parameters()], [p for s in students for p in s.parameters()]
+
+
 class Teacher:
     """What the trainer asks of a teacher, which equals the student at the start of a run; this one never changes."""
 
@@ -48,8 +54,8 @@ class EMA(Teacher):
 
     @torch.no_grad()
     def update(self, model: HJEPA, step: int) -> None:
-        targets: list[Tensor] = list(model.teacher.parameters())
-        torch._foreach_lerp_(targets, list(model.student.parameters()), 1.0 - self.momentum[step])
+        teachers, students = parameters(model)
+        torch._foreach_lerp_(teachers, students, 1.0 - self.momentum[step])
 
     def rates(self, step: int) -> dict[str, float]:
         return {"momentum": self.momentum[step]}
@@ -74,7 +80,7 @@ class Refresh(Teacher):
     @torch.no_grad()
     def update(self, model: HJEPA, step: int) -> None:
         if (step + 1) % self.every == 0:
-            torch._foreach_copy_(list(model.teacher.parameters()), list(model.student.parameters()))
+            torch._foreach_copy_(*parameters(model))
 
 
 class Frozen(Teacher):

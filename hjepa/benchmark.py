@@ -123,16 +123,16 @@ def benchmark(config: Config, path: Path, warmup: int, steps: int, reference_gfl
     folder = RunFolder(path.with_name(f"benchmark-{path.name}"), config)
     parts: Parts = assemble(config)
     train, _ = parts.dataset.train_and_validation()
-    lengths = {"epochs": None, "steps": warmup + steps + 1}
+    lengths = {"epochs": None, "steps": warmup + steps + 1, "batch_start": None, "batch_warmup": 0}
     trainer: Trainer = build(config["train"] | lengths, parts=parts, images=train.images)
     trainer.model.train()
     figures = measure(trainer, warmup, steps)
-    speed = trainer.batch_size / figures["step_seconds"]
-    own = figures["step_flop"] / trainer.batch_size / 1e9
+    speed = trainer.plan.batch_size / figures["step_seconds"]
+    own = figures["step_flop"] / trainer.plan.batch_size / 1e9
     summary = figures | {
         "status": "finished",
         "images_per_second": speed,
-        "batch_size": trainer.batch_size,
+        "batch_size": trainer.plan.batch_size,
         "gflop_per_image": own,
         "reference_gflop": reference_gflop or own,
         "normalised": speed * (reference_gflop or own) * 1e9 / figures["matmul_flops"],

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from hjepa.errors import UserError
+from hjepa.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,13 @@ class Schedule(ABC):
     def progress(self, share: float) -> float:
         """How far from `start` (0) to `end` (1) the value is after `share` of the way."""
 
-    def __call__(self, steps: int, steps_per_epoch: int) -> list[float]:
-        """The value of each of `steps` optimizer steps."""
-        warmup = min(steps, self.warmup_steps or round(self.warmup_epochs * steps_per_epoch))
-        way = max(1, steps - warmup - 1)
+    def __call__(self, plan: Plan) -> list[float]:
+        """The value of each of the plan's optimizer steps."""
+        warmup = min(plan.steps, self.warmup_steps or plan.steps_in(self.warmup_epochs))
+        rest = plan.steps - warmup
         rise = [self.start * step / warmup for step in range(warmup)]
-        return rise + [
-            self.start + (self.end - self.start) * self.progress(min(1.0, step / way)) for step in range(steps - warmup)
-        ]
+        way = max(1, rest - 1)
+        return rise + [self.start + (self.end - self.start) * self.progress(step / way) for step in range(rest)]
 
 
 class Cosine(Schedule):
@@ -66,3 +66,22 @@ class Constant(Schedule):
 
     def progress(self, share: float) -> float:
         return 0.0
+
+
+@dataclass(frozen=True)
+class WSD(Schedule):
+    """Warm-up, stable, decay (Hu et al. 2024): `start` all the way, then a straight line to `end`.
+
+    Args:
+        decay: share of the way, after the warm-up, that the line takes.
+    """
+
+    decay: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.decay <= 1:
+            raise UserError(f"schedule: decay={self.decay} is a share of the run; expected a value in (0, 1].")
+
+    def progress(self, share: float) -> float:
+        return max(0.0, (share - (1 - self.decay)) / self.decay)

@@ -111,12 +111,8 @@ class Session:
         p, counts = self.parts, self.parts.model.parameter_counts()
         log.info("run folder %s", self.folder.path)
         log.info("%s; parameters: %s", p.hardware.describe(), ", ".join(f"{k} {v:,}" for k, v in counts.items()))
-        log.info(
-            "%d steps of %d images, %d to an epoch",
-            self.trainer.steps,
-            self.trainer.batch_size,
-            self.trainer.steps_per_epoch,
-        )
+        plan = self.trainer.plan
+        log.info("%d steps of %d images, %d to an epoch", plan.steps, plan.batch_size, plan.steps_of(plan.batch_warmup))
         masks = p.sampler(len(self.preview), generator(p.seed, "preview"))
         picture = self.folder.path / "plots" / "masks.png"
         plot_masks(self.preview / 255, masks, p.model.levels, p.model.grid, picture)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hjepa.errors import UserError
 from hjepa.model import HJEPA
+from hjepa.plan import Plan
 from hjepa.schedules import Schedule
 from hjepa.weights import load_encoder
 
@@ -23,8 +24,8 @@ class Teacher:
     def attach(self, model: HJEPA) -> None:
         """Prepare the model's teacher, once, before its first step."""
 
-    def plan(self, steps: int, steps_per_epoch: int) -> None:
-        """Lay out what it does over a run of `steps` optimizer steps."""
+    def plan(self, plan: Plan) -> None:
+        """Lay out what it does over a run."""
 
     def update(self, model: HJEPA, step: int) -> None:
         """Move the model's teacher after optimizer step `step`."""
@@ -48,9 +49,9 @@ class EMA(Teacher):
         self.schedule, self.half_life = momentum, half_life
         self.momentum: Sequence[float] = ()
 
-    def plan(self, steps: int, steps_per_epoch: int) -> None:
-        constant = self.half_life and [2 ** (-1 / self.half_life)] * steps
-        self.momentum = constant or self.schedule(steps, steps_per_epoch)
+    def plan(self, plan: Plan) -> None:
+        constant = self.half_life and [2 ** (-1 / self.half_life)] * plan.steps
+        self.momentum = constant or self.schedule(plan)
 
     @torch.no_grad()
     def update(self, model: HJEPA, step: int) -> None:
@@ -72,14 +73,18 @@ class Refresh(Teacher):
         if (epochs is None) == (steps is None) or (epochs or steps or 0) <= 0:
             raise UserError(f"teacher.epochs={epochs} and teacher.steps={steps}: set one to a positive value, the other to null.")
         self.epochs, self.steps = epochs, steps
-        self.every = 0
+        self.due: set[int] = set()
 
-    def plan(self, steps: int, steps_per_epoch: int) -> None:
-        self.every = self.steps or max(1, round((self.epochs or 0) * steps_per_epoch))
+    def plan(self, plan: Plan) -> None:
+        if self.steps:
+            self.due = set(range(self.steps, plan.steps + 1, self.steps))
+        else:
+            times = int(plan.passed(plan.steps) / (self.epochs or 1))
+            self.due = {max(1, plan.steps_in((i + 1) * (self.epochs or 1))) for i in range(times)}
 
     @torch.no_grad()
     def update(self, model: HJEPA, step: int) -> None:
-        if (step + 1) % self.every == 0:
+        if step + 1 in self.due:
             torch._foreach_copy_(*parameters(model))
 
 

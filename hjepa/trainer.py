@@ -5,6 +5,7 @@ Nothing in the step waits for the device: losses stay there until they are logge
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from hjepa.masks import Masks, Sampler
 from hjepa.meter import Meter
 from hjepa.model import HJEPA
 from hjepa.optim import set_rates
+from hjepa.plan import Plan
 from hjepa.rng import generator, seed_global
 from hjepa.schedules import Schedule
 from hjepa.signals import StopFlag, Stopped
@@ -56,7 +58,9 @@ class Trainer:
     Args:
         parts: see `Parts`; images: the training images, uint8 [N, 3, S, S].
         epochs, steps: length of the run; one of the two is None.
-        batch_size: images per optimizer step; accumulate: equal parts that a batch is computed in, to save memory.
+        batch_size: images per optimizer step; batch_start, batch_warmup: batch size of the first epoch and the epochs over
+            which it grows to `batch_size`, the learning rate in proportion (Goyal et al. 2017); None and 0 for a constant one.
+        accumulate: equal parts that a batch is computed in, to save memory.
         clip_norm: largest gradient norm, None for no clipping.
         log_every: steps between two records of the losses.
         stop_on_collapse: end a collapsed run instead of only warning.
@@ -69,22 +73,25 @@ class Trainer:
         epochs: int | None,
         steps: int | None,
         batch_size: int,
+        batch_start: int | None,
+        batch_warmup: int,
         accumulate: int,
         clip_norm: float | None,
         log_every: int,
         stop_on_collapse: bool,
     ) -> None:
-        check_lengths(len(images), epochs, steps, batch_size, accumulate, log_every)
+        if log_every < 1:
+            raise UserError(f"train.log_every={log_every}: expected at least 1.")
+        self.plan = plan = Plan(len(images), epochs, steps, batch_size, batch_start, batch_warmup, accumulate)
         self.parts, self.model, self.device = parts, parts.model, parts.hardware.device
         self.images = images.to(self.device)
-        self.batch_size, self.accumulate, self.log_every = batch_size, accumulate, log_every
+        self.accumulate, self.log_every = accumulate, log_every
         self.clip_norm = float("inf") if clip_norm is None else clip_norm
         self.stop_on_collapse = stop_on_collapse
-        self.steps_per_epoch = len(images) // batch_size
-        self.steps = steps or (epochs or 0) * self.steps_per_epoch
-        self.lr = parts.lr(self.steps, self.steps_per_epoch)
-        self.weight_decay = parts.weight_decay(self.steps, self.steps_per_epoch)
-        parts.teacher.plan(self.steps, self.steps_per_epoch)
+        self.steps = plan.steps
+        self.lr = [lr * plan.size(step) / batch_size for step, lr in enumerate(parts.lr(plan))]
+        self.weight_decay = parts.weight_decay(plan)
+        parts.teacher.plan(plan)
         self.trainable = [p for p in parts.model.parameters() if p.requires_grad]
         self.scaler = parts.hardware.scaler()
         self.meter = Meter()
@@ -103,9 +110,8 @@ class Trainer:
 
     def indices(self, step: int) -> Tensor:
         """The images of a step: consecutive parts of a permutation of its epoch."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        order = self.order(epoch)
-        return order[position * self.batch_size : (position + 1) * self.batch_size]
+        epoch, start = self.plan.place(step)
+        return self.order(epoch)[start : start + self.plan.size(step)]
 
     def order(self, epoch: int) -> Tensor:
         """The permutation of an epoch, kept until another one is asked for."""
@@ -155,14 +161,13 @@ class Trainer:
                 self.meter.add(self.step(*self.batch(self.done), self.done))
                 self.done += 1
                 bar.update()
-                last_of_epoch = self.done % self.steps_per_epoch == 0 or self.done == self.steps
                 logging_now = self.done % self.log_every == 0
                 losses = self.read_interval() if logging_now else {}
                 self.seconds += time.perf_counter() - began
                 if logging_now:
                     self.report(losses, self.seconds - interval, record, bar)
                     interval = self.seconds
-                if last_of_epoch:
+                if self.done in self.plan.ends:
                     self.end_epoch(watch, checkpoints, record)
                 elif stop or checkpoints.due():
                     self.save(watch, checkpoints)
@@ -176,7 +181,8 @@ class Trainer:
 
     def report(self, losses: dict[str, float], seconds: float, record: Callable[[dict[str, Any]], None], bar: Any) -> None:
         """Record the losses of the last interval, the rates of its last step, and the speed."""
-        step, speed = self.done - 1, self.log_every * self.batch_size / max(seconds, 1e-9)
+        step, images = self.done - 1, self.plan.seen(self.done) - self.plan.seen(max(0, self.done - self.log_every))
+        speed = images / max(seconds, 1e-9)
         rates = {
             "lr": self.lr[step],
             "weight_decay": self.weight_decay[step],
@@ -192,7 +198,7 @@ class Trainer:
     def end_epoch(self, watch: Watch, checkpoints: Checkpoints, record: Callable[[dict[str, Any]], None]) -> None:
         """Measure, record and save at the end of an epoch (or of the run)."""
         self.refuse_non_finite()
-        epoch, last = -(-self.done // self.steps_per_epoch), self.done == self.steps
+        epoch, last = math.ceil(self.plan.passed(self.done)), self.done == self.steps
         probe_now = watch.probe is not None and (last or epoch % watch.probe.every == 0)
         measured = watch.epoch(probe_now)
         means = {f"epoch/{name}": value for name, value in self.meter.epoch().items()}
@@ -247,15 +253,3 @@ def split(images: Tensor, masks: Masks, crops: Tensor | None, parts: int) -> Ite
     yield from zip(
         images.chunk(parts), masks.split(parts), crops.chunk(parts) if crops is not None else [None] * parts, strict=True
     )
-
-
-def check_lengths(images: int, epochs: int | None, steps: int | None, batch_size: int, accumulate: int, log_every: int) -> None:
-    """Refuse a run without length, without a whole batch or without whole parts of a batch."""
-    if (epochs is None) == (steps is None) or (epochs or steps or 0) < 1:
-        raise UserError(f"train.epochs={epochs} and train.steps={steps}: set one to at least 1 and the other to null.")
-    if not 1 <= batch_size <= images:
-        raise UserError(f"train.batch_size={batch_size}: expected 1 to {images}, the number of training images.")
-    if accumulate < 1 or batch_size % accumulate:
-        raise UserError(f"train.accumulate={accumulate} does not divide train.batch_size={batch_size} into equal parts.")
-    if log_every < 1:
-        raise UserError(f"train.log_every={log_every}: expected at least 1.")

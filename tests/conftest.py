@@ -96,3 +96,10 @@ def trainer(*overrides: str) -> Any:
     parts = assemble_config(config)
     train, _ = parts.dataset.train_and_validation()
     return build(config["train"], parts=parts, images=train.images)
+
+
+def plan(steps: int, steps_per_epoch: int) -> Any:
+    """A plan of even epochs."""
+    from hjepa.plan import Plan
+
+    return Plan(images=steps_per_epoch, epochs=None, length=steps, batch_size=1)

@@ -10,7 +10,7 @@ from hjepa.encoder import Encoder
 from hjepa.errors import UserError
 from hjepa.schedules import Constant
 from hjepa.teacher import EMA
-from tests.conftest import assemble, trainer
+from tests.conftest import assemble, plan, trainer
 
 
 def weight(encoder: Encoder) -> torch.Tensor:
@@ -22,14 +22,14 @@ def test_ema_written_out() -> None:
     model.student.blocks[0].attn.qkv.weight.data += 1
     student, before = model.student.blocks[0].attn.qkv.weight, model.teacher.blocks[0].attn.qkv.weight.clone()
     ema = EMA(Constant(start=0.9, end=0.9))
-    ema.plan(1, 1)
+    ema.plan(plan(1, 1))
     ema.update(model, 0)
     assert torch.allclose(model.teacher.blocks[0].attn.qkv.weight, 0.9 * before + 0.1 * student, atol=1e-7)
 
 
 def test_default_momentum_never_reaches_one() -> None:
     teacher = assemble().teacher
-    teacher.plan(1000, 100)
+    teacher.plan(plan(1000, 100))
     assert max(teacher.momentum) < 1
 
 
@@ -38,7 +38,7 @@ def test_half_life_is_the_steps_that_replace_half_of_the_teacher() -> None:
     before = weight(model.teacher)
     model.student.blocks[0].attn.qkv.weight.data += 1
     ema = EMA(Constant(start=0.5, end=0.5), half_life=7)
-    ema.plan(7, 1)
+    ema.plan(plan(7, 1))
     for step in range(7):
         ema.update(model, step)
     assert torch.allclose(weight(model.teacher), before + 0.5, atol=1e-5)
@@ -61,10 +61,9 @@ def test_without_a_teacher_gradients_flow_through_both_sides() -> None:
     model = parts.model
     assert "teacher" not in model.parameter_counts()
     images, masks = torch.randn(2, 3, 32, 32), parts.sampler(2, torch.Generator().manual_seed(0))
-    target = model.targets(images, masks)[0]
-    assert target.requires_grad
-    with_teacher = assemble("levels=flat", "regularizer=none").model.targets(images, masks)[0]
-    assert not with_teacher.requires_grad
+    assert model(images, masks).levels[0].target.requires_grad
+    with_teacher = assemble("levels=flat", "regularizer=none").model
+    assert not with_teacher(images, masks).levels[0].target.requires_grad
 
 
 def frozen_step(*overrides: str) -> tuple[torch.Tensor, torch.Tensor]:

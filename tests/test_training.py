@@ -8,8 +8,8 @@ import torch
 
 from hjepa.errors import UserError
 from hjepa.meter import Meter
-from hjepa.schedules import Constant, Cosine, Linear
-from tests.conftest import assemble, trainer
+from hjepa.schedules import WSD, Constant, Cosine, Linear
+from tests.conftest import assemble, plan, trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,13 +23,14 @@ def one_thread():
 
 
 def test_schedules_against_their_formulas() -> None:
-    values = Cosine(start=1.0, end=0.1, warmup_steps=4)(24, 10)
+    values = Cosine(start=1.0, end=0.1, warmup_steps=4)(plan(24, 10))
     assert values[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert values[-1] == pytest.approx(0.1)
     assert all(values[4 + t] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * t / 19)) / 2) for t in range(20))
-    assert Linear(start=0.0, end=1.0)(5, 1) == [0.0, 0.25, 0.5, 0.75, 1.0]
-    assert Constant(start=0.3, end=9.0, warmup_epochs=0.5)(6, 4) == [0.0, 0.15, 0.3, 0.3, 0.3, 0.3]
-    assert len(Cosine(start=1.0, end=0.0, warmup_epochs=50)(10, 10)) == 10, "a warm-up longer than the run is cut"
+    assert Linear(start=0.0, end=1.0)(plan(5, 1)) == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert Constant(start=0.3, end=9.0, warmup_epochs=0.5)(plan(6, 4)) == [0.0, 0.15, 0.3, 0.3, 0.3, 0.3]
+    assert WSD(start=1.0, end=0.0, warmup_steps=2, decay=0.5)(plan(9, 3)) == pytest.approx([0, 0.5, 1, 1, 1, 1, 2 / 3, 1 / 3, 0])
+    assert len(Cosine(start=1.0, end=0.0, warmup_epochs=50)(plan(10, 10))) == 10, "a warm-up longer than the run is cut"
 
 
 def test_warmup_in_both_units_is_refused() -> None:
@@ -165,7 +166,7 @@ def test_nan_stops_the_run_with_the_batch_and_a_good_checkpoint(run, tmp_path, m
     [
         ("train.batch_size=5000", "train.batch_size=5000: expected 1 to 220"),
         ("train.accumulate=5", "train.accumulate=5 does not divide"),
-        ("train.steps=4", "set one to at least 1 and the other to null"),
+        ("train.steps=4", "set one to at least 1, the other to null"),
         ("train.epochs=0", "set one to at least 1"),
         ("train.log_every=0", "log_every=0"),
     ],
@@ -183,7 +184,7 @@ def test_every_group_option_takes_a_step() -> None:
         "projector=mlp",
         *(f"masking={x}" for x in ("multiblock", "block", "random", "hierarchical", "partition")),
         *(f"loss={x}" for x in ("smooth_l1", "mse", "cosine")),
-        *(f"schedule={x}" for x in ("cosine", "linear", "constant")),
+        *(f"schedule={x}" for x in ("cosine", "linear", "constant", "wsd")),
     ):
         t = trainer(override)
         terms = t.step(*t.batch(1), 1)

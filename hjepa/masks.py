@@ -150,7 +150,8 @@ class Multiblock(Sampler):
     coarsest level's cells and every level predicts the same regions.
 
     Args:
-        target_scale, context_scale: ranges of the share of patches; target_aspect: range of height / width.
+        target_scale, context_scale: ranges of the share of patches, the former cut where all blocks together could cover the
+            image; target_aspect: range of height / width.
         blocks: target blocks per image.
     """
 
@@ -169,9 +170,10 @@ class Multiblock(Sampler):
         check_range("target_aspect", target_aspect, 0, math.inf)
         if blocks < 1:
             raise UserError(f"masking.blocks={blocks}: at least one target block is needed.")
-        self.target_scale, self.target_aspect, self.context_scale = target_scale, target_aspect, context_scale
-        self.blocks = blocks
-        largest = max_area(target_scale[1], target_aspect, grid, self.align)
+        room = (1 - self.align**2 / self.patches) / blocks  # a share that leaves a cell to see, wherever the blocks lie
+        self.target_scale = [target_scale[0], max(target_scale[0], min(target_scale[1], room))]
+        self.target_aspect, self.context_scale, self.blocks = target_aspect, context_scale, blocks
+        largest = max_area(self.target_scale[1], target_aspect, grid, self.align)
         self.floor = self.refuse_without_context(blocks * largest, f"{blocks} target blocks of up to {largest} patches")
 
     def __call__(self, batch_size: int, generator: Generator) -> Masks:

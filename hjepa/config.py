@@ -76,7 +76,7 @@ def nodes(config: Any, path: str = "") -> Iterator[tuple[str, Config]]:
 
 def check_type(path: str, value: Any, annotation: str | None) -> None:
     """Refuse a value that its annotation does not admit; annotations of our own classes are left to the constructor."""
-    if annotation is None or isinstance(value, dict):
+    if annotation is None or (isinstance(value, dict) and "_target_" in value):
         return
     try:
         expected = eval(annotation, {"__builtins__": {}}, KNOWN_TYPES | PLAIN_TYPES)

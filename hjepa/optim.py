@@ -43,7 +43,7 @@ def parameter_groups(model: HJEPA, lr_scale: dict[str, float], layer_decay: floa
 def check_rates(lr_scale: dict[str, float], layer_decay: float, parts: set[str]) -> None:
     """Refuse factors of parts that are not trained, and factors out of range."""
     for part, scale in lr_scale.items():
-        if part not in parts:
+        if part not in parts and scale != 1:
             raise UserError(f"optimizer.lr_scale.{part} names no trained part; there are {', '.join(sorted(parts))}.")
         if scale < 0:
             raise UserError(f"optimizer.lr_scale.{part}={scale}: expected 0 (the part stays as it is) or more.")

@@ -423,7 +423,7 @@ def test_layers_are_counted_from_the_top() -> None:
 @pytest.mark.parametrize(
     ("override", "word"),
     [
-        ("+optimizer.lr_scale.teacher=1.0", "names no trained part; there are predictor, student"),
+        ("+optimizer.lr_scale.teacher=0.5", "names no trained part; there are predictor, student"),
         ("optimizer.lr_scale.student=-1.0", "expected 0 .* or more"),
         ("optimizer.lr_scale.student=fast", "expected dict"),
         ("optimizer.layer_decay=0.0", "above 0 and at most 1"),
@@ -474,6 +474,6 @@ def test_every_optimizer_lowers_the_loss(kind: str) -> None:
         "regularizer=none",
         "train.epochs=5",
     )
-    images, masks = t.batch(0)
-    losses = [float(t.step(images, masks, i)["loss"]) for i in range(40)]
+    batch = t.batch(0)
+    losses = [float(t.step(*batch, i)["loss"]) for i in range(40)]
     assert losses[-1] < 0.9 * losses[0]

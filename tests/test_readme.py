@@ -6,7 +6,6 @@ import torch
 import yaml
 
 from hjepa import masks
-from hjepa.config import GROUPS
 from tests.conftest import ROOT
 from tests.test_masks import check_contract
 
@@ -30,8 +29,8 @@ def test_the_example_strategy_works_as_written() -> None:
 
 def test_the_table_lists_every_option_of_every_group() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", README, re.MULTILINE))
+    rows["experiment"] = README[README.index("| recipe |") : README.index("## Comparing")]
     for folder in sorted((ROOT / "conf").iterdir()):
         if folder.is_dir() and folder.name != "hydra":
             there = {p.stem for p in folder.glob("*.yaml") if not p.stem.startswith("_")}
             assert there <= set(re.findall(r"`(\w+)`", rows[folder.name])), folder.name
-    assert set(rows) - {"experiment"} <= set(GROUPS)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from hjepa.checkpoint import Checkpoints, State
 from hjepa.data import Dataset
 from hjepa.errors import UserError
+from hjepa.files import Files
 from hjepa.hardware import Hardware
 from hjepa.losses import Objective
 from hjepa.masks import Masks, Sampler
@@ -28,6 +29,7 @@ from hjepa.optim import set_rates
 from hjepa.rng import generator, seed_global
 from hjepa.schedules import Schedule
 from hjepa.signals import StopFlag, Stopped
+from hjepa.stream import Stream
 from hjepa.teacher import EMA
 from hjepa.watch import Watch
 
@@ -54,7 +56,7 @@ class Trainer:
     """Trains the student of `parts` on images.
 
     Args:
-        parts: see `Parts`; images: the training images, uint8 [N, 3, S, S].
+        parts: see `Parts`; images: the training images, uint8 [N, 3, S, S], or files of them.
         epochs, steps: length of the run; one of the two is None.
         batch_size: images per optimizer step; accumulate: equal parts that a batch is computed in, to save memory.
         clip_norm: largest gradient norm, None for no clipping.
@@ -65,7 +67,7 @@ class Trainer:
     def __init__(
         self,
         parts: Parts,
-        images: Tensor,
+        images: Tensor | Files,
         epochs: int | None,
         steps: int | None,
         batch_size: int,
@@ -76,12 +78,14 @@ class Trainer:
     ) -> None:
         check_lengths(len(images), epochs, steps, batch_size, accumulate, log_every)
         self.parts, self.model, self.device = parts, parts.model, parts.hardware.device
-        self.images = images.to(self.device)
         self.batch_size, self.accumulate, self.log_every = batch_size, accumulate, log_every
         self.clip_norm = float("inf") if clip_norm is None else clip_norm
         self.stop_on_collapse = stop_on_collapse
         self.steps_per_epoch = len(images) // batch_size
         self.steps = steps or (epochs or 0) * self.steps_per_epoch
+        self.images = (
+            images.to(self.device) if isinstance(images, Tensor) else Stream(images, self.indices, self.steps, self.device)
+        )
         self.lr = parts.lr(self.steps, self.steps_per_epoch)
         self.weight_decay = parts.weight_decay(self.steps, self.steps_per_epoch)
         parts.teacher.plan(self.steps, self.steps_per_epoch)
@@ -96,10 +100,20 @@ class Trainer:
     def batch(self, step: int) -> tuple[Tensor, Masks]:
         """Augmented images [B, 3, S, S] and masks of a step, both a function of the seed and the step alone."""
         seed, dataset = self.parts.seed, self.parts.dataset
-        images = dataset.normalise(self.images[self.indices(step).to(self.device)])
-        images = dataset.augment(images, generator(seed, "augment", step))
+        images = dataset.augmented(self.pixels(step), generator(seed, "augment", step))
         masks = self.parts.sampler(self.batch_size, generator(seed, "masks", step))
         return images, masks.to(self.device)
+
+    def pixels(self, step: int) -> Tensor:
+        """The images of a step, uint8 [B, 3, S, S] on the device."""
+        if isinstance(self.images, Stream):
+            return self.images.batch(step)
+        return self.images[self.indices(step).to(self.device)]
+
+    def close(self) -> None:
+        """Let go of what decodes the images."""
+        if isinstance(self.images, Stream):
+            self.images.close()
 
     def indices(self, step: int) -> Tensor:
         """The images of a step: consecutive parts of a permutation of its epoch."""

@@ -1,35 +1,87 @@
-"""Augmentation on the device: a random resized crop and a flip of its own per image, in one resampling of the batch."""
+"""Augmentation on the device, every image of the batch on its own: a random resized crop and a flip in one resampling, then
+the colour changes that are switched on. All draws come from the CPU generator that is passed in.
+"""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from hjepa.colour import Blur, Grayscale, Jitter, Solarize
 from hjepa.errors import UserError
+
+Change = Callable[[Tensor, Generator], Tensor]
 
 
 class Augment:
-    """Random resized crop (Szegedy et al. 2015) and horizontal flip.
+    """Random resized crop (Szegedy et al. 2015) and horizontal flip, then colour jitter, grayscale, blur and solarization, each
+    with a probability per image (SimCLR, BYOL); a probability of 0 costs nothing.
 
     Args:
         scale: [smallest, largest] share of the image's area; ratio: [smallest, largest] width / height of the crop.
         flip: probability of a horizontal flip.
+        jitter: probability of a jitter of the colours; brightness, contrast, saturation: largest deviation of the factor from
+            1; hue: largest turn, 0.5 is half the colour circle.
+        grayscale: probability of a grey image.
+        blur: probability of a Gaussian blur; blur_sigma: [smallest, largest] standard deviation in pixels.
+        solarize: probability of inverting the pixels at or above solarize_threshold, in [0, 1].
     """
 
-    def __init__(self, scale: list[float], ratio: list[float], flip: float) -> None:
+    def __init__(
+        self,
+        scale: list[float],
+        ratio: list[float],
+        flip: float,
+        jitter: float = 0.0,
+        brightness: float = 0.4,
+        contrast: float = 0.4,
+        saturation: float = 0.2,
+        hue: float = 0.1,
+        grayscale: float = 0.0,
+        blur: float = 0.0,
+        blur_sigma: list[float] = [0.1, 2.0],  # noqa: B006  # never changed
+        solarize: float = 0.0,
+        solarize_threshold: float = 0.5,
+    ) -> None:
         if not 0 < scale[0] <= scale[1] <= 1:
             raise UserError(f"dataset.augment.scale={list(scale)}: expected 0 < smallest <= largest <= 1.")
         if not 0 < ratio[0] <= ratio[1]:
             raise UserError(f"dataset.augment.ratio={list(ratio)}: expected 0 < smallest <= largest.")
-        if not 0 <= flip <= 1:
-            raise UserError(f"dataset.augment.flip={flip}: expected a probability.")
+        chances = {"flip": flip, "jitter": jitter, "grayscale": grayscale, "blur": blur, "solarize": solarize}
+        for name, chance in chances.items():
+            if not 0 <= chance <= 1:
+                raise UserError(f"dataset.augment.{name}={chance}: expected a probability.")
         self.scale, self.ratio, self.flip = scale, ratio, flip
+        changes: list[tuple[float, Change]] = [
+            (jitter, Jitter(brightness, contrast, saturation, hue)),
+            (grayscale, Grayscale()),
+            (blur, Blur(blur_sigma)),
+            (solarize, Solarize(solarize_threshold)),
+        ]
+        self.changes = [(chance, change) for chance, change in changes if chance > 0]
 
-    def boxes(self, count: int, generator: Generator) -> Tensor:
+    def __call__(self, images: Tensor, generator: Generator, size: int | None = None, scale: list[float] | None = None) -> Tensor:
+        """Images float [B, 3, H, W] in [0, 1] -> augmented ones of the same size, or local crops [B, 3, size, size]."""
+        images = self.crop(images, generator, size, scale or self.scale)
+        for chance, change in self.changes:
+            images = sometimes(chance, change, images, generator)
+        return images
+
+    def crop(self, images: Tensor, generator: Generator, size: int | None, scale: list[float]) -> Tensor:
+        """Crops and flips of images [B, 3, H, W]; bilinear, borders repeated."""
+        if scale[0] == 1 and self.flip == 0 and size is None:
+            return images
+        boxes = self.boxes(len(images), generator, scale).to(images.device, non_blocking=True)
+        shape = [*images.shape[:2], size or images.shape[2], size or images.shape[3]]
+        places = F.affine_grid(boxes, shape, align_corners=False)
+        return F.grid_sample(images, places, mode="bilinear", padding_mode="border", align_corners=False)
+
+    def boxes(self, count: int, generator: Generator, scale: list[float]) -> Tensor:
         """Affine maps [count, 2, 3] from the output to the crop, both in [-1, 1]; drawn on the CPU."""
         area, ratio, x, y, coin = torch.rand(5, count, generator=generator)
-        area = self.scale[0] + (self.scale[1] - self.scale[0]) * area
+        area = scale[0] + (scale[1] - scale[0]) * area
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         ratio = torch.exp(low + (high - low) * ratio)
         width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
@@ -41,11 +93,11 @@ class Augment:
         ]
         return torch.stack(rows, dim=1)
 
-    def __call__(self, images: Tensor, generator: Generator, size: int | None = None) -> Tensor:
-        """Normalised images [B, 3, H, W] -> crops of the same size or [B, 3, size, size]; bilinear, borders repeated."""
-        if self.scale[0] == 1 and self.flip == 0 and size is None:
-            return images
-        boxes = self.boxes(len(images), generator).to(images.device, non_blocking=True)
-        shape = [len(images), images.shape[1], size or images.shape[2], size or images.shape[3]]
-        places = F.affine_grid(boxes, shape, align_corners=False)
-        return F.grid_sample(images, places, mode="bilinear", padding_mode="border", align_corners=False)
+
+def sometimes(chance: float, change: Change, images: Tensor, generator: Generator) -> Tensor:
+    """The images [B, 3, H, W], each changed with a probability; what is not chosen is not computed."""
+    chosen = (torch.rand(len(images), generator=generator) < chance).nonzero().squeeze(1)
+    if len(chosen) == 0:
+        return images
+    chosen = chosen.to(images.device, non_blocking=True)
+    return images.index_copy(0, chosen, change(images[chosen], generator).contiguous())

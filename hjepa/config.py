@@ -37,6 +37,7 @@ GROUPS = (
 )
 # What may differ between two starts of one run: it changes where and how a run computes, not what.
 NOT_IDENTITY = ("name", "experiment_name", "output_root", "overwrite", "tracking", "checkpoint", "task", "hardware")
+NOT_IDENTITY_DATASET = ("memory_limit_gb", "workers")
 KNOWN_TYPES = {"Literal": Literal, "Sequence": Sequence, "Callable": Callable, "Any": Any, "None": None}
 PLAIN_TYPES = {t.__name__: t for t in (bool, int, float, str, list, dict, tuple)}
 
@@ -126,7 +127,8 @@ def arguments(function: ast.FunctionDef) -> Signature:
 def identity(config: Config) -> Config:
     """The part of a config that changes the result of a run."""
     kept = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
-    return kept | {"hardware": {"precision": config["hardware"]["precision"]}}
+    dataset = {key: value for key, value in config["dataset"].items() if key not in NOT_IDENTITY_DATASET}
+    return kept | {"dataset": dataset, "hardware": {"precision": config["hardware"]["precision"]}}
 
 
 def fingerprint(config: Config) -> str:

@@ -1,30 +1,26 @@
-"""Datasets: labelled images as uint8 tensors in memory, with a fixed stratified validation split.
+"""Datasets: labelled images, as uint8 tensors in memory or as files that are streamed, with a fixed stratified validation split.
 
 A dataset is a class with `load(split) -> Split`. Training sees the training part only; the probes fit on it and are scored
 on the validation part; the test split is for `task=evaluate` alone. To add one, write one class here and one YAML.
 """
 
 import logging
+import os
 import tarfile
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Generator, Tensor
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import functional as TF
-from tqdm import tqdm
 
 from hjepa.augment import Augment
 from hjepa.errors import UserError
+from hjepa.files import Corrupt, Files, Listing, list_images
 from hjepa.rng import generator
 from hjepa.shapes import generate
 
@@ -33,9 +29,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Split:
-    """`images` uint8 [N, 3, S, S]; `labels` int64 [N] by name, the main one first, -1 where unknown."""
+    """`images` uint8 [N, 3, S, S], or files that become such a tensor where they are indexed; `labels` int64 [N] by name, the
+    main one first, -1 where unknown.
+    """
 
-    images: Tensor
+    images: Tensor | Files
     labels: dict[str, Tensor]
 
     def __len__(self) -> int:
@@ -46,7 +44,7 @@ class Split:
 
     def to(self, device: torch.device) -> "Split":
         """The split on a device."""
-        return Split(self.images.to(device), {name: label.to(device) for name, label in self.labels.items()})
+        return Split(self.images[:].to(device), {name: label.to(device) for name, label in self.labels.items()})
 
 
 class Dataset(ABC):
@@ -57,7 +55,8 @@ class Dataset(ABC):
         validation: share of the training split that is held out, the same for every label.
         mean, std: per channel, in [0, 1], for normalisation.
         augment: applied to training images on the device; views: whole views of each image that it draws.
-        local_augment, local_views, local_size: the same for local crops of another size (multi-crop, SwAV), none by default.
+        local_views, local_size, local_scale: number, side in pixels and share of the area of local crops, which are augmented
+            alike (multi-crop, Caron et al. 2020).
     """
 
     def __init__(
@@ -68,9 +67,9 @@ class Dataset(ABC):
         std: list[float],
         augment: Augment,
         views: int,
-        local_augment: Augment,
         local_views: int,
         local_size: int,
+        local_scale: list[float],
     ) -> None:
         if not 0 < validation < 1:
             raise UserError(f"dataset.validation={validation}: expected a share between 0 and 1.")
@@ -78,10 +77,11 @@ class Dataset(ABC):
             raise UserError(
                 f"dataset.views={views}, local_views={local_views} and local_size={local_size}: expected at least 1, 0 and 1."
             )
-        self.views, self.local_augment, self.local_views, self.local_size = views, local_augment, local_views, local_size
+        if len(local_scale) != 2 or not 0 < local_scale[0] <= local_scale[1] <= 1:
+            raise UserError(f"dataset.local_scale={list(local_scale)}: expected 0 < smallest <= largest <= 1.")
+        self.views, self.local_views, self.local_size, self.local_scale = views, local_views, local_size, local_scale
         self.image_size, self.validation, self.augment = image_size, validation, augment
-        self.mean = torch.tensor(mean).view(-1, 1, 1) * 255
-        self.std = torch.tensor(std).view(-1, 1, 1) * 255
+        self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
 
     @abstractmethod
     def load(self, split: Literal["train", "test"]) -> Split:
@@ -89,9 +89,13 @@ class Dataset(ABC):
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> float32, zero mean and unit variance over the dataset."""
+        return self.standardise(unit(images))
+
+    def standardise(self, images: Tensor) -> Tensor:
+        """Pixels in [0, 1] -> zero mean and unit variance over the dataset, in place."""
         if self.mean.device != images.device:
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
-        return (images.float() - self.mean) / self.std
+        return images.sub_(self.mean).div_(self.std)
 
     def crops(self, images: Tensor, generator: Generator) -> tuple[Tensor, Tensor | None]:
         """Augmented, normalised views of uint8 images [B, 3, S, S], those of one image in a row.
@@ -99,24 +103,36 @@ class Dataset(ABC):
         Returns:
             Whole views float [B * views, 3, S, S] and local crops [B * local_views, 3, local_size, local_size], or None.
         """
-        images = self.normalise(images)
+        images = unit(images)
         whole = self.augment(images.repeat_interleave(self.views, 0) if self.views > 1 else images, generator)
         if not self.local_views:
-            return whole, None
-        return whole, self.local_augment(images.repeat_interleave(self.local_views, 0), generator, self.local_size)
+            return self.standardise(whole), None
+        repeated = images.repeat_interleave(self.local_views, 0)
+        local = self.augment(repeated, generator, self.local_size, self.local_scale)
+        return self.standardise(whole), self.standardise(local)
 
     def train_and_validation(self) -> tuple[Split, Split]:
         """The training split without and the part of it that is held out; the same parts for every seed of a run."""
         everything = self.load("train")
-        held = stratified(next(iter(everything.labels.values()), torch.zeros(len(everything))), self.validation)
-        if not 0 < len(held) < len(everything):
+        keep, held = self.parts(next(iter(everything.labels.values()), torch.zeros(len(everything))))
+        return everything[keep], everything[held]
+
+    def parts(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sorted indices of the images to train on and of those held out."""
+        held = stratified(labels, self.validation)
+        if not 0 < len(held) < len(labels):
             raise UserError(
-                f"dataset.validation={self.validation} of {len(everything)} images leaves no image to "
+                f"dataset.validation={self.validation} of {len(labels)} images leaves no image to "
                 f"{'validate' if len(held) == 0 else 'train'} on; use more images or another share."
             )
-        keep = torch.ones(len(everything), dtype=torch.bool)
+        keep = torch.ones(len(labels), dtype=torch.bool)
         keep[held] = False
-        return everything[keep.nonzero().squeeze(1)], everything[held]
+        return keep.nonzero().squeeze(1), held
+
+
+def unit(images: Tensor) -> Tensor:
+    """uint8 -> float32 pixels in [0, 1]."""
+    return images.float().div_(255)
 
 
 def stratified(labels: Tensor, share: float) -> Tensor:
@@ -149,94 +165,161 @@ class Shapes(Dataset):
         return Split(images, {name: labels[name] for name in ("part", "whole")})
 
 
-class ImageFolder(Dataset):
-    """JPEG, PNG or other images in `root/train/<class>/` and `root/test/<class>/`, or in `root/<class>/` without a test split;
-    images outside class folders have no labels.
+class Folders(Dataset):
+    """Image files in one or several folders: decoded into memory when they fit, else streamed through workers.
+
+    Args:
+        roots: the folders; weights: the share of each in an epoch, None leaves every image in once.
+        classes: names of the class folders to use, None uses all.
+        max_corrupt: share of unreadable images that is tolerated (they are named, and others take their places).
+        memory_limit_gb: the most memory that the decoded images of a split may take; above it they are streamed.
+        workers: processes that decode streamed images; 0 decodes in the training process, None is one per core, at most 8.
+    """
+
+    tests: tuple[str, ...] = ("test", "val")  # names of the test split; the first that is there
+    option = "root"  # what names the folders
+
+    def __init__(
+        self,
+        roots: list[str],
+        weights: list[float] | None,
+        classes: list[str] | None,
+        max_corrupt: float,
+        memory_limit_gb: float,
+        workers: int | None,
+        **common: object,
+    ) -> None:
+        super().__init__(**common)  # type: ignore[arg-type]
+        if not 0 <= max_corrupt <= 1:
+            raise UserError(f"dataset.max_corrupt={max_corrupt}: expected a share between 0 and 1.")
+        if memory_limit_gb < 0:
+            raise UserError(f"dataset.memory_limit_gb={memory_limit_gb}: expected at least 0, which streams everything.")
+        if workers is not None and workers < 0:
+            raise UserError(f"dataset.workers={workers}: expected at least 0, or null for one per core.")
+        self.roots, self.weights, self.classes = [Path(root).expanduser() for root in roots], weights, classes
+        self.max_corrupt, self.memory_limit_gb, self.workers = max_corrupt, memory_limit_gb, workers
+        for root in self.roots:
+            if not root.is_dir():
+                raise UserError(f"dataset.{self.option}: {root} is not a folder; give the folder that holds train/<class>/*.jpg.")
+
+    def load(self, split: Literal["train", "test"]) -> Split:
+        files = self.join([self.listing(root, split) for root in self.roots])
+        return self.split(files, self.streams(len(files)))
+
+    def train_and_validation(self) -> tuple[Split, Split]:
+        listings = [self.listing(root, "train") for root in self.roots]
+        files = self.join(listings)
+        unlabelled = files.labels.max() < 0
+        keep, held = self.parts(torch.zeros(len(files)) if unlabelled else files.labels)
+        if self.weights:
+            keep = weigh(keep, [len(paths) for paths, _ in listings], self.weights)
+        streamed = self.streams(len(keep) + len(held))
+        return self.split(files.part(keep), streamed), self.split(files.part(held), streamed)
+
+    def listing(self, root: Path, split: Literal["train", "test"]) -> Listing:
+        """Paths and class indices of a split of one root."""
+        names = ("train",) if split == "train" else self.tests
+        there = [root / name for name in names if (root / name).is_dir()]
+        if not there and (split == "test" or any((root / name).is_dir() for name in self.tests)):
+            raise UserError(
+                f"dataset.{self.option}: {root} has no {' or '.join(f'{name}/' for name in names)} folder of classes."
+            )
+        return list_images(there[0] if there else root, self.classes)
+
+    def join(self, listings: list[Listing]) -> Files:
+        """The files of all roots; classes of different roots are different labels."""
+        first, labels = 0, []
+        for _, classes in listings:
+            label = torch.tensor(classes)
+            labels.append(torch.where(label < 0, label, label + first))
+            first += max(classes) + 1
+        paths = np.array([os.fsencode(path) for found, _ in listings for path in found])
+        return Files(paths, torch.cat(labels), self.image_size, Corrupt(len(paths), self.max_corrupt), self.workers)
+
+    def streams(self, count: int) -> bool:
+        """Whether so many images are too many for the memory; says so."""
+        size = count * 3 * self.image_size**2 / 2**30
+        if size > self.memory_limit_gb:
+            log.info(
+                "%d images would take %.3g GB, more than dataset.memory_limit_gb=%g: workers decode them during training",
+                *(count, size, self.memory_limit_gb),
+            )
+        return size > self.memory_limit_gb
+
+    def split(self, files: Files, streamed: bool) -> Split:
+        """The files as a split; a streamed one is decoded where it is indexed."""
+        return Split(files if streamed else files[:], {"class": files.labels} if files.labels.max() >= 0 else {})
+
+
+def weigh(positions: Tensor, sizes: list[int], weights: list[float]) -> Tensor:
+    """Positions in lists of these sizes, one after the other, repeated until every list has its share; none is left out."""
+    lists = torch.bucketize(positions, torch.tensor(sizes).cumsum(0), right=True)
+    members = [positions[lists == i] for i in range(len(sizes))]
+    whole = max(len(m) / weight for m, weight in zip(members, weights, strict=True))
+    counts = [max(len(m), round(weight * whole)) for m, weight in zip(members, weights, strict=True)]
+    return torch.cat([m[torch.arange(count) % len(m)] for m, count in zip(members, counts, strict=True)])
+
+
+class ImageFolder(Folders):
+    """JPEG, PNG or other images in `root/train/<class>/` and `root/test/<class>/` (or `root/val/`), or in `root/<class>/` without
+    a test split; images outside class folders have no labels.
 
     Args:
         root: the folder.
-        max_corrupt: share of unreadable images that is tolerated (they are named and left out).
-        memory_limit_gb: the most memory that the decoded images of a split may take.
+        classes: names of the class folders to use, or a text file with one a line; None uses all.
     """
 
-    def __init__(self, root: str, max_corrupt: float, memory_limit_gb: float, **common: object) -> None:
+    def __init__(self, root: str, classes: list[str] | str | None, **common: object) -> None:
+        names = read_names(Path(classes).expanduser()) if isinstance(classes, str) else classes
+        super().__init__([root], None, names, **common)  # type: ignore[arg-type]
+
+
+def read_names(file: Path) -> list[str]:
+    """The names in a text file, the first word of every line."""
+    if not file.is_file():
+        raise UserError(f"dataset.classes={file} is no file; give a text file of class folders, a list of them, or null for all.")
+    return [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+
+
+class ImageNet(ImageFolder):
+    """ImageNet or a subset of its classes, in `root/train/<wnid>/` and `root/val/<wnid>/`.
+
+    Args:
+        class_count: how many classes there must be, lest a part of them is taken for all.
+    """
+
+    tests = ("val",)  # the official test/ has no labels
+
+    def __init__(self, class_count: int, **common: object) -> None:
         super().__init__(**common)  # type: ignore[arg-type]
-        self.root, self.max_corrupt, self.memory_limit_gb = Path(root).expanduser(), max_corrupt, memory_limit_gb
-        if not self.root.is_dir():
-            raise UserError(f"dataset.root={root} is not a folder; give the folder that holds train/<class>/*.jpg.")
+        self.class_count = class_count
 
-    def load(self, split: Literal["train", "test"]) -> Split:
-        folder = self.root / split
-        if not folder.is_dir():
-            if split == "test" or (self.root / "test").is_dir():
-                raise UserError(f"dataset.root={self.root} has no {split}/ folder of classes.")
-            folder = self.root
-        files = list_images(folder)
-        size = len(files) * 3 * self.image_size**2 / 2**30
-        if size > self.memory_limit_gb:
+    def listing(self, root: Path, split: Literal["train", "test"]) -> Listing:
+        paths, labels = super().listing(root, split)
+        if (there := len(set(labels))) != self.class_count:
             raise UserError(
-                f"{len(files)} images of {self.image_size} px in {folder} take {size:.1f} GB decoded, more than "
-                f"dataset.memory_limit_gb={self.memory_limit_gb}; raise it if the memory is there, or use a smaller image_size."
+                f"dataset.root: {root} holds {split} images of {there} classes, expected {self.class_count}; add the others, "
+                "name the folders to use in dataset.classes, or use dataset=image_folder for another number of classes."
             )
-        return self.decode(files)
-
-    def decode(self, files: list[tuple[str, int]]) -> Split:
-        """Decode in threads (PIL releases the interpreter lock), dropping what cannot be read."""
-        images = torch.empty(len(files), 3, self.image_size, self.image_size, dtype=torch.uint8)
-        with ThreadPoolExecutor() as pool:
-            decoded: Iterator[np.ndarray | str] = pool.map(lambda file: read_image(file[0], self.image_size), files, chunksize=64)
-            bad = []
-            for i, image in enumerate(tqdm(decoded, total=len(files), desc="decoding images", disable=None)):
-                if isinstance(image, str):
-                    bad.append((i, image))
-                else:
-                    images[i] = torch.from_numpy(image).permute(2, 0, 1)
-        if bad:
-            self.report_corrupt(len(files), [f"{files[i][0]} ({reason})" for i, reason in bad])
-        keep = torch.ones(len(files), dtype=torch.bool)
-        keep[[i for i, _ in bad]] = False
-        labels = torch.tensor([label for _, label in files])
-        images, labels = (images[keep], labels[keep]) if bad else (images, labels)
-        return Split(images, {"class": labels} if labels.max() >= 0 else {})
-
-    def report_corrupt(self, total: int, bad: list[str]) -> None:
-        """Warn about unreadable images, or refuse when they are more than the tolerated share."""
-        named = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
-        if len(bad) > self.max_corrupt * total:
-            raise UserError(
-                f"{len(bad)} of {total} images cannot be read, more than dataset.max_corrupt={self.max_corrupt:g} allows: "
-                f"{named}. Mend or remove them, or raise dataset.max_corrupt."
-            )
-        log.warning("left out %d of %d images that cannot be read: %s", len(bad), total, named)
+        return paths, labels
 
 
-def list_images(folder: Path) -> list[tuple[str, int]]:
-    """(path, class index) of every image in the class folders, sorted; class -1 for images outside class folders."""
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    loose = sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in IMG_EXTENSIONS)
-    if loose and not classes:
-        return [(path, -1) for path in loose]
-    if not classes:
-        raise UserError(f"{folder} holds neither images nor class folders; expected {folder}/<class>/*.jpg.")
-    files: list[tuple[str, int]] = make_dataset(
-        str(folder), {name: i for i, name in enumerate(classes)}, IMG_EXTENSIONS, allow_empty=True
-    )
-    if not files:
-        raise UserError(f"The class folders of {folder} hold no images (looked for {', '.join(IMG_EXTENSIONS)}).")
-    return files
+class Mixture(Folders):
+    """Several folders as one dataset, each laid out as for `ImageFolder`; equal class names in two folders are two classes.
 
+    Args:
+        roots: the folders.
+        weights: share of each folder in an epoch, made up by repeating images; None takes every image once.
+    """
 
-def read_image(path: str, size: int) -> np.ndarray | str:
-    """One image as uint8 [size, size, 3], resized by its shorter side and centre-cropped; or why it cannot be read."""
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
-            file.draft("RGB", (size, size))
-            image = file.convert("RGB")
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        return str(error).replace(path, "").strip(" :'") or type(error).__name__
-    if image.size != (size, size):
-        image = TF.center_crop(TF.resize(image, size, antialias=True), [size, size])
-    return np.array(image)
+    option = "roots"
+
+    def __init__(self, roots: list[str], weights: list[float] | None, **common: object) -> None:
+        if not roots:
+            raise UserError("dataset.roots=[] is empty; give at least one folder.")
+        if weights is not None and (len(weights) != len(roots) or min(weights) <= 0):
+            raise UserError(f"dataset.weights={list(weights)}: expected {len(roots)} positive numbers, one per root, or null.")
+        super().__init__(roots, weights, None, **common)  # type: ignore[arg-type]
 
 
 class Torchvision(Dataset):

@@ -23,6 +23,11 @@ def available(device: str) -> bool:
     return device == "cpu" or (device == "mps" and torch.backends.mps.is_available())
 
 
+def cores() -> int:
+    """CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+
+
 def keep_memory() -> None:
     """Let glibc reuse freed memory instead of returning it to the system: activations are large, and mapping them anew in
     every step costs more than computing them on some machines. Elsewhere (musl, macOS) nothing happens.
@@ -67,7 +72,7 @@ class Hardware:
         if threads is not None and threads < 1:
             raise UserError(f"hardware.threads={threads}: expected at least 1, or null for all cores.")
         self.device, self.precision = torch.device(device), precision
-        self.threads = threads or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+        self.threads = threads or cores()
         self.compile, self.activation_checkpointing = compile, activation_checkpointing
 
     def prepare(self) -> None:

@@ -55,7 +55,7 @@ class Probe:
         self, encoder: Encoder, train: Split, validation: Split, normalise: Callable[[Tensor], Tensor]
     ) -> dict[str, float]:
         """Scores of an encoder: `linear`, `knn` (fractions, main label), `linear_NAME`, `knn_NAME`, `rankme`."""
-        x, y = (extract(encoder, split.images, normalise, self.batch_size) for split in (train, validation))
+        x, y = (extract(encoder, split.images[:], normalise, self.batch_size) for split in (train, validation))
         scores = {"rankme": effective_rank(y)}
         x, y = standardise(x, y)
         for position, name in enumerate(train.labels):

@@ -45,7 +45,7 @@ class Session:
     def run(self) -> float | None:
         """Train to the end; returns the linear probe's accuracy, None without probes."""
         self.folder.claim(self.config["overwrite"])
-        with self.logging(), self.outcome():
+        with self.logging(), self.outcome(), contextlib.closing(self.trainer):
             self.resume()
             self.start_tracking()
             self.describe()

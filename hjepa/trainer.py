@@ -20,6 +20,7 @@ from tqdm import tqdm
 from hjepa.checkpoint import Checkpoints, State
 from hjepa.data import Dataset
 from hjepa.errors import UserError
+from hjepa.files import Files
 from hjepa.hardware import Hardware
 from hjepa.losses import Objective
 from hjepa.masks import Masks, Sampler
@@ -30,6 +31,7 @@ from hjepa.plan import Plan
 from hjepa.rng import generator, seed_global
 from hjepa.schedules import Schedule
 from hjepa.signals import StopFlag, Stopped
+from hjepa.stream import Stream
 from hjepa.teacher import Teacher
 from hjepa.watch import Watch
 
@@ -56,7 +58,7 @@ class Trainer:
     """Trains the student of `parts` on images.
 
     Args:
-        parts: see `Parts`; images: the training images, uint8 [N, 3, S, S].
+        parts: see `Parts`; images: the training images, uint8 [N, 3, S, S], or files of them.
         epochs, steps: length of the run; one of the two is None.
         batch_size: images per optimizer step; batch_start, batch_warmup: batch size of the first epoch and the epochs over
             which it grows to `batch_size`, the learning rate in proportion (Goyal et al. 2017); None and 0 for a constant one.
@@ -69,7 +71,7 @@ class Trainer:
     def __init__(
         self,
         parts: Parts,
-        images: Tensor,
+        images: Tensor | Files,
         epochs: int | None,
         steps: int | None,
         batch_size: int,
@@ -84,11 +86,13 @@ class Trainer:
             raise UserError(f"train.log_every={log_every}: expected at least 1.")
         self.plan = plan = Plan(len(images), epochs, steps, batch_size, batch_start, batch_warmup, accumulate)
         self.parts, self.model, self.device = parts, parts.model, parts.hardware.device
-        self.images = images.to(self.device)
         self.accumulate, self.log_every = accumulate, log_every
         self.clip_norm = float("inf") if clip_norm is None else clip_norm
         self.stop_on_collapse = stop_on_collapse
         self.steps = plan.steps
+        self.images = (
+            images.to(self.device) if isinstance(images, Tensor) else Stream(images, self.indices, self.steps, self.device)
+        )
         self.lr = [lr * plan.size(step) / batch_size for step, lr in enumerate(parts.lr(plan))]
         self.weight_decay = parts.weight_decay(plan)
         parts.teacher.plan(plan)
@@ -103,10 +107,20 @@ class Trainer:
     def batch(self, step: int) -> tuple[Tensor, Masks, Tensor | None]:
         """Whole views [B*V, 3, S, S], their masks, and local crops of a step: functions of the seed and the step alone."""
         seed, dataset = self.parts.seed, self.parts.dataset
-        images = self.images[self.indices(step).to(self.device)]
-        whole, crops = dataset.crops(images, generator(seed, "augment", step))
+        whole, crops = dataset.crops(self.pixels(step), generator(seed, "augment", step))
         masks = self.parts.sampler(len(whole), generator(seed, "masks", step))
         return whole, masks.to(self.device), crops
+
+    def pixels(self, step: int) -> Tensor:
+        """The images of a step, uint8 [B, 3, S, S] on the device."""
+        if isinstance(self.images, Stream):
+            return self.images.batch(step)
+        return self.images[self.indices(step).to(self.device)]
+
+    def close(self) -> None:
+        """Let go of what decodes the images."""
+        if isinstance(self.images, Stream):
+            self.images.close()
 
     def indices(self, step: int) -> Tensor:
         """The images of a step: consecutive parts of a permutation of its epoch."""

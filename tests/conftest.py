@@ -34,6 +34,12 @@ TINY = (
 )
 
 
+def tiny(*overrides: str) -> list[str]:
+    """Overrides of a tiny run with further ones; a dataset of their own keeps its options."""
+    own_data = any(o.startswith("dataset=") for o in overrides)
+    return [*(o for o in TINY if not (own_data and o.startswith("dataset."))), *overrides]
+
+
 def compose(*overrides: str) -> Any:
     """The composed config with its hydra node set as the current one."""
     from hydra import compose as hydra_compose
@@ -55,12 +61,10 @@ def run(tmp_path: Path) -> Callable[..., float | None]:
     """Run a tiny config with further overrides in this process, under `tmp_path`."""
     from hjepa.run import run as run_config
 
-    def tiny(*overrides: str) -> float | None:
-        own_data = any(o.startswith("dataset=") for o in overrides)
-        options = [o for o in TINY if not (own_data and o.startswith("dataset."))]
-        return run_config(compose(*options, f"output_root={tmp_path}", *overrides))
+    def run_tiny(*overrides: str) -> float | None:
+        return run_config(compose(f"output_root={tmp_path}", *tiny(*overrides)))
 
-    return tiny
+    return run_tiny
 
 
 def launch(*overrides: str, cwd: Path = ROOT, timeout: float = 500, **env: str) -> subprocess.CompletedProcess[str]:
@@ -81,7 +85,7 @@ def assemble(*overrides: str) -> Any:
     from hjepa.assemble import assemble as assemble_config
     from hjepa.config import check, resolve
 
-    config = resolve(compose(*TINY, *overrides))
+    config = resolve(compose(*tiny(*overrides)))
     check(config)
     return assemble_config(config)
 
@@ -91,7 +95,7 @@ def trainer(*overrides: str) -> Any:
     from hjepa.assemble import assemble as assemble_config
     from hjepa.config import build, check, resolve
 
-    config = resolve(compose(*TINY, *overrides))
+    config = resolve(compose(*tiny(*overrides)))
     check(config)
     parts = assemble_config(config)
     train, _ = parts.dataset.train_and_validation()

@@ -133,7 +133,8 @@ def test_corrupt_image_as_typed(tmp_path: Path) -> None:
         for i in range(5):
             Image.new("RGB", (32, 32), (i * 20, 0, 0)).save(tmp_path / "images" / label / f"{i}.jpg")
     (tmp_path / "images" / "a" / "0.jpg").write_bytes(b"broken")
-    result = launch("dataset=image_folder", f"dataset.root={tmp_path}/images", "tracking=none", f"output_root={tmp_path}/out")
+    data = ("dataset=image_folder", f"dataset.root={tmp_path}/images", "dataset.validation=0.2")
+    result = launch(*data, "tracking=none", f"output_root={tmp_path}/out")
     assert result.returncode == 1
     assert "1 of 10 images cannot be read" in result.stderr
     assert "a/0.jpg" in result.stderr

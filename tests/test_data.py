@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision import datasets
 
 from hjepa.augment import Augment
-from hjepa.data import ImageFolder, Shapes, Torchvision, stratified
+from hjepa.data import ImageFolder, ImageNet, Mixture, Shapes, Torchvision, stratified
 from hjepa.errors import UserError
 
 COMMON = {
@@ -26,6 +26,10 @@ COMMON = {
     "mean": [0.5] * 3,
     "std": [0.25] * 3,
     "augment": Augment([1.0, 1.0], [1.0, 1.0], 0.0),
+    "views": 1,
+    "local_views": 0,
+    "local_size": 16,
+    "local_scale": [0.05, 0.3],
 }
 
 
@@ -40,7 +44,13 @@ def make_folder(root: Path, classes: int = 3, images: int = 8, size: tuple[int, 
 
 
 def folder(root: Path, **options: object) -> ImageFolder:
-    return ImageFolder(str(root), **({"max_corrupt": 0.0, "memory_limit_gb": 1.0, **COMMON} | options))
+    return ImageFolder(
+        str(root), **({"classes": None, "max_corrupt": 0.0, "memory_limit_gb": 1.0, "workers": 0, **COMMON} | options)
+    )
+
+
+def pixels(image: torch.Tensor) -> bytes:
+    return image.numpy().tobytes()
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png"])
@@ -70,6 +80,90 @@ def test_train_and_test_folders(tmp_path: Path) -> None:
     assert len(data.load("test")) == 6
 
 
+def test_val_is_another_name_of_the_test_split(tmp_path: Path) -> None:
+    make_folder(tmp_path / "train")
+    make_folder(tmp_path / "val", images=2)
+    assert len(folder(tmp_path).load("test")) == 6
+    make_folder(tmp_path / "test", images=1)
+    assert len(folder(tmp_path).load("test")) == 3
+    missing = make_folder(tmp_path / "half" / "val").parent
+    with pytest.raises(UserError, match="has no train/ folder"):
+        folder(missing).load("train")
+
+
+def test_chosen_classes(tmp_path: Path) -> None:
+    make_folder(tmp_path / "images")
+    everything = folder(tmp_path / "images").load("train")
+    (tmp_path / "names.txt").write_text("class2 a cat\nclass0 a dog\n\n")
+    for classes in (["class2", "class0"], str(tmp_path / "names.txt")):
+        split = folder(tmp_path / "images", classes=classes).load("train")
+        assert split.labels["class"].tolist() == [0] * 8 + [1] * 8
+        assert torch.equal(split.images, everything.images[everything.labels["class"] != 1])
+    with pytest.raises(UserError, match="no class folder lion"):
+        folder(tmp_path / "images", classes=["class0", "lion"]).load("train")
+    with pytest.raises(UserError, match=r"nowhere.txt is no file"):
+        folder(tmp_path / "images", classes=str(tmp_path / "nowhere.txt"))
+
+
+def test_imagenet_layout_and_number_of_classes(tmp_path: Path) -> None:
+    for split, images in (("train", 4), ("val", 2), ("test", 1)):
+        make_folder(tmp_path / split, images=images, kind="JPEG")
+
+    def imagenet(count: int, classes: list[str] | None = None) -> ImageNet:
+        limits = {"max_corrupt": 0.0, "memory_limit_gb": 1.0, "workers": 0}
+        return ImageNet(class_count=count, root=str(tmp_path), classes=classes, **limits, **COMMON)
+
+    assert (len(imagenet(3).load("train")), len(imagenet(3).load("test"))) == (12, 6)
+    assert len(imagenet(2, ["class0", "class2"]).load("train")) == 8
+    with pytest.raises(UserError, match=r"train images of 3 classes, expected 100.*dataset.classes"):
+        imagenet(100).train_and_validation()
+
+
+def mixture(*roots: Path, weights: list[float] | None = None, **options: object) -> Mixture:
+    limits = {"max_corrupt": 0.0, "memory_limit_gb": 1.0, "workers": 0}
+    return Mixture([str(root) for root in roots], weights, **(limits | COMMON | options))
+
+
+def test_mixture_keeps_equal_class_names_apart(tmp_path: Path) -> None:
+    a, b = make_folder(tmp_path / "a", images=4), make_folder(tmp_path / "b", classes=2, images=8)
+    split = mixture(a, b).load("train")
+    assert torch.bincount(split.labels["class"]).tolist() == [4, 4, 4, 8, 8]
+    assert torch.equal(split.images, torch.cat([folder(a).load("train").images, folder(b).load("train").images]))
+    train, held = mixture(a, b).train_and_validation()
+    assert torch.bincount(held.labels["class"]).tolist() == [1, 1, 1, 2, 2]
+    assert len(train) == 21
+
+
+@pytest.mark.parametrize(("weights", "counts"), [([3.0, 1.0], [36, 12]), ([1.0, 1.0], [12, 12]), ([1.0, 5.0], [9, 45])])
+def test_mixture_reaches_its_shares_without_losing_an_image(tmp_path: Path, weights: list[float], counts: list[int]) -> None:
+    a, b = make_folder(tmp_path / "a", images=4), make_folder(tmp_path / "b", classes=2, images=8)
+    once, held = mixture(a, b).train_and_validation()
+    train, same = mixture(a, b, weights=weights).train_and_validation()
+    assert torch.equal(held.images, same.images)
+    assert [(train.labels["class"] < 3).sum(), (train.labels["class"] >= 3).sum()] == counts
+    assert set(map(pixels, train.images)) == set(map(pixels, once.images))
+    streamed, _ = mixture(a, b, weights=weights, memory_limit_gb=0.0).train_and_validation()
+    assert torch.equal(streamed.images[:], train.images)
+
+
+def test_mixture_of_labelled_and_unlabelled_folders(tmp_path: Path) -> None:
+    a = make_folder(tmp_path / "a", images=4)
+    b = make_folder(tmp_path / "b", classes=1) / "class0"
+    split = mixture(b, a).load("train")
+    assert split.labels["class"].tolist() == [-1] * 8 + [0] * 4 + [1] * 4 + [2] * 4
+    assert mixture(b, b).load("train").labels == {}
+    assert len(mixture(b, b).train_and_validation()[1]) == 4
+
+
+def test_bad_mixtures_are_refused(tmp_path: Path) -> None:
+    a = make_folder(tmp_path / "a")
+    with pytest.raises(UserError, match="at least one folder"):
+        mixture()
+    for weights in ([1.0], [1.0, 0.0]):
+        with pytest.raises(UserError, match="2 positive numbers"):
+            mixture(a, a, weights=weights)
+
+
 def test_validation_is_stratified_fixed_and_disjoint(tmp_path: Path) -> None:
     data = folder(make_folder(tmp_path))
     train, held = data.train_and_validation()
@@ -77,8 +171,7 @@ def test_validation_is_stratified_fixed_and_disjoint(tmp_path: Path) -> None:
     assert len(train) == 18
     again, _ = data.train_and_validation()
     assert torch.equal(train.images, again.images)
-    pixels = {image.numpy().tobytes() for image in train.images}
-    assert not pixels & {image.numpy().tobytes() for image in held.images}
+    assert not set(map(pixels, train.images)) & set(map(pixels, held.images))
 
 
 def test_unknown_labels_are_never_held_out() -> None:
@@ -87,17 +180,35 @@ def test_unknown_labels_are_never_held_out() -> None:
     assert torch.bincount(labels[held]).tolist() == [2, 2]
 
 
-def test_corrupt_images_are_named_left_out_or_refused(tmp_path: Path, caplog) -> None:
-    make_folder(tmp_path)
-    (tmp_path / "class1" / "3.jpg").write_bytes(b"no image")
-    whole = (tmp_path / "class2" / "5.jpg").read_bytes()
-    (tmp_path / "class2" / "5.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"2 of 24 images cannot be read.*class1/3.jpg.*class2/5.jpg"):
+def spoil(none: Path, half: Path) -> None:
+    """Make two files unreadable: no image at all, and half of one."""
+    none.write_bytes(b"no image")
+    half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
+
+
+def test_corrupt_images_are_named_and_replaced_or_refused(tmp_path: Path, caplog) -> None:
+    sound = folder(make_folder(tmp_path)).load("train")
+    spoil(tmp_path / "class1" / "3.jpg", tmp_path / "class2" / "7.jpg")
+    with pytest.raises(UserError, match=r"2 of 24 images cannot be read.*class1/3.jpg.*class2/7.jpg"):
         folder(tmp_path).load("train")
     split = folder(tmp_path, max_corrupt=0.1).load("train")
-    assert len(split) == 22
-    assert torch.bincount(split.labels["class"]).tolist() == [8, 7, 7]
+    expected = sound.images.clone()
+    expected[[11, 23]] = sound.images[[12, 16]]  # the next one of the class, the last one's next is the first
+    assert torch.equal(split.images, expected)
+    assert torch.equal(split.labels["class"], sound.labels["class"])
     assert "class1/3.jpg" in caplog.text
+
+
+def test_a_class_without_a_readable_image_borrows_one(tmp_path: Path) -> None:
+    make_folder(tmp_path, classes=2, images=2)
+    for file in (tmp_path / "class0").iterdir():
+        file.write_bytes(b"")
+    images = folder(tmp_path, max_corrupt=0.5).load("train").images
+    assert torch.equal(images[:2], images[[2, 2]])
+    for file in (tmp_path / "class1").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="4 of 4 images cannot be read"):
+        folder(tmp_path, max_corrupt=1.0).load("train")
 
 
 def test_bad_folders_are_refused(tmp_path: Path) -> None:
@@ -111,9 +222,13 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="hold no images"):
         folder(tmp_path).load("train")
     make_folder(tmp_path)
-    with pytest.raises(UserError, match="memory_limit_gb"):
-        folder(tmp_path, memory_limit_gb=1e-9).load("train")
-    with pytest.raises(UserError, match="no test/ folder"):
+    with pytest.raises(UserError, match=r"dataset.memory_limit_gb=-1"):
+        folder(tmp_path, memory_limit_gb=-1.0)
+    with pytest.raises(UserError, match=r"dataset.workers=-1"):
+        folder(tmp_path, workers=-1)
+    with pytest.raises(UserError, match=r"dataset.max_corrupt=2"):
+        folder(tmp_path, max_corrupt=2.0)
+    with pytest.raises(UserError, match="no test/ or val/ folder"):
         folder(tmp_path).load("test")
 
 
@@ -214,34 +329,3 @@ def test_normalise() -> None:
     data = Shapes(train=50, test=50, data_seed=0, **COMMON)
     images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 4)
     assert torch.allclose(data.normalise(images)[0, :, 0, 0], (torch.tensor([0, 128, 255]) / 255 - 0.5) / 0.25, atol=1e-5)
-
-
-def test_crops_match_torchvision_for_the_same_boxes() -> None:
-    """The one resampling of the batch equals cropping and resizing each image on its own."""
-    augment = Augment([0.3, 0.9], [0.8, 1.25], 0.0)
-    images = torch.nn.functional.avg_pool2d(torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0)), 5, 1, 2)
-    out = augment(images, torch.Generator().manual_seed(1))
-    boxes = augment.boxes(6, torch.Generator().manual_seed(1))
-    for image, box, got in zip(images, boxes, out, strict=True):
-        width, height = box[0, 0].item() * 64, box[1, 1].item() * 64
-        left, top = (box[0, 2].item() + 1) * 32 - width / 2, (box[1, 2].item() + 1) * 32 - height / 2
-        assert -1e-4 <= left <= 64 - width + 1e-4
-        assert -1e-4 <= top <= 64 - height + 1e-4
-        assert 0.29 <= width * height / 64**2 <= 0.91
-        x = left + (torch.arange(64) + 0.5) * width / 64 - 0.5
-        y = top + (torch.arange(64) + 0.5) * height / 64 - 0.5
-        nearest = image[:, y.round().long().clamp(0, 63)][:, :, x.round().long().clamp(0, 63)]
-        assert (got - nearest).abs().mean() < 0.02
-
-
-def test_flip_and_identity() -> None:
-    images = torch.rand(4, 3, 8, 8)
-    assert torch.equal(Augment([1.0, 1.0], [1.0, 1.0], 0.0)(images, torch.Generator()), images)
-    flipped = Augment([1.0, 1.0], [1.0, 1.0], 1.0)(images, torch.Generator())
-    assert torch.allclose(flipped, images.flip(-1), atol=1e-5)
-
-
-def test_augmentation_differs_between_images() -> None:
-    image = torch.rand(1, 3, 16, 16).expand(8, 3, 16, 16)
-    out = Augment([0.3, 1.0], [0.75, 1.33], 0.5)(image, torch.Generator().manual_seed(0))
-    assert len(torch.unique(out.flatten(1), dim=0)) == 8

@@ -1,6 +1,6 @@
 """The parts of a run, instantiated from the config groups in the order in which they need one another."""
 
-from hjepa.config import Config, build
+from hjepa.config import Config, build, build_or_none
 from hjepa.data import Dataset
 from hjepa.errors import UserError
 from hjepa.hardware import Hardware
@@ -20,7 +20,7 @@ def assemble(config: Config) -> Parts:
     dataset: Dataset = build(config["dataset"])
     seed_global(config["seed"], "init")
     levels = build(config["levels"])
-    projector = build(config["projector"]) if config["projector"] else None
+    projector = build_or_none(config["projector"])
     model: HJEPA = build(config["model"], levels=levels, projector=projector)
     sampler = build(config["masking"], grid=model.grid, pools=levels.pool)
     if model.upper:
@@ -37,7 +37,7 @@ def assemble(config: Config) -> Parts:
         dataset=dataset,
         sampler=sampler,
         model=model,
-        objective=Objective(build(config["loss"]), build(config["regularizer"]) if config["regularizer"] else None),
+        objective=Objective(build(config["loss"]), build_or_none(config["regularizer"])),
         teacher=teacher,
         optimizer=build(config["optimizer"], model=model),
         lr=build(config["schedule"]["lr"]),
@@ -47,7 +47,7 @@ def assemble(config: Config) -> Parts:
 
 def refuse_pointless(config: Config, dataset: Dataset) -> None:
     """Refuse parts that have nothing to do, or do not fit, beside the other parts."""
-    regularizer, levels, patch = config["regularizer"], config["levels"]["pool"], config["model"]["patch_size"]
+    regularizer, levels, patch = "_target_" in config["regularizer"], config["levels"]["pool"], config["model"]["patch_size"]
     if not regularizer and not levels:
         raise UserError("levels=none with regularizer=none leaves nothing to minimise; choose levels or a regularizer.")
     if dataset.local_views and not regularizer:

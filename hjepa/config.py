@@ -166,3 +166,8 @@ def build(node: Config, **more: Any) -> Any:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
+
+
+def build_or_none(node: Config, **more: Any) -> Any:
+    """The same, or None where the option is `none`: a node without target, whatever else a recipe has put there."""
+    return build(node, **more) if "_target_" in node else None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from hjepa.assemble import assemble
 from hjepa.checkpoint import Checkpoints
-from hjepa.config import Config, build, fingerprint, flatten, identity
+from hjepa.config import Config, build, build_or_none, fingerprint, flatten, identity
 from hjepa.errors import UserError
 from hjepa.folder import Record, RunFolder
 from hjepa.plots import plot_curves, plot_masks
@@ -16,7 +16,7 @@ from hjepa.signals import Stopped
 from hjepa.summary import git_state, summarise, tell
 from hjepa.tracking import NoTracking
 from hjepa.trainer import Parts, Trainer
-from hjepa.watch import Watch
+from hjepa.watch import Watch, spaced
 
 log = logging.getLogger("hjepa")
 
@@ -32,10 +32,10 @@ class Session:
         self.config, self.folder = config, folder
         self.parts: Parts = assemble(config)
         self.checkpoints: Checkpoints = build(config["checkpoint"])
-        self.probe = build(config["probe"]) if config["probe"] else None
+        self.probe = build_or_none(config["probe"])
         self.tracker: NoTracking = build(config["tracking"])
         train, validation = self.parts.dataset.train_and_validation()
-        self.preview = validation.images[:4]
+        self.preview = validation.images[spaced(len(validation), 4)]
         self.records: list[Record] = []
         self.run_id: str | None = None
         p = self.parts

@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hjepa.collapse import spread, verdict
 from hjepa.data import Dataset, Split
@@ -44,7 +45,7 @@ class Watch:
         self.model, self.hardware, self.dataset, self.sampler, self.loss = model, hardware, dataset, sampler, loss
         self.probe = probe
         self.parts = probe.choose(train, validation) if probe else None
-        self.held_out = validation.images[:HELD_OUT]
+        self.held_out = validation.images[spaced(len(validation), HELD_OUT)]
         self.untrained_spread: Scores = {}
         self.untrained: Scores = {}
         self.latest: Scores = {}
@@ -112,6 +113,11 @@ class Watch:
         """From a checkpoint."""
         for key in STATE:
             setattr(self, key, state[key])
+
+
+def spaced(total: int, count: int) -> Tensor:
+    """At most `count` positions spread evenly over `total`: folders are sorted by class."""
+    return torch.linspace(0, total - 1, min(count, total)).long()
 
 
 def named(prefix: str, figures: Scores) -> Scores:

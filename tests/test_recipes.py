@@ -23,3 +23,11 @@ def test_recipe_takes_two_steps(recipe: str, tmp_path: Path) -> None:
     assert summary["images_per_second"] > 0
     if recipe != "reference_step":
         assert summary["steps"] == 2
+
+
+@pytest.mark.parametrize("off", ["probe=none", "regularizer=none"])
+def test_a_part_that_a_recipe_configures_can_be_switched_off(off: str, tmp_path: Path) -> None:
+    overrides = ["experiment=cjepa", "experiment_name=e", "debug=small", "+probe.every=2", "dataset.train=60", "name=r"]
+    overrides += ["hardware=cpu", "hardware.threads=1", "tracking=none", f"output_root={tmp_path}", off]
+    run(compose(*(o for o in overrides if off == "probe=none" or not o.startswith("+probe"))))
+    assert json.loads((tmp_path / "e" / "r" / "summary.json").read_text())["status"] in ("finished", "collapsed")

@@ -63,7 +63,7 @@ class Predictor(nn.Module):
         dim: int,
         depth: int,
         heads: int,
-        attention: Literal["self", "cross"] = "self",
+        attention: Literal["self", "cross"] = "cross",
         joint: bool = True,
     ) -> None:
         super().__init__()

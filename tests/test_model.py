@@ -105,6 +105,7 @@ def test_flat_is_ijepa_written_out(joint: str) -> None:
         "levels=flat",
         "masking=multiblock",
         "regularizer=none",
+        "model.predictor.attention=self",
         f"model.predictor.joint={joint}",
         f"masking.blocks={4 if joint == 'false' else 1}",
     )

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
 from hjepa.errors import UserError
@@ -19,6 +20,7 @@ GROUPS = (
     "masking",
     "loss",
     "regularizer",
+    "projector",
     "teacher",
     "optimizer",
     "schedule",
@@ -39,7 +41,8 @@ def options(group: str) -> list[str]:
 def test_every_option_composes_and_checks(override: str) -> None:
     from hjepa.config import check, resolve
 
-    check(resolve(compose(override, *(["dataset.root=x"] if "image_folder" in override or "cifar10_cpu" in override else []))))
+    missing = OmegaConf.missing_keys(compose(override))
+    check(resolve(compose(override, *(f"{key}=[x]" if key.endswith("roots") else f"{key}=x" for key in missing))))
 
 
 def test_help_lists_the_groups_quickly() -> None:

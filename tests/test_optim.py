@@ -266,7 +266,7 @@ def test_muon_turns_matrices_orthogonally_and_leaves_the_rest_to_adamw() -> None
         else:
             torch.testing.assert_close(step, g.sign(), atol=1e-3, rtol=0)  # Adam's first step
             kinds["adam"] += 1
-    assert kinds["orthogonal"] == 2 * 4 + 1 * 4 + 2, "blocks of the student and the predictor, its input and its head"
+    assert kinds["orthogonal"] == 2 * 4 + 1 * 5 + 2, "student, predictor with cross-attention, its input and its head"
     assert kinds["adam"] > 20
 
 

@@ -18,6 +18,7 @@ def assemble(config: Config) -> Parts:
     hardware: Hardware = build(config["hardware"])
     hardware.prepare()
     dataset: Dataset = build(config["dataset"])
+    refuse_pointless(config, dataset)
     seed_global(config["seed"], "init")
     levels = build(config["levels"])
     projector = build_or_none(config["projector"])
@@ -29,7 +30,6 @@ def assemble(config: Config) -> Parts:
         load_model(model, config["init_from"])
     teacher: Teacher = build(config["teacher"])
     teacher.attach(model)
-    refuse_pointless(config, dataset)
     hardware.place(model)
     return Parts(
         seed=config["seed"],

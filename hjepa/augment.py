@@ -3,7 +3,7 @@ the colour changes that are switched on. All draws come from the CPU generator t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class Augment:
         hue: float = 0.1,
         grayscale: float = 0.0,
         blur: float = 0.0,
-        blur_sigma: list[float] = [0.1, 2.0],  # noqa: B006  # never changed
+        blur_sigma: Sequence[float] = (0.1, 2.0),
         solarize: float = 0.0,
         solarize_threshold: float = 0.5,
     ) -> None:

@@ -5,6 +5,7 @@ once per image. `Jitter`, `Grayscale`, `Blur` and `Solarize` draw the amounts fr
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ class Blur:
         sigma: [smallest, largest] standard deviation in pixels.
     """
 
-    def __init__(self, sigma: list[float]) -> None:
+    def __init__(self, sigma: Sequence[float]) -> None:
         if len(sigma) != 2 or not 0 < sigma[0] <= sigma[1]:
             raise UserError(f"dataset.augment.blur_sigma={list(sigma)}: expected 0 < smallest <= largest, in pixels.")
         self.sigma, self.radius = sigma, math.ceil(3 * sigma[1])

@@ -42,10 +42,6 @@ class Split:
     def __getitem__(self, index: Tensor) -> "Split":
         return Split(self.images[index], {name: label[index] for name, label in self.labels.items()})
 
-    def to(self, device: torch.device) -> "Split":
-        """The split on a device."""
-        return Split(self.images[:].to(device), {name: label.to(device) for name, label in self.labels.items()})
-
 
 class Dataset(ABC):
     """What all datasets share.

@@ -71,7 +71,8 @@ class HJEPA(nn.Module):
         self.predictor = predictor(encoder_dim=dim, grid=self.grid, pools=levels.pool) if levels.pool else None
         self.upper: Upper | None = levels.upper(input_dim=dim, grid=self.grid) if levels.upper else None
         width = self.student.feature_dim
-        self.projectors = nn.ModuleList(projector(dim=width) if projector else nn.Identity() for _ in self.counts)
+        depths = sorted(set(self.counts))  # levels of one depth share features and projector
+        self.projectors = nn.ModuleDict({str(d): projector(dim=width) if projector else nn.Identity() for d in depths})
         if pretrained:
             load_encoder(self.student, pretrained, "model.pretrained")
         self.teacher = deepcopy(self.student).requires_grad_(False).eval()
@@ -143,9 +144,9 @@ class HJEPA(nn.Module):
 
     def features(self, states: list[Tensor], images: int) -> list[Tensor]:
         """Per level the projected, pooled hidden states [B, V, F] at the level's depth; `images` is B."""
-        pooled = {depth: self.student.pooled(state) for depth, state in zip(self.depths, states, strict=True)}
-        rows = zip(self.projectors, self.counts, strict=True)
-        return [projector(pooled[count]).unflatten(0, (images, -1)) for projector, count in rows]
+        state = dict(zip(self.depths, states, strict=True))
+        projected = {d: projector(self.student.pooled(state[int(d)])) for d, projector in self.projectors.items()}
+        return [projected[str(count)].unflatten(0, (images, -1)) for count in self.counts]
 
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks of all parts."""

@@ -40,8 +40,7 @@ def assemble(config: Config) -> Parts:
         objective=Objective(build(config["loss"]), build_or_none(config["regularizer"])),
         teacher=teacher,
         optimizer=build(config["optimizer"], model=model),
-        lr=build(config["schedule"]["lr"]),
-        weight_decay=build(config["schedule"]["weight_decay"]),
+        schedule=build(config["schedule"]),
     )
 
 

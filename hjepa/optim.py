@@ -1,7 +1,7 @@
 """Optimizers: parameter groups (what decays, how fast each part and layer learns) and the rates of each step."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,25 +19,33 @@ TOKENS = ("mask_tokens", "reg_token", "pos_embed")  # matrices by shape alone
 
 
 def parameter_groups(model: HJEPA, lr_scale: dict[str, float], layer_decay: float) -> Groups:
-    """Trainable parameters by weight decay (matrices first, then the norms, biases and tokens, which do not decay) and by
-    the factor of their learning rate: two groups unless rates differ.
+    """Trainable parameters by part, by weight decay (matrices, and the norms, biases and tokens, which do not decay) and by the
+    factor of their learning rate.
 
     Args:
         model: student and predictor are trained.
-        lr_scale: factor of a part's learning rate; 1 for parts that are not named.
+        lr_scale: factor of a part's learning rate (see `part_of`); 1 for parts that are not named.
         layer_decay: a layer of the student learns this much slower than the one above it; 1 for no difference.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    check_rates(lr_scale, layer_decay, {name.split(".")[0] for name in trainable})
-    groups: dict[tuple[bool, float], list[Tensor]] = defaultdict(list)
+    check_rates(lr_scale, layer_decay, {part_of(name) for name in trainable})
+    groups: dict[tuple[str, bool, float], list[Tensor]] = defaultdict(list)
     for name, p in trainable.items():
-        decay = p.ndim > 1 and not name.endswith(TOKENS)
-        scale = lr_scale.get(name.split(".")[0], 1.0) * layer_decay ** layers_above(name, model.student.depth)
-        groups[decay, scale].append(p)
+        part, decay = part_of(name), p.ndim > 1 and not name.endswith(TOKENS)
+        scale = lr_scale.get(part, 1.0) * layer_decay ** layers_above(name, model.student.depth)
+        groups[part, decay, scale].append(p)
     return [
-        {"params": groups[decay, scale], "decay": decay, "scale": scale} | ({} if decay else {"weight_decay": 0.0})
-        for decay, scale in sorted(groups, reverse=True)
+        {"params": groups[part, decay, scale], "part": part, "decay": decay, "scale": scale}
+        | ({} if decay else {"weight_decay": 0.0})
+        for part, decay, scale in sorted(groups, reverse=True)
     ]
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to: student, predictor, ..., stacked1 for the first stacked level."""
+    words = name.split(".")
+    stacked = next(i for i, word in enumerate(words) if word != "upper")
+    return f"stacked{stacked}" if stacked else words[0]
 
 
 def check_rates(lr_scale: dict[str, float], layer_decay: float, parts: set[str]) -> None:
@@ -191,9 +199,19 @@ def lars(
     return optimizer
 
 
-def set_rates(optimizer: Optimizer, lr: float, weight_decay: float) -> None:
-    """Set the learning rate of all groups, each by its factor, and the weight decay of those that decay."""
+def set_rates(optimizer: Optimizer, lr: Mapping[str, float], weight_decay: float) -> None:
+    """Set the learning rate of all groups, that of their part ("" for all others) by their factor, and the weight decay of those
+    that decay.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
+        group["lr"] = lr.get(group["part"], lr[""]) * group["scale"]
         if group["decay"]:
             group["weight_decay"] = weight_decay
+
+
+def refuse_unknown_parts(lr: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """Refuse learning rates of parts that the optimizer does not train."""
+    trained = sorted({group["part"] for group in optimizer.param_groups})
+    for part in lr:
+        if part and part not in trained:
+            raise UserError(f"schedule.parts.{part} names no trained part; there are {', '.join(trained)}.")

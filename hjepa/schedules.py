@@ -1,4 +1,4 @@
-"""Schedules as lists indexed by optimizer step: learning rate, weight decay, EMA momentum.
+"""Schedules as lists indexed by optimizer step: learning rates, weight decay, EMA momentum.
 
 Each schedule warms up linearly from 0 over its first steps (`warmup_epochs` or `warmup_steps`) and then goes from `start` to
 `end`. The value of step t is applied before update t.
@@ -6,7 +6,7 @@ Each schedule warms up linearly from 0 over its first steps (`warmup_epochs` or 
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hjepa.errors import UserError
 from hjepa.plan import Plan
@@ -85,3 +85,25 @@ class WSD(Schedule):
 
     def progress(self, share: float) -> float:
         return max(0.0, (share - (1 - self.decay)) / self.decay)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The schedules that the optimizer follows.
+
+    Args:
+        lr: learning rate; weight_decay: of the matrices.
+        parts: learning rates of single parts instead, by name: student, predictor, stacked1, ...
+    """
+
+    lr: Schedule
+    weight_decay: Schedule
+    parts: dict[str, Schedule] = field(default_factory=dict)
+
+    def learning(self, plan: Plan) -> dict[str, list[float]]:
+        """The learning rate of every step by part, "" for all that have none of their own; in proportion to the step's batch
+        (Goyal et al. 2017).
+        """
+        schedules = {"": self.lr} | self.parts
+        sizes = [plan.size(step) / plan.batch_size for step in range(plan.steps)]
+        return {part: [size * lr for size, lr in zip(sizes, s(plan), strict=True)] for part, s in schedules.items()}

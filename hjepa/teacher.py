@@ -9,7 +9,7 @@ from hjepa.errors import UserError
 from hjepa.model import HJEPA
 from hjepa.plan import Plan
 from hjepa.schedules import Schedule
-from hjepa.weights import load_encoder
+from hjepa.weights import load_encoder, load_stacked_teachers
 
 
 def parameters(model: HJEPA) -> tuple[list[Tensor], list[Tensor]]:
@@ -92,7 +92,8 @@ class Frozen(Teacher):
     """Given weights that never change.
 
     Args:
-        weights: a run folder, a checkpoint of a run (its teacher), or a timm checkpoint file of the same architecture.
+        weights: a run folder, a checkpoint of a run (its teacher), or a timm checkpoint file of the same architecture, which
+            has nothing for stacked levels.
     """
 
     def __init__(self, weights: str) -> None:
@@ -100,6 +101,8 @@ class Frozen(Teacher):
 
     def attach(self, model: HJEPA) -> None:
         load_encoder(model.teacher, self.weights, "teacher.weights")
+        if model.upper:
+            load_stacked_teachers(model, self.weights)
 
 
 class Shared(Teacher):

@@ -26,10 +26,10 @@ from hjepa.losses import Objective
 from hjepa.masks import Masks, Sampler
 from hjepa.meter import Meter
 from hjepa.model import HJEPA
-from hjepa.optim import set_rates
+from hjepa.optim import refuse_unknown_parts, set_rates
 from hjepa.plan import Plan
 from hjepa.rng import generator, seed_global
-from hjepa.schedules import Schedule
+from hjepa.schedules import Rates
 from hjepa.signals import StopFlag, Stopped
 from hjepa.stream import Stream
 from hjepa.teacher import Teacher
@@ -50,8 +50,7 @@ class Parts:
     objective: Objective
     teacher: Teacher
     optimizer: Optimizer
-    lr: Schedule
-    weight_decay: Schedule
+    schedule: Rates
 
 
 class Trainer:
@@ -93,8 +92,9 @@ class Trainer:
         self.images = (
             images.to(self.device) if isinstance(images, Tensor) else Stream(images, self.indices, self.steps, self.device)
         )
-        self.lr = [lr * plan.size(step) / batch_size for step, lr in enumerate(parts.lr(plan))]
-        self.weight_decay = parts.weight_decay(plan)
+        self.lr = parts.schedule.learning(plan)
+        self.weight_decay = parts.schedule.weight_decay(plan)
+        refuse_unknown_parts(self.lr, parts.optimizer)
         parts.teacher.plan(plan)
         self.trainable = [p for p in parts.model.parameters() if p.requires_grad]
         self.scaler = parts.hardware.scaler()
@@ -137,7 +137,7 @@ class Trainer:
     def step(self, images: Tensor, masks: Masks, crops: Tensor | None, step: int) -> dict[str, Tensor]:
         """One optimizer step on a batch; returns the named terms, 0-d tensors on the device."""
         parts = self.parts
-        set_rates(parts.optimizer, self.lr[step], self.weight_decay[step])
+        set_rates(parts.optimizer, {part: rates[step] for part, rates in self.lr.items()}, self.weight_decay[step])
         seed_global(parts.seed, "step", step)
         sums: dict[str, Tensor] = {}
         for part in split(images, masks, crops, self.accumulate):
@@ -198,7 +198,7 @@ class Trainer:
         step, images = self.done - 1, self.plan.seen(self.done) - self.plan.seen(max(0, self.done - self.log_every))
         speed = images / max(seconds, 1e-9)
         rates = {
-            "lr": self.lr[step],
+            **{f"lr/{part}" if part else "lr": rates[step] for part, rates in self.lr.items()},
             "weight_decay": self.weight_decay[step],
             **self.parts.teacher.rates(step),
             "images_per_second": speed,

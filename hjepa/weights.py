@@ -61,6 +61,15 @@ def load_encoder(encoder: Encoder, source: str, option: str) -> None:
     encoder.load_state_dict(given)
 
 
+def load_stacked_teachers(model: nn.Module, source: str) -> None:
+    """Load the teachers of the stacked levels from a run with the same ones; other files have none."""
+    given: Weights = read(run_checkpoint(Path(source).expanduser()), CPU)["model"]
+    own = {name: value for name, value in model.state_dict().items() if ".teacher." in name}
+    ours = {name: value for name, value in given.items() if ".teacher." in name}
+    refuse_misfit(own, ours, f"teacher.weights={source}")
+    model.load_state_dict(ours, strict=False)
+
+
 def load_model(model: nn.Module, source: str) -> None:
     """Load all of a run's model, from its folder or one of its checkpoints."""
     path = run_checkpoint(Path(source).expanduser())

@@ -249,7 +249,7 @@ needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this t
 def test_muon_turns_matrices_orthogonally_and_leaves_the_rest_to_adamw() -> None:
     parts = assemble("optimizer=muon", "levels=summary", "model.encoder.positions=learned")
     before = random_gradients(parts.model)
-    set_rates(parts.optimizer, 0.01, 0.05)
+    set_rates(parts.optimizer, {"": 0.01}, 0.05)
     parts.optimizer.step()
     kinds = {"orthogonal": 0, "adam": 0}
     for name, p in parts.model.named_parameters():
@@ -282,7 +282,7 @@ def test_a_torch_without_muon_is_named(monkeypatch) -> None:
 def pair() -> tuple[Tensor, Tensor, Combined]:
     """SOAP over a matrix and AdamW over a vector."""
     p, q = torch.nn.Parameter(torch.ones(4, 3)), torch.nn.Parameter(torch.ones(3))
-    groups = [{"params": [x], "scale": 1.0, "decay": x.ndim > 1} for x in (p, q)]
+    groups = [{"params": [x], "part": "student", "scale": 1.0, "decay": x.ndim > 1} for x in (p, q)]
     return p, q, Combined(soap(groups[:1]), torch.optim.AdamW(groups[1:], fused=True))
 
 
@@ -290,12 +290,12 @@ def test_combined_lists_all_groups_and_rates_reach_them_also_after_loading() -> 
     p, q, optimizer = pair()
     assert [g["params"][0] is x for g, x in zip(optimizer.param_groups, (p, q), strict=True)] == [True, True]
     optimizer.load_state_dict(pair()[2].state_dict())
-    set_rates(optimizer, 0.0, 0.0)
+    set_rates(optimizer, {"": 0.0}, 0.0)
     p.grad, q.grad = torch.ones(4, 3), torch.ones(3)
     optimizer.step()
     assert torch.equal(p, torch.ones(4, 3))
     assert torch.equal(q, torch.ones(3)), "a rate of 0 moves nothing"
-    set_rates(optimizer, 0.1, 0.0)
+    set_rates(optimizer, {"": 0.1}, 0.0)
     optimizer.step()
     assert (p != 1).all()
     assert (q != 1).all()
@@ -349,10 +349,10 @@ def test_lars_written_out(decay: float) -> None:
     parts = assemble("optimizer=lars", "optimizer.momentum=0.8", "optimizer.trust=0.02")
     weights = {name: p.detach().clone() for name, p in parts.model.named_parameters() if p.requires_grad}
     buffers = {name: torch.zeros_like(w) for name, w in weights.items()}
-    matrices = {id(p) for p in parts.optimizer.param_groups[0]["params"]}
+    matrices = {id(p) for group in parts.optimizer.param_groups if group["decay"] for p in group["params"]}
     for lr in (0.3, 0.1, 0.2):
         named = random_gradients(parts.model)
-        set_rates(parts.optimizer, lr, decay)
+        set_rates(parts.optimizer, {"": lr}, decay)
         parts.optimizer.step()
         for name, p in parts.model.named_parameters():
             if name in named:
@@ -370,7 +370,7 @@ def test_lars_written_out(decay: float) -> None:
 
 def rates(parts: Any) -> dict[str, float]:
     """The learning rate of every trainable parameter at a global rate of 1."""
-    set_rates(parts.optimizer, 1.0, 0.05)
+    set_rates(parts.optimizer, {"": 1.0}, 0.05)
     by_id = {id(p): group["lr"] for group in parts.optimizer.param_groups for p in group["params"]}
     named = {name: p for name, p in parts.model.named_parameters() if p.requires_grad}
     assert len(by_id) == len(named)
@@ -378,12 +378,13 @@ def rates(parts: Any) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_equal_rates_make_no_more_groups(kind: str) -> None:
-    parts = assemble(f"optimizer={kind}")
+def test_equal_rates_make_a_group_per_part_and_decay(kind: str) -> None:
+    parts = assemble(f"optimizer={kind}", "levels=stacked")
     assert set(rates(parts).values()) == {1.0}
-    decays = [group["decay"] for group in parts.optimizer.param_groups]
-    assert decays == ([True, True, False] if kind == "muon" else [True, False]), "Muon leaves the patch embedding to AdamW"
-    assert [group["weight_decay"] for group in parts.optimizer.param_groups] == [0.05 * d for d in decays]
+    groups = [(group["part"], group["decay"]) for group in parts.optimizer.param_groups]
+    assert set(groups) == {(part, decay) for part in ("student", "predictor", "stacked1") for decay in (True, False)}
+    assert len(groups) == 6 + (kind == "muon"), "Muon leaves the patch embedding to AdamW"
+    assert all(group["weight_decay"] == 0.05 * group["decay"] for group in parts.optimizer.param_groups)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -412,6 +413,24 @@ def test_weight_decay_spares_the_same_parameters_at_any_rates() -> None:
         for name in (names[id(p)] for p in group["params"]):
             matrix = name.endswith("weight") and "norm" not in name
             assert group["decay"] == matrix, name
+
+
+def test_every_level_follows_a_schedule_of_its_own() -> None:
+    own = "schedule.parts.{}={{_target_: hjepa.schedules.Linear, start: {}, end: 0.0}}"
+    t = trainer(
+        *("levels=stacked", "dataset.image_size=64", "schedule=constant", "schedule.lr.warmup_epochs=0", "levels.upper.pool=2"),
+        "levels.upper.upper={_target_: hjepa.stacked.Upper, _partial_: true, pool: 2, dim: 32, depth: 1, heads: 2, "
+        "predictor: ${levels.upper.predictor}, masking: ${levels.upper.masking}, weight: 1.0, detach: true, upper: null}",
+        *(f"+{own.format('stacked1', 0.5)}", f"+{own.format('stacked2', 0.25)}"),
+    )
+    t.step(*t.batch(0), 0)
+    seen = {(group["part"], group["lr"]) for group in t.parts.optimizer.param_groups}
+    assert seen == {("student", 1.5e-3), ("predictor", 1.5e-3), ("stacked1", 0.5), ("stacked2", 0.25)}
+
+
+def test_a_schedule_of_a_part_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match=r"schedule\.parts\.stacked1 names no trained part; there are predictor, student"):
+        trainer("+schedule.parts.stacked1={_target_: hjepa.schedules.Linear, start: 1.0, end: 0.0}")
 
 
 def test_layers_are_counted_from_the_top() -> None:

@@ -48,7 +48,7 @@ def test_batches_grow_linearly_and_the_rate_with_them() -> None:
     assert [t.plan.size_in(epoch) for epoch in range(6)] == [8, 16, 24, 32, 40, 40]
     for step in (0, t.plan.ends[0], t.plan.ends[3]):
         assert len(t.batch(step)[0]) == t.plan.size(step)
-        assert t.lr[step] == pytest.approx(1.5e-3 * t.plan.size(step) / 40)
+        assert t.lr[""][step] == pytest.approx(1.5e-3 * t.plan.size(step) / 40)
     assert t.step(*t.batch(0), 0)["loss"].isfinite()
 
 

@@ -83,6 +83,18 @@ def test_frozen_teacher_is_the_given_one_and_stays(run, tmp_path: Path) -> None:
         assert torch.equal(after, given)
 
 
+def test_frozen_teachers_of_stacked_levels_come_along(run, tmp_path: Path) -> None:
+    run("name=source", "seed=5", "train.epochs=1", "levels=stacked")
+    source = tmp_path / "default" / "source"
+    given = torch.load(source / "checkpoints" / "best.pt", weights_only=True)["model"]["upper.teacher.embed.weight"]
+    t = trainer("levels=stacked", "teacher=frozen", f"teacher.weights={source}", "schedule.lr.warmup_epochs=0")
+    t.step(*t.batch(0), 0)
+    assert torch.equal(t.model.upper.teacher.embed.weight, given)
+    run("name=flat", "train.epochs=1", "levels=flat")
+    with pytest.raises(UserError, match=r"it lacks upper\.teacher"):
+        assemble("levels=stacked", "teacher=frozen", f"teacher.weights={tmp_path}/default/flat")
+
+
 def test_frozen_teacher_from_a_timm_file(tmp_path: Path) -> None:
     import timm
 

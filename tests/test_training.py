@@ -46,7 +46,7 @@ def test_rates_are_set_before_the_update() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, t.model.parameters(), strict=True))
     t.step(*t.batch(1), 1)
     assert not all(torch.equal(a, b) for a, b in zip(before, t.model.parameters(), strict=True))
-    assert t.parts.optimizer.param_groups[0]["lr"] == t.lr[1] > 0
+    assert t.parts.optimizer.param_groups[0]["lr"] == t.lr[""][1] > 0
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -93,7 +93,10 @@ def test_an_epoch_visits_every_image_once() -> None:
 def test_weight_decay_spares_norms_biases_and_tokens() -> None:
     parts = assemble("levels=summary", "model.encoder.positions=learned")
     names = {id(p): name for name, p in parts.model.named_parameters()}
-    decayed, spared = ({names[id(p)] for p in group["params"]} for group in parts.optimizer.param_groups)
+    decayed, spared = (
+        {names[id(p)] for group in parts.optimizer.param_groups if group["decay"] == decay for p in group["params"]}
+        for decay in (True, False)
+    )
     assert all(name.endswith("weight") and "norm" not in name for name in decayed)
     assert {"student.reg_token", "student.pos_embed", "predictor.mask_tokens"} <= spared
     assert decayed | spared == {name for name, p in parts.model.named_parameters() if p.requires_grad}

@@ -10,12 +10,12 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
@@ -117,7 +117,9 @@ def parallel(model: nn.Module, world: World, device: torch.device) -> nn.Module:
     if world.size == 1:
         return model
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    modern = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    alike: dict[str, Any] = {"forward_sync_buffers" if modern else "broadcast_buffers": False}  # all have the same buffers
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **alike)
 
 
 def unshared(model: nn.Module) -> AbstractContextManager[None]:
@@ -125,9 +127,26 @@ def unshared(model: nn.Module) -> AbstractContextManager[None]:
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
+class Gather(torch.autograd.Function):
+    """All processes' tensors [B, ...] as one [N * B, ...]; a tensor's gradient is the sum over all processes that used it."""
+
+    @staticmethod
+    def forward(context: Any, own: Tensor) -> Tensor:
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def gather(features: Tensor) -> Tensor:
     """The features [B, ...] of all processes, [N * B, ...]; gradients flow to each one's own."""
-    return torch.cat(all_gather(features)) if dist.is_initialized() else features
+    gathered: Tensor = Gather.apply(features) if dist.is_initialized() else features
+    return gathered
 
 
 def shared(values: Tensor) -> Tensor:

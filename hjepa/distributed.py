@@ -7,16 +7,13 @@ process, rank 0, alone measures and writes. `hjepa.ranks` says where the process
 
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from inspect import signature
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # how long the others wait while the main process measures; a dead one is noticed at once
@@ -110,21 +107,6 @@ def leave() -> None:
     """Part from the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def parallel(model: nn.Module, world: World, device: torch.device) -> nn.Module:
-    """The model whose gradients are the mean over all processes after a backward pass; itself for a process alone."""
-    if world.size == 1:
-        return model
-    ids = [device.index] if device.type == "cuda" else None
-    modern = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
-    alike: dict[str, Any] = {"forward_sync_buffers" if modern else "broadcast_buffers": False}  # all have the same buffers
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **alike)
-
-
-def unshared(model: nn.Module) -> AbstractContextManager[None]:
-    """Backward passes that add to each process' own gradients, for a later one to share."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 class Gather(torch.autograd.Function):

@@ -26,25 +26,28 @@ CONFIGS = {
     "views": ("dataset.views=2", "dataset.local_views=2", "regularizer=sigreg", "projector=mlp", "masking=block"),
     "regularizer only": ("levels=none", "masking=none", "regularizer=sigreg", "teacher=none", "dataset.views=2"),
     "stacked": ("levels=stacked", "dataset.image_size=32", "levels.upper.detach=false", "masking=multiblock"),
+    "sharded": ("train.accumulate=2", "projector=mlp"),
+    "sharded views": ("dataset.views=2", "dataset.local_views=2", "regularizer=sigreg", "levels=stacked", "teacher=refresh"),
     "plain": ("levels=flat", "regularizer=none", "hardware.activation_checkpointing=true", "train.batch_size=48"),
 }
 
 
-def train_all() -> dict[str, Any]:
+def train_all(divided: bool) -> dict[str, Any]:
     """Weights and means of the terms after some steps of every config."""
     results = {}
     for name, overrides in CONFIGS.items():
-        t = trainer(*COMMON, *overrides)
+        t = trainer(*COMMON, *overrides, f"hardware.shard={divided and name.startswith('sharded')}")
         for step in range(STEPS):
             t.meter.add(t.step(*t.batch(step), step))
-        results[name] = ({k: v.detach() for k, v in t.model.state_dict().items()}, t.meter.interval())
+        weights = t.state()["model"]
+        results[name] = ({k: v.detach().clone() for k, v in weights.items()}, t.meter.interval())
     return results
 
 
 def rank(number: int, count: int, port: int, file: str) -> None:
     names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | {k: str(v) for k, v in names.items()}
-    results = train_all()
+    results = train_all(divided=True)
     if number == 0:
         torch.save(results, file)
 
@@ -54,7 +57,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], d
     """Of one process, and of two."""
     file = tmp_path_factory.mktemp("ranks") / "results.pt"
     start_processes(rank, (2, free_port(), str(file)), nprocs=2, start_method="spawn")
-    return train_all(), torch.load(file)
+    return train_all(divided=False), torch.load(file)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

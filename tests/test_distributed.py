@@ -33,11 +33,15 @@ CONFIGS = {
 
 
 def train_all(divided: bool) -> dict[str, Any]:
-    """Weights and means of the terms after some steps of every config."""
+    """Weights and means of the terms after some steps of every config, continued from a checkpoint on the way."""
     results = {}
     for name, overrides in CONFIGS.items():
-        t = trainer(*COMMON, *overrides, f"hardware.shard={divided and name.startswith('sharded')}")
+        options = [*COMMON, *overrides, f"hardware.shard={divided and name.startswith('sharded')}"]
+        t = trainer(*options)
         for step in range(STEPS):
+            if step == STEPS - 1:
+                state, t = t.world.told(t.state()), trainer(*options)
+                t.restore(state)
             t.meter.add(t.step(*t.batch(step), step))
         weights = t.state()["model"]
         results[name] = ({k: v.detach().clone() for k, v in weights.items()}, t.meter.interval())

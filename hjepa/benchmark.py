@@ -120,7 +120,7 @@ def benchmark(config: Config, path: Path, warmup: int, steps: int, reference_gfl
     """
     if warmup < 1 or steps < 1:
         raise UserError(f"task.warmup={warmup} and task.steps={steps} must be at least 1.")
-    folder = RunFolder(path.with_name(f"benchmark-{path.name}"), config)
+    folder = RunFolder(path, config)
     parts: Parts = assemble(config)
     train, _ = parts.dataset.train_and_validation()
     lengths = {"epochs": None, "steps": warmup + steps + 1, "batch_start": None, "batch_warmup": 0}

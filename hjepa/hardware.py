@@ -1,7 +1,6 @@
 """Where a run computes: device, precision, threads, compilation. The result of a run depends on `precision` alone."""
 
 import ctypes
-import os
 import sys
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from hjepa.errors import UserError
+from hjepa.machine import cores
 
 if TYPE_CHECKING:
     from hjepa.model import HJEPA
@@ -21,11 +21,6 @@ def available(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_available()
     return device == "cpu" or (device == "mps" and torch.backends.mps.is_available())
-
-
-def cores() -> int:
-    """CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
 def keep_memory() -> None:
@@ -44,7 +39,8 @@ class Hardware:
     Args:
         device: "auto" takes the first of cuda, mps, cpu that is there.
         precision: "auto" is bfloat16 autocast on CUDA devices that have it, float32 elsewhere.
-        threads: CPU threads; None uses every core this process may run on.
+        threads: CPU threads; None uses every core this process may run on, or its share of them among `slots`.
+        slots: jobs of a sweep that run on this machine at a time.
         compile: compile the transformer blocks with torch.compile.
         activation_checkpointing: recompute the student's blocks in the backward pass to save memory.
     """
@@ -54,6 +50,7 @@ class Hardware:
         device: Literal["auto", "cpu", "mps", "cuda"],
         precision: Literal["auto", "float32", "bfloat16", "float16"],
         threads: int | None,
+        slots: int,
         compile: bool,
         activation_checkpointing: bool,
     ) -> None:
@@ -72,7 +69,7 @@ class Hardware:
         if threads is not None and threads < 1:
             raise UserError(f"hardware.threads={threads}: expected at least 1, or null for all cores.")
         self.device, self.precision = torch.device(device), precision
-        self.threads = threads or cores()
+        self.threads = threads or max(1, cores() // slots)
         self.compile, self.activation_checkpointing = compile, activation_checkpointing
 
     def prepare(self) -> None:

@@ -22,7 +22,8 @@ def assemble(config: Config) -> Parts:
     seed_global(config["seed"], "init")
     levels = build(config["levels"])
     projector = build_or_none(config["projector"])
-    model: HJEPA = build(config["model"], levels=levels, projector=projector)
+    objective = Objective(build(config["loss"]), build_or_none(config["regularizer"]))
+    model: HJEPA = build(config["model"], levels=levels, projector=projector, read=objective.read)
     sampler = build(config["masking"], grid=model.grid, pools=levels.pool)
     if model.upper:
         sampler = StackedSampler(sampler, model.upper.stages())
@@ -37,7 +38,7 @@ def assemble(config: Config) -> Parts:
         dataset=dataset,
         sampler=sampler,
         model=model,
-        objective=Objective(build(config["loss"]), build_or_none(config["regularizer"])),
+        objective=objective,
         teacher=teacher,
         optimizer=build(config["optimizer"], model=model),
         schedule=build(config["schedule"]),

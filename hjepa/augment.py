@@ -1,9 +1,12 @@
 """Augmentation on the device, every image of the batch on its own: a random resized crop and a flip in one resampling, then
-the colour changes that are switched on. All draws come from the CPU generator that is passed in.
+the colour changes that are switched on. What happens to an image follows from its column of uniform numbers alone, which are
+drawn for the whole batch: however a batch is divided, its images come out the same.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +15,27 @@ from torch import Generator, Tensor
 from hjepa.colour import Blur, Grayscale, Jitter, Solarize
 from hjepa.errors import UserError
 
-Change = Callable[[Tensor, Generator], Tensor]
+BOX = 5  # numbers that a crop and flip take
+
+
+class Change(Protocol):
+    """A change of images [B, 3, H, W] by numbers [draws, B], uniform in [0, 1)."""
+
+    draws: int
+
+    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Uniform numbers for the views of a batch: whole ones [n, B, V] and local crops [n, B, L]."""
+
+    whole: Tensor
+    local: Tensor
+
+    def of(self, rows: Tensor) -> "Draws":
+        """Those of some images of the batch."""
+        return Draws(self.whole[:, rows], self.local[:, rows])
 
 
 class Augment:
@@ -62,31 +85,43 @@ class Augment:
         ]
         self.changes = [(chance, change) for chance, change in changes if chance > 0]
 
-    def __call__(self, images: Tensor, generator: Generator, size: int | None = None, scale: list[float] | None = None) -> Tensor:
-        """Images float [B, 3, H, W] in [0, 1] -> augmented ones of the same size, or local crops [B, 3, size, size]."""
-        images = self.crop(images, generator, size, scale or self.scale)
+    def draw(self, count: int, generator: Generator) -> Tensor:
+        """The uniform numbers [n, count] for as many images, from a CPU generator: for the box, then for every change whether
+        it happens and by how much.
+        """
+        return torch.rand(BOX + sum(1 + change.draws for _, change in self.changes), count, generator=generator)
+
+    def __call__(self, images: Tensor, numbers: Tensor, size: int | None = None, scale: list[float] | None = None) -> Tensor:
+        """Images float [B, 3, H, W] in [0, 1] -> augmented ones of the same size, or local crops [B, 3, size, size].
+
+        Args:
+            numbers: [n, B] on the CPU, see `draw`; size, scale: of local crops, None for those of whole views.
+        """
+        images = self.crop(images, numbers[:BOX], size, scale or self.scale)
+        row = BOX
         for chance, change in self.changes:
-            images = sometimes(chance, change, images, generator)
+            images = sometimes(chance, change, images, numbers[row : row + 1 + change.draws])
+            row += 1 + change.draws
         return images
 
-    def crop(self, images: Tensor, generator: Generator, size: int | None, scale: list[float]) -> Tensor:
+    def crop(self, images: Tensor, numbers: Tensor, size: int | None, scale: list[float]) -> Tensor:
         """Crops and flips of images [B, 3, H, W]; bilinear, borders repeated."""
         if scale[0] == 1 and self.flip == 0 and size is None:
             return images
-        boxes = self.boxes(len(images), generator, scale).to(images.device, non_blocking=True)
+        boxes = self.boxes(numbers, scale).to(images.device, non_blocking=True)
         shape = [*images.shape[:2], size or images.shape[2], size or images.shape[3]]
         places = F.affine_grid(boxes, shape, align_corners=False)
         return F.grid_sample(images, places, mode="bilinear", padding_mode="border", align_corners=False)
 
-    def boxes(self, count: int, generator: Generator, scale: list[float]) -> Tensor:
-        """Affine maps [count, 2, 3] from the output to the crop, both in [-1, 1]; drawn on the CPU."""
-        area, ratio, x, y, coin = torch.rand(5, count, generator=generator)
+    def boxes(self, numbers: Tensor, scale: list[float]) -> Tensor:
+        """Affine maps [B, 2, 3] from the output to the crop, both in [-1, 1], from numbers [5, B]."""
+        area, ratio, x, y, coin = numbers
         area = scale[0] + (scale[1] - scale[0]) * area
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         ratio = torch.exp(low + (high - low) * ratio)
         width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
         sign = torch.where(coin < self.flip, -1.0, 1.0)
-        zero = torch.zeros(count)
+        zero = torch.zeros_like(area)
         rows = [
             torch.stack([width * sign, zero, (2 * x - 1) * (1 - width)], dim=1),
             torch.stack([zero, height, (2 * y - 1) * (1 - height)], dim=1),
@@ -94,10 +129,11 @@ class Augment:
         return torch.stack(rows, dim=1)
 
 
-def sometimes(chance: float, change: Change, images: Tensor, generator: Generator) -> Tensor:
-    """The images [B, 3, H, W], each changed with a probability; what is not chosen is not computed."""
-    chosen = (torch.rand(len(images), generator=generator) < chance).nonzero().squeeze(1)
+def sometimes(chance: float, change: Change, images: Tensor, numbers: Tensor) -> Tensor:
+    """The images [B, 3, H, W], each changed if its first number is below the chance; what is not chosen is not computed."""
+    chosen = (numbers[0] < chance).nonzero().squeeze(1)
     if len(chosen) == 0:
         return images
+    amounts = numbers[1:, chosen].to(images.device, non_blocking=True)
     chosen = chosen.to(images.device, non_blocking=True)
-    return images.index_copy(0, chosen, change(images[chosen], generator).contiguous())
+    return images.index_copy(0, chosen, change(images[chosen], amounts).contiguous())

@@ -1,7 +1,7 @@
 """Colour changes of a batch, each image by an amount of its own: images float [B, 3, H, W] with pixels in [0, 1].
 
 The functions take the amounts [B] and agree, image by image, with `torchvision.transforms.functional`, which has to be called
-once per image. `Jitter`, `Grayscale`, `Blur` and `Solarize` draw the amounts from a CPU generator.
+once per image. `Jitter`, `Grayscale`, `Blur` and `Solarize` derive them from uniform numbers in [0, 1), `draws` of them per image.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
 from hjepa.errors import UserError
 
@@ -35,18 +35,21 @@ class Jitter:
             (adjust_hue, 0.0, hue),
         ]
         self.steps = [(change, centre, strength) for change, centre, strength in steps if strength > 0]
+        self.draws = len(self.steps)
 
-    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
-        """Images [B, 3, H, W] -> jittered ones."""
-        for change, centre, strength in self.steps:
-            images = change(images, uniform(images, centre - strength, centre + strength, generator))
+    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """Images [B, 3, H, W] and numbers [draws, B] -> jittered ones."""
+        for (change, centre, strength), number in zip(self.steps, numbers, strict=True):
+            images = change(images, centre + strength * (2 * number - 1))
         return images
 
 
 class Grayscale:
-    """Grey images with three equal channels; nothing is drawn."""
+    """Grey images with three equal channels."""
 
-    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+    draws = 0
+
+    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> grey ones."""
         return luma(images).expand_as(images)
 
@@ -58,36 +61,36 @@ class Blur:
         sigma: [smallest, largest] standard deviation in pixels.
     """
 
+    draws = 1
+
     def __init__(self, sigma: Sequence[float]) -> None:
         if len(sigma) != 2 or not 0 < sigma[0] <= sigma[1]:
             raise UserError(f"dataset.augment.blur_sigma={list(sigma)}: expected 0 < smallest <= largest, in pixels.")
         self.sigma, self.radius = sigma, math.ceil(3 * sigma[1])
 
-    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
-        """Images [B, 3, H, W] -> blurred ones."""
-        return blur(images, uniform(images, self.sigma[0], self.sigma[1], generator), self.radius)
+    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """Images [B, 3, H, W] and numbers [1, B] -> blurred ones."""
+        low, high = self.sigma
+        return blur(images, low + (high - low) * numbers[0], self.radius)
 
 
 class Solarize:
-    """Pixels at or above a threshold are inverted; nothing is drawn.
+    """Pixels at or above a threshold are inverted.
 
     Args:
         threshold: in [0, 1].
     """
+
+    draws = 0
 
     def __init__(self, threshold: float) -> None:
         if not 0 <= threshold <= 1:
             raise UserError(f"dataset.augment.solarize_threshold={threshold}: expected 0 to 1.")
         self.threshold = threshold
 
-    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> solarized ones."""
         return torch.where(images >= self.threshold, 1 - images, images)
-
-
-def uniform(images: Tensor, low: float, high: float, generator: Generator) -> Tensor:
-    """An amount per image between low and high, drawn on the CPU, on the images' device."""
-    return (low + (high - low) * torch.rand(len(images), generator=generator)).to(images.device, non_blocking=True)
 
 
 def luma(images: Tensor) -> Tensor:

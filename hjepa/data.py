@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from torchvision import datasets
 from torchvision.transforms import functional as TF
 
-from hjepa.augment import Augment
+from hjepa.augment import Augment, Draws
 from hjepa.errors import UserError
 from hjepa.files import Corrupt, Files, Listing, list_images
 from hjepa.rng import generator
@@ -93,18 +93,26 @@ class Dataset(ABC):
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         return images.sub_(self.mean).div_(self.std)
 
-    def crops(self, images: Tensor, generator: Generator) -> tuple[Tensor, Tensor | None]:
+    def draw(self, count: int, generator: Generator) -> Draws:
+        """The random numbers that decide what becomes of `count` images."""
+        whole, local = (
+            self.augment.draw(count * views, generator).unflatten(1, (count, views)) for views in (self.views, self.local_views)
+        )
+        return Draws(whole, local)
+
+    def crops(self, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor | None]:
         """Augmented, normalised views of uint8 images [B, 3, S, S], those of one image in a row.
 
         Returns:
             Whole views float [B * views, 3, S, S] and local crops [B * local_views, 3, local_size, local_size], or None.
         """
         images = unit(images)
-        whole = self.augment(images.repeat_interleave(self.views, 0) if self.views > 1 else images, generator)
+        repeated = images.repeat_interleave(self.views, 0) if self.views > 1 else images
+        whole = self.augment(repeated, draws.whole.flatten(1))
         if not self.local_views:
             return self.standardise(whole), None
         repeated = images.repeat_interleave(self.local_views, 0)
-        local = self.augment(repeated, generator, self.local_size, self.local_scale)
+        local = self.augment(repeated, draws.local.flatten(1), self.local_size, self.local_scale)
         return self.standardise(whole), self.standardise(local)
 
     def train_and_validation(self) -> tuple[Split, Split]:

@@ -29,13 +29,13 @@ class PredictionLoss(ABC):
     def __call__(self, output: "Output") -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum to minimise and every level's own term, unweighted and detached."""
         distances = {level.name: self.distance(level.prediction.float(), level.target) for level in output.levels}
-        total = sum((level.weight * distances[level.name] for level in output.levels), output.features[0].new_zeros(()))
+        total = sum((level.weight * distances[level.name] for level in output.levels), output.zero())
         return total, {name: value.detach() for name, value in distances.items()}
 
     @torch.no_grad()
     def constant(self, output: "Output") -> Tensor:
         """The loss of always predicting one vector per level, the mean target: what any useful prediction must beat."""
-        total = output.features[0].new_zeros(())
+        total = output.zero()
         for level in output.levels:
             mean = level.target.flatten(0, -2).mean(0)
             total += level.weight * self.distance(mean.expand_as(level.target), level.target)
@@ -73,6 +73,11 @@ class Objective:
 
     def __init__(self, loss: PredictionLoss, regularizer: Regularizer | None) -> None:
         self.loss, self.regularizer = loss, regularizer
+
+    @property
+    def read(self) -> int:
+        """How many levels' features the regularizer reads."""
+        return len(self.regularizer.levels) if self.regularizer else 0
 
     def __call__(self, output: "Output") -> tuple[Tensor, dict[str, Tensor]]:
         """The sum to minimise and every term by name; `prediction` is the loss without the regularizer."""

@@ -33,6 +33,10 @@ class Masks:
         targets = tuple(t.to(device, non_blocking=True) for t in self.targets)
         return Masks(self.context.to(device, non_blocking=True), targets, tuple(masks.to(device) for masks in self.stacked))
 
+    def of(self, rows: Tensor) -> "Masks":
+        """Those of some images of the batch."""
+        return Masks(self.context[rows], tuple(t[rows] for t in self.targets), tuple(masks.of(rows) for masks in self.stacked))
+
     def split(self, parts: int) -> list["Masks"]:
         """Equal parts along the batch, in order."""
         targets = list(zip(*(t.chunk(parts) for t in self.targets), strict=True)) or [()] * parts

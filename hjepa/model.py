@@ -30,13 +30,18 @@ class LevelOutput:
 class Output:
     """What an objective sees: every level, and the student's pooled features for the regularizer.
 
-    `features`: per level, at the level's depth, [B, V, F] of the V views of each image: all contexts of its whole views (there
+    `features`: per level that the regularizer reads, at the level's depth, [B, V, F] of the V views of each image: all contexts of its whole views (there
     are `whole` of them), then its local crops. F is D, 2D with summary tokens, or the projector's width.
     """
 
     levels: list[LevelOutput]
     features: list[Tensor]
     whole: int = 1
+
+    def zero(self) -> Tensor:
+        """A 0-d zero to sum on, float32 on the output's device."""
+        some = self.features[0] if self.features else self.levels[0].target
+        return some.new_zeros((), dtype=torch.float32)
 
 
 class HJEPA(nn.Module):
@@ -48,6 +53,7 @@ class HJEPA(nn.Module):
         projector: constructor of the map from pooled features to those that the regularizer sees, None for none.
         pretrained: weights that student and teacher start from (see `load_encoder`), None for random ones.
         levels: the hierarchy; without any level nothing is predicted, and the regularizer is the whole objective.
+        read: how many of the levels, the first ones, the regularizer reads the features of.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class HJEPA(nn.Module):
         projector: Callable[..., nn.Module] | None,
         pretrained: str | None,
         levels: Levels,
+        read: int,
     ) -> None:
         super().__init__()
         self.student = encoder(image_size=image_size, patch_size=patch_size, summary_tokens=levels.summary_tokens)
@@ -71,7 +78,8 @@ class HJEPA(nn.Module):
         self.predictor = predictor(encoder_dim=dim, grid=self.grid, pools=levels.pool) if levels.pool else None
         self.upper: Upper | None = levels.upper(input_dim=dim, grid=self.grid) if levels.upper else None
         width = self.student.feature_dim
-        depths = sorted(set(self.counts))  # levels of one depth share features and projector
+        self.read = self.counts[:read]
+        depths = sorted(set(self.read))  # levels of one depth share features and projector
         self.projectors = nn.ModuleDict({str(d): projector(dim=width) if projector else nn.Identity() for d in depths})
         if pretrained:
             load_encoder(self.student, pretrained, "model.pretrained")
@@ -111,11 +119,10 @@ class HJEPA(nn.Module):
         states = self.student(images, keep=masks.context, depths=self.depths)
         levels = self.predict(images, masks, states) if self.predictor else []
         features = self.features(states, len(images) // views)
-        whole = features[0].shape[1]
         if crops is not None:
             local = self.features(self.student(crops, depths=self.depths), len(images) // views)
             features = [torch.cat(pair, dim=1) for pair in zip(features, local, strict=True)]
-        return Output(levels, features, whole)
+        return Output(levels, features, whole=views * masks.context.shape[1])
 
     def look(self, images: Tensor) -> dict[int, Tensor]:
         """The teacher's hidden states [B, N, D] of all patches, by depth; one pass serves all levels, contexts and blocks."""
@@ -143,10 +150,10 @@ class HJEPA(nn.Module):
         return outputs
 
     def features(self, states: list[Tensor], images: int) -> list[Tensor]:
-        """Per level the projected, pooled hidden states [B, V, F] at the level's depth; `images` is B."""
+        """Per level that is read the projected, pooled hidden states [B, V, F] at the level's depth; `images` is B."""
         state = dict(zip(self.depths, states, strict=True))
         projected = {d: projector(self.student.pooled(state[int(d)])) for d, projector in self.projectors.items()}
-        return [projected[str(count)].unflatten(0, (images, -1)) for count in self.counts]
+        return [projected[str(count)].unflatten(0, (images, -1)) for count in self.read]
 
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks of all parts."""

@@ -40,7 +40,7 @@ class Regularizer(ABC):
 
     def __call__(self, output: "Output") -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and the terms by name (and level, beyond the first), unweighted and detached."""
-        total, named = output.features[0].new_zeros(()), {}
+        total, named = output.zero(), {}
         for number, (factor, features) in enumerate(zip(self.levels, output.features, strict=False), start=1):
             if factor:
                 for name, term in self.terms(features.float(), output.whole).items():

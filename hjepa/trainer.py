@@ -107,8 +107,9 @@ class Trainer:
     def batch(self, step: int) -> tuple[Tensor, Masks, Tensor | None]:
         """Whole views [B*V, 3, S, S], their masks, and local crops of a step: functions of the seed and the step alone."""
         seed, dataset = self.parts.seed, self.parts.dataset
-        whole, crops = dataset.crops(self.pixels(step), generator(seed, "augment", step))
-        masks = self.parts.sampler(len(whole), generator(seed, "masks", step))
+        size = self.plan.size(step)
+        whole, crops = dataset.crops(self.pixels(step), dataset.draw(size, generator(seed, "augment", step)))
+        masks = self.parts.sampler(size * dataset.views, generator(seed, "masks", step))
         return whole, masks.to(self.device), crops
 
     def pixels(self, step: int) -> Tensor:

@@ -26,6 +26,10 @@ def some_images(count: int = 6, side: int = 24) -> Tensor:
     return images
 
 
+def apply(augment: Augment, images: Tensor, seed: int = 0) -> Tensor:
+    return augment(images, augment.draw(len(images), seeded(seed)))
+
+
 def only(**options: float) -> Augment:
     """No crop and no flip."""
     return Augment([1.0, 1.0], [1.0, 1.0], 0.0, **options)
@@ -35,8 +39,9 @@ def test_crops_match_torchvision_for_the_same_boxes() -> None:
     """The one resampling of the batch equals cropping and resizing each image on its own."""
     augment = Augment([0.3, 0.9], [0.8, 1.25], 0.0)
     images = torch.nn.functional.avg_pool2d(torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0)), 5, 1, 2)
-    out = augment(images, torch.Generator().manual_seed(1))
-    boxes = augment.boxes(6, torch.Generator().manual_seed(1), augment.scale)
+    numbers = augment.draw(6, seeded(1))
+    out = augment(images, numbers)
+    boxes = augment.boxes(numbers, augment.scale)
     for image, box, got in zip(images, boxes, out, strict=True):
         width, height = box[0, 0].item() * 64, box[1, 1].item() * 64
         left, top = (box[0, 2].item() + 1) * 32 - width / 2, (box[1, 2].item() + 1) * 32 - height / 2
@@ -51,14 +56,14 @@ def test_crops_match_torchvision_for_the_same_boxes() -> None:
 
 def test_flip_and_identity() -> None:
     images = torch.rand(4, 3, 8, 8)
-    assert torch.equal(Augment([1.0, 1.0], [1.0, 1.0], 0.0)(images, torch.Generator()), images)
-    flipped = Augment([1.0, 1.0], [1.0, 1.0], 1.0)(images, torch.Generator())
+    assert torch.equal(apply(Augment([1.0, 1.0], [1.0, 1.0], 0.0), images), images)
+    flipped = apply(Augment([1.0, 1.0], [1.0, 1.0], 1.0), images)
     assert torch.allclose(flipped, images.flip(-1), atol=1e-5)
 
 
 def test_augmentation_differs_between_images() -> None:
     image = torch.rand(1, 3, 16, 16).expand(8, 3, 16, 16)
-    out = Augment([0.3, 1.0], [0.75, 1.33], 0.5)(image, torch.Generator().manual_seed(0))
+    out = apply(Augment([0.3, 1.0], [0.75, 1.33], 0.5), image)
     assert len(torch.unique(out.flatten(1), dim=0)) == 8
 
 
@@ -85,38 +90,42 @@ def test_blur_wider_than_the_image_is_cut_off() -> None:
 
 def test_grayscale_and_solarize_match_torchvision() -> None:
     images = some_images()
-    grey = only(grayscale=1.0)(images, seeded())
+    grey = apply(only(grayscale=1.0), images)
     torch.testing.assert_close(grey, torch.stack([TF.rgb_to_grayscale(i, 3) for i in images]))
-    inverted = only(solarize=1.0, solarize_threshold=0.3)(images, seeded())
+    inverted = apply(only(solarize=1.0, solarize_threshold=0.3), images)
     torch.testing.assert_close(inverted, torch.stack([TF.solarize(i, 0.3) for i in images]))
 
 
 def test_same_generator_same_pixels() -> None:
     images, augment = some_images(), Augment([0.3, 1.0], [0.75, 1.33], 0.5, **EVERYTHING)
     torch.manual_seed(0)
-    first = augment(images, seeded(3))
+    first = apply(augment, images, 3)
     torch.manual_seed(1)
-    assert torch.equal(first, augment(images, seeded(3))), "the global generator has no part in it"
-    assert not torch.equal(first, augment(images, seeded(4)))
+    assert torch.equal(first, apply(augment, images, 3)), "the global generator has no part in it"
+    assert not torch.equal(first, apply(augment, images, 4))
+
+
+def test_a_divided_batch_comes_out_the_same() -> None:
+    images, augment = some_images(), Augment([0.3, 1.0], [0.75, 1.33], 0.5, **EVERYTHING)
+    numbers, rows = augment.draw(len(images), seeded()), torch.tensor([0, 2, 5])
+    torch.testing.assert_close(augment(images[rows], numbers[:, rows]), augment(images, numbers)[rows])
 
 
 def test_what_is_off_draws_nothing_and_leaves_crop_and_flip_as_they_were() -> None:
     images = some_images()
     off = only(jitter=0.0, grayscale=0.0, blur=0.0, solarize=0.0)
-    assert off.changes == []
-    generator = seeded()
-    before = generator.get_state()
-    assert torch.equal(off(images, generator), images)
-    assert torch.equal(generator.get_state(), before)
-    assert torch.equal(only(jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)(images, seeded()), images)
+    numbers = torch.rand(5, 6, generator=seeded())
+    assert torch.equal(off.draw(6, seeded()), numbers)
+    assert torch.equal(off(images, numbers), images)
+    assert torch.equal(apply(only(jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0), images), images)
     plain = Augment([0.3, 1.0], [0.75, 1.33], 0.5)
-    assert torch.equal(plain(images, seeded()), plain.crop(images, seeded(), None, plain.scale))
+    assert torch.equal(plain(images, numbers), plain.crop(images, numbers, None, plain.scale))
 
 
 @pytest.mark.parametrize("option", ["jitter", "grayscale", "blur", "solarize"])
 def test_probabilities_are_per_image(option: str) -> None:
     image = some_images()[5:].expand(400, -1, -1, -1)
-    out = only(**{option: 0.3})(image, seeded())
+    out = apply(only(**{option: 0.3}), image)
     changed = (out != image).flatten(1).any(1)
     assert 0.2 < changed.float().mean() < 0.4
     different = len(torch.unique(out[changed].flatten(1), dim=0))
@@ -128,7 +137,7 @@ def test_images_do_not_touch_one_another() -> None:
     images, augment = some_images(), Augment([0.3, 1.0], [0.75, 1.33], 0.5, **EVERYTHING)
     others = images.clone()
     others[3] = images[4]
-    a, b = augment(images, seeded()), augment(others, seeded())
+    a, b = apply(augment, images), apply(augment, others)
     assert (a != b).flatten(1).any(1).tolist() == [False, False, False, True, False, False]
 
 
@@ -136,7 +145,7 @@ def test_pixels_stay_pixels_and_the_input_stays_as_it_is() -> None:
     images = some_images(64)
     before = images.clone()
     strong = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.5}
-    out = Augment([0.3, 1.0], [0.75, 1.33], 0.5, **EVERYTHING, **strong)(images, seeded())
+    out = apply(Augment([0.3, 1.0], [0.75, 1.33], 0.5, **EVERYTHING, **strong), images)
     assert torch.equal(images, before)
     assert out.min() >= -1e-5
     assert out.max() <= 1 + 1e-5

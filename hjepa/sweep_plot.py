@@ -70,7 +70,7 @@ def draw(axis: Axes, number: int, points: dict[float, list[float]], label: str) 
     several = any(len(values) > 1 for values in points.values())
     if several:
         for place, values in points.items():
-            axis.plot([place] * len(values), values, ".", color=color, alpha=0.5, markersize=5)
+            axis.plot([place + 0.06] * len(values), values, ".", color=color, alpha=0.6, markersize=5)
     means, spreads = [mean(values) for values in points.values()], [spread(values) for values in points.values()]
     axis.errorbar(
         list(points),

@@ -166,7 +166,7 @@ class Slots:
         self.sweep.write(self.jobs)
         self.sweep.refresh([job])
         metric = default_metric([job])
-        result = figure(lookup(job.summary, metric), metric) if job.state == "finished" else job.reason
+        result = f"{metric} {figure(lookup(job.summary, metric), metric)}" if job.state == "finished" else job.reason
         done = sum(job.done for job in self.jobs)
         seconds = time.monotonic() - ended.began
         log.info("job %d %s after %.0f s (%d of %d): %s", job.number, job.state, seconds, done, len(self.jobs), result)

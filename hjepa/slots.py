@@ -6,7 +6,6 @@ whatever kills it harms no other. What it says goes to a log file in the sweep f
 """
 
 import logging
-import logging.config
 import multiprocessing
 import os
 import shlex
@@ -24,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, configure_log
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from hjepa.config import Config, build, nodes
 from hjepa.errors import UserError
@@ -47,7 +47,7 @@ def launch(loader: ConfigLoader, master: DictConfig, overrides: Sequence[Sequenc
     configure_log(master.hydra.hydra_logging, master.hydra.verbose)
     jobs = plan_jobs(loader, master, overrides, first)
     sweep = Sweep(Path(master.hydra.sweep.dir).expanduser().absolute())
-    slots = Slots(sweep, jobs, OmegaConf.to_container(master.hydra.job_logging, resolve=True))  # type: ignore[arg-type]
+    slots = Slots(sweep, jobs)
     sweep.write(jobs)
     stopped = slots.run()
     sweep.end(jobs)
@@ -59,19 +59,18 @@ def launch(loader: ConfigLoader, master: DictConfig, overrides: Sequence[Sequenc
 
 def shares(configs: list[Config]) -> list[list[str]]:
     """The GPUs of every slot, none without GPUs; refuses more slots than this machine can serve."""
-    wanted = {(c["hardware"]["slots"], c["hardware"]["threads"] or 1, c["hardware"]["device"]) for c in configs}
-    slots = max((count for count, _, _ in wanted), default=1)
-    if len({count for count, _, _ in wanted}) > 1:
+    wanted = [c["hardware"] for c in configs]
+    slots = max((hardware["slots"] for hardware in wanted), default=1)
+    if len({hardware["slots"] for hardware in wanted}) > 1:
         raise UserError("hardware.slots differs between the jobs; give one number for the whole sweep.")
-    threads = max((threads for _, threads, _ in wanted), default=1)
-    if slots < 1 or slots * threads > max(cores(), threads):
+    threads = max(((hardware["threads"] or 1) * (hardware["processes"] or 1) for hardware in wanted), default=1)
+    if slots < 1 or (slots > 1 and slots * threads > cores()):
         raise UserError(
             f"hardware.slots={slots} with {threads} threads each: expected 1 to {max(1, cores() // threads)} slots on the "
             f"{cores()} cores of this machine."
         )
     there = gpus()
-    needed = any(device == "cuda" or (device == "auto" and there) for _, _, device in wanted)
-    if needed and there and slots > len(there):
+    if slots > len(there) > 0 and any(hardware["device"] in ("cuda", "auto") for hardware in wanted):
         raise UserError(f"hardware.slots={slots}: every slot needs a GPU of its own, and there are {len(there)}.")
     size = len(there) // slots
     return [there[slot * size : (slot + 1) * size] for slot in range(slots)]
@@ -89,14 +88,10 @@ class Running:
 
 
 class Slots:
-    """Runs jobs in their order, as many at a time as there are slots.
+    """Runs jobs in their order, as many at a time as there are slots."""
 
-    Args:
-        job_logging: the logging configuration of a job.
-    """
-
-    def __init__(self, sweep: Sweep, jobs: list[Job], job_logging: dict[str, Any]) -> None:
-        self.sweep, self.jobs, self.job_logging = sweep, jobs, job_logging
+    def __init__(self, sweep: Sweep, jobs: list[Job]) -> None:
+        self.sweep, self.jobs = sweep, jobs
         self.shares = shares([job.config for job in jobs if job.config])
         self.free = list(range(len(self.shares)))
         self.running: dict[int, Running] = {}
@@ -140,7 +135,7 @@ class Slots:
         slot = self.free.pop(0)
         job.log, job.state, job.reason = self.sweep.folder / f"{job.number}.log", "running", ""
         answer, far = self.context.Pipe(duplex=False)
-        arguments = (job.config, job.folder, job.overrides, job.log, self.job_logging, self.shares[slot], far)
+        arguments = (job, self.shares[slot], far)
         process = self.context.Process(target=work, args=arguments, name=f"job {job.number}")
         process.start()
         far.close()
@@ -185,24 +180,18 @@ class Slots:
             return "FAILED", f"exit status {status}"
 
 
-def work(
-    config: Config,
-    folder: Path,
-    overrides: list[str],
-    log_file: Path,
-    job_logging: dict[str, Any],
-    gpus: list[str],
-    answer: Connection,
-) -> None:
+def work(job: Job, gpus: list[str], answer: Connection) -> None:
     """What a job's process does: the config's task, all output to the log file; the reason of a failure is answered."""
-    speak_to(log_file)
+    assert job.log is not None
+    speak_to(job.log)
     end_with_parent()
-    logging.config.dictConfig(job_logging)
+    HydraConfig.instance().set_config(job.composed)
+    configure_log(job.composed.hydra.job_logging, job.composed.hydra.verbose)
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    print(f"python launch.py hydra.mode=RUN {shlex.join(overrides)}")
+    print(f"python launch.py hydra.mode=RUN {shlex.join(job.overrides)}")
     try:
-        build(config["task"])(config, folder)
+        build(job.config["task"])(job.config, job.folder)
     except UserError as error:
         print(error, file=sys.stderr)
         answer.send(str(error))

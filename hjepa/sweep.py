@@ -39,6 +39,7 @@ class Job:
         folder: of its run, None if its config names none; log: where what it said is, None if it was never started.
         state: pending, running, finished, collapsed, stopped or FAILED, or what a queue says of it; reason: in one line.
         config: resolved and checked; empty for a FAILED config and for jobs read from a sweep folder.
+        composed: the same with Hydra's own part, as Hydra made it.
         summary: of its run folder.
     """
 
@@ -50,6 +51,7 @@ class Job:
     reason: str = ""
     slurm_id: str = ""
     config: Config = field(default_factory=dict, repr=False)
+    composed: DictConfig = field(default_factory=lambda: DictConfig({}), repr=False)
     summary: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -69,7 +71,8 @@ def plan_jobs(loader: ConfigLoader, master: DictConfig, overrides: Sequence[Sequ
     jobs: list[Job] = []
     for number, job_overrides in enumerate(overrides, first):
         try:
-            config, folder = compose(loader, master, list(job_overrides))
+            composed = loader.load_sweep_config(master, list(job_overrides))
+            config, folder = prepare_job(composed)
             twin = next((job for job in jobs if job.folder == folder), None)
             if twin:
                 raise UserError(
@@ -80,13 +83,14 @@ def plan_jobs(loader: ConfigLoader, master: DictConfig, overrides: Sequence[Sequ
         except UserError as error:
             jobs.append(Job(number, list(job_overrides), None, state="FAILED", reason=str(error)))
             continue
-        jobs.append(Job(number, list(job_overrides), folder, state="finished" if done else "pending", config=config))
+        state = "finished" if done else "pending"
+        jobs.append(Job(number, list(job_overrides), folder, state=state, config=config, composed=composed))
     return jobs
 
 
-def compose(loader: ConfigLoader, master: DictConfig, overrides: list[str]) -> tuple[Config, Path]:
+def prepare_job(composed: DictConfig) -> tuple[Config, Path]:
     """The checked config of a job and the folder of its run."""
-    composed, before = loader.load_sweep_config(master, overrides), HydraConfig.instance().cfg
+    before = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(composed)
     try:
         return prepare(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))

@@ -119,13 +119,13 @@ def test_more_slots_than_the_machine_has_are_refused(monkeypatch, hardware: dict
         pytest.skip("one core")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(UserError, match=words):
-        shares([{"hardware": {"threads": None, "device": "cpu"} | hardware}])
+        shares([{"hardware": {"threads": None, "processes": 1, "device": "cpu"} | hardware}])
 
 
 @pytest.mark.skipif(cores() < 2, reason="one core")
 def test_gpus_are_dealt_out_to_the_slots(monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    config = {"hardware": {"threads": None, "device": "cuda", "slots": 2}}
+    config = {"hardware": {"threads": None, "processes": 1, "device": "cuda", "slots": 2}}
     assert shares([config]) == [["4", "5"], ["6", "7"]]
     assert shares([{"hardware": config["hardware"] | {"slots": 1}}]) == [["4", "5", "6", "7"]]
 

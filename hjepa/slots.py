@@ -17,7 +17,9 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -124,11 +126,18 @@ class Slots:
         return self.stopping
 
     def prepare(self, configs: list[Config]) -> None:
-        """Name what the clean process imports: the modules of all parts."""
+        """Start the clean process, which imports the modules of all parts."""
+        if sys.platform != "linux":
+            return
         modules = {node["_target_"].rpartition(".")[0] for config in configs for _, node in nodes(config)}
-        if sys.platform == "linux":
-            self.context.set_forkserver_preload(["hjepa.session", *sorted(modules)])
+        self.context.set_forkserver_preload(["hjepa.session", *sorted(modules)])
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # older Pythons' clean process looks nowhere else
+        resource_tracker.ensure_running()  # whose start would undo the next line
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited: one to the whole process group must not end it
+        try:
+            ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def start(self, job: Job) -> None:
         """Start a job in a free slot."""
@@ -183,7 +192,9 @@ class Slots:
 def work(job: Job, gpus: list[str], answer: Connection) -> None:
     """What a job's process does: the config's task, all output to the log file; the reason of a failure is answered."""
     assert job.log is not None
+    os.setpgrp()  # a Ctrl-C in the terminal is passed on by the sweep's process, once
     speak_to(job.log)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     end_with_parent()
     HydraConfig.instance().set_config(job.composed)
     configure_log(job.composed.hydra.job_logging, job.composed.hydra.verbose)

@@ -25,7 +25,7 @@ from hjepa.config import Config, build, flatten
 from hjepa.errors import UserError
 from hjepa.folder import RunFolder, refuse_unwritable
 from hjepa.run import prepare
-from hjepa.sweep_table import default_metric, lookup, results, table
+from hjepa.sweep_table import default_metric, groups, lookup, results, table
 
 TAG = "HJEPA_SWEEP"  # environment variable: the sweep that a run is tagged with
 KEPT = ("number", "overrides", "folder", "log", "state", "reason", "slurm_id")
@@ -151,7 +151,7 @@ class Sweep:
         print(f"\n{text}", flush=True)
         files = [self.folder / "table.txt"]
         files[0].write_text(text + "\n")
-        if any(lookup(job.summary, metric) is not None for job in jobs):
+        if groups(jobs, metric)[1]:
             from hjepa.sweep_plot import plot
 
             files.append(self.folder / "sweep.png")

@@ -55,12 +55,12 @@ def naming(jobs: Sequence["Job"], job: "Job") -> str:
 
 
 def groups(jobs: Sequence["Job"], metric: str) -> tuple[list[str], Groups]:
-    """The varied options but the seed, and the metric's values of all seeds by the values of these options."""
+    """The varied options but the seed, and the metric's values of all whole runs by the values of these options."""
     axes = [key for key in varied(jobs) if key != "seed"]
     found: Groups = {}
     for job in jobs:
         value = lookup(job.summary, metric)
-        if value is not None:
+        if value is not None and job.state in ("finished", "collapsed"):
             chosen = options(job)
             found.setdefault(tuple(chosen.get(key, "") for key in axes), []).append(value)
     return axes, found

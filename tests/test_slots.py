@@ -1,6 +1,7 @@
 """Jobs in slots of this machine: bounded, in order, alone with their faults, and stopped politely."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -34,7 +35,9 @@ def until(condition: Callable[[], object], seconds: float = 120) -> None:
 def sweep(folder: Path, *overrides: str) -> Iterator["subprocess.Popen[str]"]:
     """A sweep in the background."""
     command = [sys.executable, str(ROOT / "launch.py"), "--multirun", f"output_root={folder}", *overrides]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
         try:
             yield process
         finally:
@@ -83,11 +86,12 @@ def test_a_killed_job_and_a_refused_one_stop_no_other_and_only_they_are_done_aga
     assert re.findall(r"job (\d) started", again.stdout) == ["1"]
 
 
-def test_interrupted_sweep_saves_all_running_jobs_and_says_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_sweep_saves_all_running_jobs_and_says_stopped(tmp_path: Path, number: signal.Signals) -> None:
     count = min(2, cores())
     with sweep(tmp_path, *LONG, SLOTS, "seed=0,1,2") as process:
         until(lambda: len(trained(tmp_path)) == count)
-        process.send_signal(signal.SIGINT)  # to the launcher alone; from a terminal the jobs get it too
+        os.killpg(process.pid, number)  # as a terminal or a scheduler does
         out = process.communicate(timeout=120)[0]
     assert process.returncode == 130
     assert statuses(tmp_path) == ["stopped"] * count

@@ -61,6 +61,14 @@ class RunFolder:
         file = self.path / "summary.json"
         return json.loads(file.read_text()) if file.exists() else {}
 
+    def result(self) -> Record:
+        """The summary of the run if it is finished and not to be replaced; empty else. Refuses a run of another config."""
+        if self.config["overwrite"]:
+            return {}
+        self.refuse_other_config()
+        summary = self.summary()
+        return summary if summary.get("status") == "finished" else {}
+
     def claim(self, overwrite: bool) -> None:
         """Create the folder, lock it against a second process, and write the config; `overwrite` empties it first."""
         try:
@@ -79,6 +87,7 @@ class RunFolder:
                     shutil.rmtree(child) if child.is_dir() else child.unlink()
         self.refuse_other_config()
         (self.path / "plots").mkdir(exist_ok=True)
+        (self.path / "summary.json").unlink(missing_ok=True)  # the end of an earlier sitting
         self.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.config)))
 
     def release(self) -> None:

@@ -14,6 +14,7 @@ from hjepa.plots import plot_curves, plot_masks
 from hjepa.rng import generator
 from hjepa.signals import Stopped
 from hjepa.summary import git_state, summarise, tell
+from hjepa.sweep import sweep_tag
 from hjepa.tracking import NoTracking
 from hjepa.trainer import Parts, Trainer
 from hjepa.watch import Watch, spaced
@@ -116,7 +117,7 @@ class Session:
             self.config["experiment_name"],
             file.read_text() if file.exists() else None,
             {**flatten(self.config), **flatten(counts, "parameters")},
-            git_state() | {"config": fingerprint(self.config)},
+            git_state() | {"config": fingerprint(self.config)} | sweep_tag(),
         )
         if self.run_id:
             self.folder.write("run_id", self.run_id)

@@ -38,6 +38,9 @@ class NoTracking:
     def finish(self, status: str) -> None:
         """End the run as "FINISHED", "FAILED" or "KILLED" after everything was sent."""
 
+    def add(self, run_id: str, tags: dict[str, str], files: list[Path], folder: str) -> None:
+        """Give tags and files to a run that has ended."""
+
     def how_to_look(self) -> str | None:
         """The command that shows the run, or None."""
         return None
@@ -173,6 +176,17 @@ class MLflow(NoTracking):
         self.thread.shutdown(wait=True)
         if self.run_id:
             self.attempt("ending the run", self.mlflow.end_run, status)
+
+    def add(self, run_id: str, tags: dict[str, str], files: list[Path], folder: str) -> None:
+        self.attempt("adding to an ended run", self.add_to, run_id, tags, files, folder)
+
+    def add_to(self, run_id: str, tags: dict[str, str], files: list[Path], folder: str) -> None:
+        """Set tags and send files, whatever the run's state."""
+        client = self.mlflow.MlflowClient(self.uri)
+        for key, value in tags.items():
+            client.set_tag(run_id, key, value)
+        for file in files:
+            client.log_artifact(run_id, str(file), folder)
 
     def how_to_look(self) -> str | None:
         if not self.uri.startswith("sqlite"):

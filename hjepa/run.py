@@ -6,16 +6,27 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from hjepa.config import Config, build, check, resolve, run_path
+from hjepa.errors import UserError
 from hjepa.folder import RunFolder
 
 
 def run(cfg: DictConfig) -> float | None:
     """Run the config's task; everything that can be wrong with the config is said before torch is imported."""
-    config = resolve(cfg)
-    check(config)
-    path = run_path(config, HydraConfig.get().runtime.choices)
+    config, path = prepare(cfg)
+    if HydraConfig.get().runtime.choices["hydra/launcher"] == "slurm":
+        raise UserError(
+            "hardware=slurm_* submits a run or a whole sweep and cannot be chosen by a part of the jobs; give it alone, as in "
+            "`--multirun hardware=slurm_cpu seed=0,1`."
+        )
     result: float | None = build(config["task"])(config, path)
     return result
+
+
+def prepare(cfg: DictConfig) -> tuple[Config, Path]:
+    """The config as plain data, checked, and the folder of the run that it names."""
+    config = resolve(cfg)
+    check(config)
+    return config, run_path(config, HydraConfig.get().runtime.choices)
 
 
 def train(config: Config, path: Path) -> float | None:

@@ -158,8 +158,8 @@ class Trainer:
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
-    def fit(self, watch: Watch, checkpoints: Checkpoints, record: Callable[[dict[str, Any]], None]) -> None:
-        """Train from where the state is to the last step, measuring, recording and saving on the way.
+    def fit(self, watch: Watch, checkpoints: Checkpoints, record: Callable[[dict[str, Any]], None], stop: StopFlag) -> None:
+        """Train from where the state is to the last step or `stop`, measuring, recording and saving on the way.
 
         Raises:
             Stopped: the process was asked to stop; the state is saved.
@@ -169,7 +169,7 @@ class Trainer:
             record({"step": 0, **watch.begin()})
             self.save(watch, checkpoints)
         self.model.train()
-        with StopFlag() as stop, tqdm(total=self.steps, initial=self.done, unit="step", disable=None) as bar:
+        with tqdm(total=self.steps, initial=self.done, unit="step", disable=None) as bar:
             interval = self.seconds
             while self.done < self.steps:
                 began = time.perf_counter()

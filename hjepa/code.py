@@ -1,4 +1,4 @@
-"""Which code runs: its commit and what was changed since. It also tells whether the code changed while a job waited in a queue."""
+"""Which code runs: its commit and what was changed since. It tells whether the code changed while a job waited in a queue."""
 
 import hashlib
 import subprocess

@@ -64,7 +64,7 @@ def compose(loader: ConfigLoader, master: DictConfig, overrides: list[str]) -> t
     composed, before = loader.load_sweep_config(master, overrides), HydraConfig.instance().cfg
     HydraConfig.instance().set_config(composed)
     try:
-        return prepare(OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"]))
+        return prepare(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))
     finally:
         HydraConfig.instance().cfg = before
 

@@ -49,7 +49,7 @@ class StopFlag:
         return self.number == signal.SIGUSR2
 
     def leave(self) -> None:
-        """After the run has saved and said so: let submitit queue the job again, or SLURM end it; elsewhere there is nothing to do.
+        """After the run has saved and said so: let submitit queue the job again, or SLURM end it; elsewhere nothing is left.
 
         Raises:
             SystemExit: the job is in the queue again.

@@ -110,6 +110,7 @@ class Task:
 
     def __call__(self) -> float | None:
         logging.config.dictConfig(self.log_config)
+        logging.getLogger("submitit").propagate = False  # it writes to the log itself
         os.environ[SUBMITTED] = json.dumps(self.code)
         result: float | None = build(self.config["task"])(self.config, self.path)
         return result
@@ -154,7 +155,7 @@ def launch(
         announce(waiting, sweep)
         if not accounting([job.slurm_id for job in waiting]):
             log.warning("sacct does not answer here: what becomes of the jobs is learned from squeue and the run folders")
-    if not cluster.wait:
+    if waiting and not cluster.wait:
         return []
     queue = Queue(waiting, executor.folder, cluster.nodes * cluster.tasks_per_node)
     try:

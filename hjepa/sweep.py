@@ -37,6 +37,8 @@ class SweepTable(Callback):
 
     def print_table(self) -> None:
         """One line per job: what was varied, how it ended, its result or its reason."""
+        if not self.rows:  # nothing ran in this process
+            return
         width = max((len(row[0]) for row in self.rows), default=0)
         print("\nSweep:")
         for number, (overrides, state, result) in enumerate(self.rows):

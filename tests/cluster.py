@@ -1,7 +1,7 @@
 """A real SLURM for the tests: slurmctld and three virtual nodes of this machine, for the time of a test session.
 
-Partitions: `lab` (node1, node2, two pretended GPUs each), and on node3 `scavenge`, whose jobs are requeued after a grace time when
-`urgent` needs the node. Ports are free ones, so several clusters can be up side by side.
+Partitions: `lab` (node1, node2, two pretended GPUs each), and on node3 `scavenge`, whose jobs are requeued after a grace time
+when `urgent` needs the node. Ports are free ones, so several clusters can be up side by side.
 """
 
 import getpass
@@ -89,6 +89,19 @@ def job_fields(job: str) -> dict[str, str]:
     return dict(field.partition("=")[::2] for field in slurm("scontrol", "show", "job", "-o", job).split())
 
 
+def process_of(job: str) -> int:
+    """The process id of the (only) task of a job, 0 if there is none."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+        except OSError:  # it has ended, or is somebody else's
+            continue
+        ours = f"SLURM_JOB_ID={job}\0".encode()
+        if b"submitit.core._submit" in command and b"SLURM_STEP_ID=0" in environment and ours in environment:
+            return int(folder.name)
+    return 0
+
+
 def write_config(folder: Path) -> Path:
     """slurm.conf and gres.conf in the folder."""
     host = socket.gethostname().split(".")[0]
@@ -102,9 +115,10 @@ def write_config(folder: Path) -> Path:
 
 
 def stop(folder: Path) -> None:
-    """End all jobs and the daemons."""
-    slurm("scancel", "--full", "--signal=KILL", "--user", getpass.getuser(), check=False)
-    for file in folder.glob("*.pid"):
+    """End all jobs and the daemons, the controller last."""
+    slurm("scancel", "--user", getpass.getuser(), check=False)
+    poll(lambda: not slurm("squeue", "-h", check=False), 60, "end of all jobs")
+    for file in sorted(folder.glob("*.pid"), reverse=True):
         pid = int(file.read_text())
         os.kill(pid, signal.SIGTERM)
         poll(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 20, f"end of {file.stem}")

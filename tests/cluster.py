@@ -61,7 +61,7 @@ def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on, below those that outgoing connections take."""
     with ExitStack() as stack:
         ports: list[int] = []
-        for port in range(20000 + os.getpid() % 10000, 32000):
+        for port in range(10000 + 20 * (os.getpid() % 1000), 32000):  # far from those of a process that starts at the same time
             connection = stack.enter_context(socket.socket())
             if connection.connect_ex(("127.0.0.1", port)):
                 ports.append(port)

@@ -16,7 +16,7 @@ from tests.cluster import job_fields, poll, process_of, slurm
 from tests.conftest import ROOT, TINY, launch
 from tests.test_resume import check_mlflow, metrics, weights
 
-pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.usefixtures("cluster")]
+pytestmark = pytest.mark.usefixtures("cluster")
 
 SUBMIT = (
     *(option for option in TINY if option != "hardware=cpu"),

@@ -2,11 +2,13 @@
 
 from hjepa.config import Config, build, build_or_none
 from hjepa.data import Dataset
+from hjepa.distributed import join
 from hjepa.errors import UserError
 from hjepa.hardware import Hardware
 from hjepa.losses import Objective
 from hjepa.model import HJEPA
 from hjepa.rng import seed_global
+from hjepa.spread import Copies, Shards
 from hjepa.stacked import StackedSampler
 from hjepa.teacher import Teacher
 from hjepa.trainer import Parts
@@ -16,7 +18,8 @@ from hjepa.weights import load_model
 def assemble(config: Config) -> Parts:
     """Instantiate everything that a step needs; refuses what does not fit together before any data is read."""
     hardware: Hardware = build(config["hardware"])
-    hardware.prepare()
+    world = join(hardware.device.type == "cuda")
+    hardware.prepare(world)
     dataset: Dataset = build(config["dataset"])
     refuse_pointless(config, dataset)
     seed_global(config["seed"], "init")
@@ -32,8 +35,12 @@ def assemble(config: Config) -> Parts:
     teacher: Teacher = build(config["teacher"])
     teacher.attach(model)
     hardware.place(model)
+    spread = Shards(world) if hardware.shard else Copies(world)
+    spread.divide(model, hardware.device)
     return Parts(
         seed=config["seed"],
+        world=world,
+        spread=spread,
         hardware=hardware,
         dataset=dataset,
         sampler=sampler,

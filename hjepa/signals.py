@@ -48,6 +48,10 @@ class StopFlag:
         """Whether the job was asked to go back into the queue."""
         return self.number == signal.SIGUSR2
 
+    def agree(self, requeue: bool) -> None:
+        """What any process of the run was asked for holds for all of them."""
+        self.number = signal.SIGUSR2 if requeue else self.number or signal.SIGTERM
+
     def leave(self) -> None:
         """After the run has saved and said so: let submitit queue the job again, or SLURM end it; elsewhere nothing is left.
 

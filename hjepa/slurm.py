@@ -6,7 +6,6 @@ when the job starts; if it is not the code of the submission, the run says so an
 
 import json
 import logging
-import logging.config
 import os
 import sys
 from collections.abc import Sequence
@@ -16,8 +15,9 @@ from typing import Any
 
 import submitit
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.utils import JobReturn
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, configure_log
+from omegaconf import DictConfig
 from submitit.core.utils import FailedJobError
 from submitit.helpers import DelayedSubmission
 
@@ -100,16 +100,17 @@ class Task:
     """What a job does, pickled at submission.
 
     Args:
-        config: resolved and checked; path: of its run folder; log_config: for `logging.config`; code: see `git_state`.
+        config: resolved and checked; path: of its run folder; master: Hydra's, the config of the sweep; code: see `git_state`.
     """
 
     config: Config
     path: Path
-    log_config: dict[str, Any]
+    master: DictConfig
     code: dict[str, str]
 
     def __call__(self) -> float | None:
-        logging.config.dictConfig(self.log_config)
+        HydraConfig.instance().set_config(self.master)
+        configure_log(self.master.hydra.job_logging)
         logging.getLogger("submitit").propagate = False  # it writes to the log itself
         os.environ[SUBMITTED] = json.dumps(self.code)
         result: float | None = build(self.config["task"])(self.config, self.path)
@@ -150,7 +151,7 @@ def launch(
     jobs = plan_jobs(loader, master, overrides, first)
     waiting = [job for job in jobs if not job.done]
     if waiting:
-        submit(waiting, executor, OmegaConf.to_container(master.hydra.job_logging, resolve=True))
+        submit(waiting, executor, master)
         sweep.write(jobs)
         announce(waiting, sweep)
         if not accounting([job.slurm_id for job in waiting]):
@@ -168,14 +169,14 @@ def launch(
     return sweep.returns(jobs)
 
 
-def submit(jobs: list[Job], executor: submitit.SlurmExecutor, log_config: Any) -> None:
+def submit(jobs: list[Job], executor: submitit.SlurmExecutor, master: DictConfig) -> None:
     """Submit jobs, as an array if there are several; each learns its id and its log."""
     root = str(Path(__file__).resolve().parents[1])  # a job imports this code, wherever it was submitted from
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     tasks = []
     for job in jobs:
         assert job.folder is not None, "a job without a folder has failed"
-        tasks.append(Task(job.config, job.folder, log_config, git_state()))
+        tasks.append(Task(job.config, job.folder, master, git_state()))
     try:
         submitted = executor.submit_array(tasks)
     except FailedJobError as error:

@@ -15,12 +15,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hjepa.assemble import assemble
+from hjepa.code import git_state
 from hjepa.config import Config, build
 from hjepa.distributed import leave
 from hjepa.errors import UserError
 from hjepa.folder import RunFolder
 from hjepa.ranks import launch
-from hjepa.summary import git_state
 from hjepa.trainer import Parts, Trainer
 
 MATMUL = 2048  # side of the product that measures the machine's speed

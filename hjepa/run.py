@@ -6,6 +6,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from hjepa.config import Config, build, check, resolve, run_path
+from hjepa.faults import told
 from hjepa.folder import RunFolder
 
 
@@ -14,7 +15,8 @@ def run(cfg: DictConfig) -> float | None:
     config = resolve(cfg)
     check(config)
     path = run_path(config, HydraConfig.get().runtime.choices)
-    result: float | None = build(config["task"])(config, path)
+    with told():
+        result: float | None = build(config["task"])(config, path)
     return result
 
 

@@ -2,6 +2,7 @@
 
 from hjepa.config import Config, build, build_or_none
 from hjepa.data import Dataset
+from hjepa.distributed import join
 from hjepa.errors import UserError
 from hjepa.hardware import Hardware
 from hjepa.losses import Objective
@@ -16,7 +17,8 @@ from hjepa.weights import load_model
 def assemble(config: Config) -> Parts:
     """Instantiate everything that a step needs; refuses what does not fit together before any data is read."""
     hardware: Hardware = build(config["hardware"])
-    hardware.prepare()
+    world = join(hardware.device.type == "cuda")
+    hardware.prepare(world)
     dataset: Dataset = build(config["dataset"])
     refuse_pointless(config, dataset)
     seed_global(config["seed"], "init")
@@ -34,6 +36,7 @@ def assemble(config: Config) -> Parts:
     hardware.place(model)
     return Parts(
         seed=config["seed"],
+        world=world,
         hardware=hardware,
         dataset=dataset,
         sampler=sampler,

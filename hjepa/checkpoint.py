@@ -66,8 +66,11 @@ class Checkpoints:
         self.saved_at = time.monotonic()
 
     def open(self, folder: Path, identity: State) -> None:
-        """Use a folder for the run of a config; leftovers of an interrupted write are removed."""
+        """Use a folder for the run of a config."""
         self.folder, self.identity = folder, identity
+
+    def clean(self, folder: Path) -> None:
+        """Make the folder, or remove what an interrupted write has left in it."""
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink()

@@ -1,7 +1,7 @@
 """Colour changes of a batch, each image by an amount of its own: images float [B, 3, H, W] with pixels in [0, 1].
 
 The functions take the amounts [B] and agree, image by image, with `torchvision.transforms.functional`, which has to be called
-once per image. `Jitter`, `Grayscale`, `Blur` and `Solarize` derive them from uniform numbers in [0, 1), `draws` of them per image.
+once per image. `Jitter`, `Grayscale`, `Blur` and `Solarize` derive them from numbers uniform in [0, 1), `draws` per image.
 """
 
 import math

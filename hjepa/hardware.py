@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from hjepa.distributed import World
 from hjepa.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class Hardware:
     Args:
         device: "auto" takes the first of cuda, mps, cpu that is there.
         precision: "auto" is bfloat16 autocast on CUDA devices that have it, float32 elsewhere.
-        threads: CPU threads; None uses every core this process may run on.
+        threads: CPU threads of a process; None shares the cores that this process may run on among those on this machine.
+        processes: that share every batch (data parallel), None for one per GPU; see `hjepa.ranks`.
         compile: compile the transformer blocks with torch.compile.
         activation_checkpointing: recompute the student's blocks in the backward pass to save memory.
     """
@@ -54,6 +56,7 @@ class Hardware:
         device: Literal["auto", "cpu", "mps", "cuda"],
         precision: Literal["auto", "float32", "bfloat16", "float16"],
         threads: int | None,
+        processes: int | None,
         compile: bool,
         activation_checkpointing: bool,
     ) -> None:
@@ -72,11 +75,15 @@ class Hardware:
         if threads is not None and threads < 1:
             raise UserError(f"hardware.threads={threads}: expected at least 1, or null for all cores.")
         self.device, self.precision = torch.device(device), precision
-        self.threads = threads or cores()
+        self.threads = threads
         self.compile, self.activation_checkpointing = compile, activation_checkpointing
 
-    def prepare(self) -> None:
-        """Set this process' threads, matmul precision and, on a CPU, memory allocation."""
+    def prepare(self, world: World) -> None:
+        """Set this process' device, threads, matmul precision and, on a CPU, memory allocation."""
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+            torch.cuda.set_device(self.device)
+        self.threads = self.threads or max(1, cores() // world.local_size)
         torch.set_num_threads(self.threads)
         if self.device.type == "cpu":
             keep_memory()

@@ -5,13 +5,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hjepa.distributed import World
+
 Terms = dict[str, Tensor]
 
 
 class Meter:
-    """Collects a row of detached terms per step; memory is bounded by the log interval."""
+    """Collects a row of detached terms per step; memory is bounded by the log interval.
 
-    def __init__(self) -> None:
+    Args:
+        world: the processes that means are taken over.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
         self.names: list[str] = []
         self.rows: list[Tensor] = []
         self.sum: Tensor | None = None
@@ -34,19 +41,21 @@ class Meter:
 
     def interval(self) -> dict[str, float]:
         """Means since the last call, by name."""
-        means = torch.stack(self.rows).mean(0).tolist() if self.rows else []
+        means = self.world.mean(torch.stack(self.rows).mean(0)).tolist() if self.rows else []
         self.rows = []
         return dict(zip(self.names, means, strict=bool(means)))
 
     def epoch(self) -> dict[str, float]:
         """Means over all steps since the last call, by name."""
-        means = (self.sum / self.count).tolist() if self.sum is not None else []
+        means = self.world.mean(self.sum / self.count).tolist() if self.sum is not None else []
         self.sum, self.count = None, 0
         return dict(zip(self.names, means, strict=bool(means)))
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint."""
-        return {"names": self.names, "rows": list(self.rows), "sum": self.sum, "count": self.count}
+        """For the checkpoint: the means over all processes, which stand for each of them later."""
+        rows = [self.world.mean(row) for row in self.rows]
+        total = None if self.sum is None else self.world.mean(self.sum)
+        return {"names": self.names, "rows": rows, "sum": total, "count": self.count}
 
     def restore(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""

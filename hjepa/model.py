@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hjepa.distributed import gather
 from hjepa.encoder import Encoder
 from hjepa.fusion import Fusion
 from hjepa.levels import Levels
@@ -30,8 +31,9 @@ class LevelOutput:
 class Output:
     """What an objective sees: every level, and the student's pooled features for the regularizer.
 
-    `features`: per level that the regularizer reads, at the level's depth, [B, V, F] of the V views of each image: all contexts of its whole views (there
-    are `whole` of them), then its local crops. F is D, 2D with summary tokens, or the projector's width.
+    `features`: per level that the regularizer reads, at the level's depth, [B, V, F] of the V views of each image: all contexts
+    of its whole views (there are `whole` of them), then its local crops. F is D, 2D with summary tokens, or the projector's
+    width.
     """
 
     levels: list[LevelOutput]
@@ -118,11 +120,12 @@ class HJEPA(nn.Module):
         """
         states = self.student(images, keep=masks.context, depths=self.depths)
         levels = self.predict(images, masks, states) if self.predictor else []
-        features = self.features(states, len(images) // views)
+        whole = views * masks.context.shape[1]
+        features = self.features(states, whole)
         if crops is not None:
-            local = self.features(self.student(crops, depths=self.depths), len(images) // views)
+            local = self.features(self.student(crops, depths=self.depths), len(crops) * views // len(images))
             features = [torch.cat(pair, dim=1) for pair in zip(features, local, strict=True)]
-        return Output(levels, features, whole=views * masks.context.shape[1])
+        return Output(levels, features, whole)
 
     def look(self, images: Tensor) -> dict[int, Tensor]:
         """The teacher's hidden states [B, N, D] of all patches, by depth; one pass serves all levels, contexts and blocks."""
@@ -149,11 +152,17 @@ class HJEPA(nn.Module):
             outputs += [LevelOutput(f"stacked{i}", *level) for i, level in enumerate(stacked, start=1)]
         return outputs
 
-    def features(self, states: list[Tensor], images: int) -> list[Tensor]:
-        """Per level that is read the projected, pooled hidden states [B, V, F] at the level's depth; `images` is B."""
-        state = dict(zip(self.depths, states, strict=True))
-        projected = {d: projector(self.student.pooled(state[int(d)])) for d, projector in self.projectors.items()}
-        return [projected[str(count)].unflatten(0, (images, -1)) for count in self.read]
+    def features(self, states: list[Tensor], views: int) -> list[Tensor]:
+        """Per level that is read the projected, pooled hidden states [B, V, F] at the level's depth; `views` is V.
+
+        In training B counts the images of all processes: the projector normalises over the batch.
+        """
+        projected = {}
+        for depth, state in zip(self.depths, states, strict=True):
+            if depth in self.read:
+                pooled = self.student.pooled(state)
+                projected[depth] = self.projectors[str(depth)](gather(pooled) if self.training else pooled)
+        return [projected[count].unflatten(0, (-1, views)) for count in self.read]
 
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks of all parts."""

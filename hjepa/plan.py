@@ -36,7 +36,10 @@ class Plan:
         if not 1 <= self.batch_size <= self.images:
             raise UserError(f"train.batch_size={self.batch_size}: expected 1 to {self.images}, the number of training images.")
         if self.parts < 1 or self.batch_size % self.parts:
-            raise UserError(f"train.accumulate={self.parts} does not divide train.batch_size={self.batch_size} into equal parts.")
+            raise UserError(
+                f"train.batch_size={self.batch_size} cannot be cut into {self.parts} equal parts (train.accumulate times the "
+                "number of processes); choose a multiple."
+            )
         if (self.batch_start is None) != (self.batch_warmup == 0) or self.batch_warmup < 0:
             raise UserError(
                 f"train.batch_start={self.batch_start} and train.batch_warmup={self.batch_warmup} go together: a batch size to "

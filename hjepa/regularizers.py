@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hjepa.distributed import shared
 from hjepa.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 class Regularizer(ABC):
     """Weighted terms on the features of some levels.
 
-    The statistics are those of the part of the batch that is computed at once (see `train.accumulate`).
+    The statistics are those of the part of the batch that is computed at once (see `train.accumulate`), over all processes.
 
     Args:
         weights: of the terms, by name.
@@ -90,7 +91,7 @@ class SIGReg(Regularizer):
         self.directions, self.knots, self.reach = directions, knots, reach
 
     def terms(self, features: Tensor, whole: int) -> dict[str, Tensor]:
-        directions = F.normalize(torch.randn(features.shape[-1], self.directions, device=features.device), dim=0)
+        directions = F.normalize(shared(torch.randn(features.shape[-1], self.directions, device=features.device)), dim=0)
         found = {"gaussianity": epps_pulley(features.transpose(0, 1) @ directions, self.knots, self.reach)}
         if features.shape[1] > 1:
             found["invariance"] = (features - features[:, :whole].mean(1, keepdim=True)).square().mean()

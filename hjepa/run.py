@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from hjepa.config import Config, build, check, resolve, run_path
 from hjepa.faults import told
 from hjepa.folder import RunFolder
+from hjepa.ranks import launch
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -36,6 +37,15 @@ def train(config: Config, path: Path) -> float | None:
             print("This run is finished. To run it anew: overwrite=true, another name or another seed.")
             tell(done, folder.path, None)
             return done["probe"].get("linear")
+    return launch(train_here, config, path)
+
+
+def train_here(config: Config, path: Path) -> float | None:
+    """Train in this process, alone or as one of several."""
+    from hjepa.distributed import leave
     from hjepa.session import Session
 
-    return Session(config, folder).run()
+    try:
+        return Session(config, RunFolder(path, config)).run()
+    finally:
+        leave()

@@ -44,7 +44,10 @@ class Session:
         self.watch = Watch(p.model, p.hardware, p.dataset, p.sampler, p.objective.loss, self.probe, train, validation)
 
     def run(self) -> float | None:
-        """Train to the end; returns the linear probe's accuracy, None without probes."""
+        """Train to the end; returns the linear probe's accuracy, None without probes (and in all but the main process)."""
+        if not self.parts.world.main:
+            self.follow()
+            return None
         self.folder.claim(self.config["overwrite"])
         with self.logging(), self.outcome(), contextlib.closing(self.trainer):
             self.resume()
@@ -52,6 +55,13 @@ class Session:
             self.describe()
             self.trainer.fit(self.watch, self.checkpoints, self.record)
         return self.watch.latest.get("linear")
+
+    def follow(self) -> None:
+        """Compute this process' share of a run that the main process measures and records."""
+        with contextlib.closing(self.trainer):
+            self.load()
+            with contextlib.suppress(Stopped):
+                self.trainer.fit(self.watch, self.checkpoints, lambda record: None)
 
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
@@ -85,14 +95,22 @@ class Session:
         self.finish("collapsed" if self.watch.collapsed else "finished", self.watch.collapsed, "FINISHED")
 
     def resume(self) -> None:
-        """Open the checkpoints and go on from the latest one; metrics after it will be written again."""
+        """Go on from the latest checkpoint, if any; metrics after it will be written again."""
+        self.checkpoints.clean(self.folder.path / "checkpoints")
+        resumed = self.load()
+        if resumed:
+            log.info("resuming at step %d of %d", self.trainer.done, self.trainer.steps)
+        self.records = self.folder.rewind(self.trainer.done if resumed else -1)
+
+    def load(self) -> bool:
+        """Load the latest checkpoint, in all processes once the main one has claimed the folder; whether there was one."""
+        self.parts.world.told(None)
         self.checkpoints.open(self.folder.path / "checkpoints", identity(self.config))
         state = self.checkpoints.load(self.parts.hardware.device)
         if state:
             self.trainer.restore(state)
             self.watch.restore(state["watch"])
-            log.info("resuming at step %d of %d", self.trainer.done, self.trainer.steps)
-        self.records = self.folder.rewind(self.trainer.done if state else -1)
+        return bool(state)
 
     def start_tracking(self) -> None:
         """Start or resume the tracked run and send it what it lacks."""

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from hjepa.checkpoint import Checkpoints, State
 from hjepa.data import Dataset
+from hjepa.distributed import Vote, World, parallel, unshared
 from hjepa.errors import UserError
 from hjepa.files import Files
 from hjepa.hardware import Hardware
@@ -43,6 +45,7 @@ class Parts:
     """What a run is made of, instantiated from the config groups."""
 
     seed: int
+    world: World
     hardware: Hardware
     dataset: Dataset
     sampler: Sampler
@@ -83,8 +86,11 @@ class Trainer:
     ) -> None:
         if log_every < 1:
             raise UserError(f"train.log_every={log_every}: expected at least 1.")
-        self.plan = plan = Plan(len(images), epochs, steps, batch_size, batch_start, batch_warmup, accumulate)
+        self.world = parts.world
+        pieces = accumulate * self.world.size
+        self.plan = plan = Plan(len(images), epochs, steps, batch_size, batch_start, batch_warmup, pieces)
         self.parts, self.model, self.device = parts, parts.model, parts.hardware.device
+        self.net = parallel(self.model, self.world, self.device)
         self.accumulate, self.log_every = accumulate, log_every
         self.clip_norm = float("inf") if clip_norm is None else clip_norm
         self.stop_on_collapse = stop_on_collapse
@@ -98,18 +104,24 @@ class Trainer:
         parts.teacher.plan(plan)
         self.trainable = [p for p in parts.model.parameters() if p.requires_grad]
         self.scaler = parts.hardware.scaler()
-        self.meter = Meter()
+        self.meter = Meter(self.world)
         self.ordered_epoch, self.permutation = -1, torch.empty(0)
         self.done, self.seconds = 0, 0.0
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def batch(self, step: int) -> tuple[Tensor, Masks, Tensor | None]:
-        """Whole views [B*V, 3, S, S], their masks, and local crops of a step: functions of the seed and the step alone."""
-        seed, dataset = self.parts.seed, self.parts.dataset
-        size = self.plan.size(step)
-        whole, crops = dataset.crops(self.pixels(step), dataset.draw(size, generator(seed, "augment", step)))
+        """Whole views [B*V, 3, S, S], their masks, and local crops of this process' share of a step: functions of the seed and
+        the step alone, drawn for the whole batch.
+        """
+        seed, dataset, size = self.parts.seed, self.parts.dataset, self.plan.size(step)
+        draws = dataset.draw(size, generator(seed, "augment", step))
         masks = self.parts.sampler(size * dataset.views, generator(seed, "masks", step))
+        rows = self.world.rows(size, self.accumulate)
+        if rows is not None:
+            views = rows.unsqueeze(1) * dataset.views + torch.arange(dataset.views)
+            draws, masks = draws.of(rows), masks.of(views.flatten())
+        whole, crops = dataset.crops(self.pixels(step), draws)
         return whole, masks.to(self.device), crops
 
     def pixels(self, step: int) -> Tensor:
@@ -124,9 +136,10 @@ class Trainer:
             self.images.close()
 
     def indices(self, step: int) -> Tensor:
-        """The images of a step: consecutive parts of a permutation of its epoch."""
-        epoch, start = self.plan.place(step)
-        return self.order(epoch)[start : start + self.plan.size(step)]
+        """This process' images of a step, whose batches are consecutive parts of a permutation of its epoch."""
+        (epoch, start), size = self.plan.place(step), self.plan.size(step)
+        batch, rows = self.order(epoch)[start : start + size], self.world.rows(size, self.accumulate)
+        return batch if rows is None else batch[rows]
 
     def order(self, epoch: int) -> Tensor:
         """The permutation of an epoch, kept until another one is asked for."""
@@ -139,13 +152,14 @@ class Trainer:
         """One optimizer step on a batch; returns the named terms, 0-d tensors on the device."""
         parts = self.parts
         set_rates(parts.optimizer, {part: rates[step] for part, rates in self.lr.items()}, self.weight_decay[step])
-        seed_global(parts.seed, "step", step)
+        seed_global(parts.seed, "step", step, *([] if self.world.main else [self.world.rank]))
         sums: dict[str, Tensor] = {}
-        for part in split(images, masks, crops, self.accumulate):
-            with parts.hardware.autocast():
-                output = self.model(*part, parts.dataset.views)
-                loss, terms = parts.objective(output)
-            self.scaler.scale(loss / self.accumulate).backward()
+        for number, part in enumerate(split(images, masks, crops, self.accumulate), start=1):
+            with nullcontext() if number == self.accumulate else unshared(self.net):
+                with parts.hardware.autocast():
+                    output = self.net(*part, parts.dataset.views)
+                    loss, terms = parts.objective(output)
+                self.scaler.scale(loss / self.accumulate).backward()
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums[name] + value / self.accumulate if name in sums else value / self.accumulate
         self.scaler.unscale_(parts.optimizer)
@@ -166,10 +180,11 @@ class Trainer:
             UserError: a loss was not finite, or the run collapsed and `stop_on_collapse` is set.
         """
         if self.done == 0:
-            record({"step": 0, **watch.begin()})
+            record({"step": 0, **(watch.begin() if self.world.main else {})})
             self.save(watch, checkpoints)
         self.model.train()
-        with StopFlag() as stop, tqdm(total=self.steps, initial=self.done, unit="step", disable=None) as bar:
+        vote, quiet = Vote(self.world), None if self.world.main else True
+        with StopFlag() as stop, tqdm(total=self.steps, initial=self.done, unit="step", disable=quiet) as bar:
             interval = self.seconds
             while self.done < self.steps:
                 began = time.perf_counter()
@@ -182,12 +197,15 @@ class Trainer:
                 if logging_now:
                     self.report(losses, self.seconds - interval, record, bar)
                     interval = self.seconds
+                stopping, due = vote(bool(stop), checkpoints.due())
                 if self.done in self.plan.ends:
                     self.end_epoch(watch, checkpoints, record)
-                elif stop or checkpoints.due():
+                elif stopping or due:
                     self.save(watch, checkpoints)
-                if stop and self.done < self.steps:
+                    vote.settle()
+                if stopping and self.done < self.steps:
                     raise Stopped(f"stopped by signal {stop.number} at step {self.done} of {self.steps}")
+            vote.settle()
 
     def read_interval(self) -> dict[str, float]:
         """Mean losses since the last report; refuses to go on from one that is not finite."""
@@ -215,7 +233,8 @@ class Trainer:
         self.refuse_non_finite()
         epoch, last = math.ceil(self.plan.passed(self.done)), self.done == self.steps
         probe_now = watch.probe is not None and (last or epoch % watch.probe.every == 0)
-        measured = watch.epoch(probe_now)
+        measured = watch.epoch(probe_now) if self.world.main else {}
+        watch.collapsed = self.world.told(watch.collapsed)
         means = {f"epoch/{name}": value for name, value in self.meter.epoch().items()}
         record({"step": self.done, "epoch": epoch, **means, **measured})
         self.save(watch, checkpoints, epoch, watch.latest.get("linear") if probe_now else None)
@@ -241,12 +260,15 @@ class Trainer:
     def save(self, watch: Watch, checkpoints: Checkpoints, epoch: int | None = None, score: float | None = None) -> None:
         """Save the whole state; never one that holds a loss that is not finite."""
         self.refuse_non_finite()
-        checkpoints.save(self.state() | {"watch": watch.state()}, epoch, score)
+        state = self.state() | {"watch": watch.state()}
+        if self.world.main:
+            checkpoints.save(state, epoch, score)
 
     def state(self) -> State:
         """Everything needed to go on bit for bit."""
         return {
             "step": self.done,
+            "processes": self.world.size,
             "seconds": self.seconds,
             "model": self.model.state_dict(),
             "optimizer": self.parts.optimizer.state_dict(),
@@ -256,6 +278,8 @@ class Trainer:
 
     def restore(self, state: State) -> None:
         """Go on from a state."""
+        if state["processes"] != self.world.size:
+            log.warning("was run by %d processes, goes on with %d: the same up to rounding", state["processes"], self.world.size)
         self.done, self.seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
         self.parts.optimizer.load_state_dict(state["optimizer"])

@@ -165,6 +165,7 @@ def test_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch) -> 
 def test_which_checkpoints_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(every_seconds=60, every_epochs=3, last=2, best=2)
     checkpoints.open(tmp_path, {})
+    checkpoints.clean(tmp_path)
     for epoch, score in enumerate([0.2, 0.5, 0.3, 0.5, 0.4, 0.1, 0.45], start=1):
         checkpoints.save({"step": epoch}, epoch, score)
     assert {p.name for p in tmp_path.glob("epoch-*")} == {f"epoch-{n:05d}.pt" for n in (3, 6, 7)}

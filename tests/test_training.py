@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from hjepa.distributed import World
 from hjepa.errors import UserError
 from hjepa.meter import Meter
 from hjepa.schedules import WSD, Constant, Cosine, Linear
@@ -111,7 +112,7 @@ def test_clipping_bounds_the_update_and_reports_the_whole_norm() -> None:
 
 
 def test_meter_means_are_means_not_last_values() -> None:
-    meter = Meter()
+    meter = Meter(World())
     for value in (1.0, 2.0, 6.0):
         meter.add({"loss": torch.tensor(value, requires_grad=True)})
     assert meter.interval() == {"loss": 3.0}

@@ -68,7 +68,9 @@ def test_regularizer_alone_trains_without_predictor_and_targets() -> None:
 
 
 def test_levels_of_one_depth_share_a_projector() -> None:
-    same, apart = (assemble(f"levels={levels}", "projector=mlp").model for levels in ("pyramid", "depth"))
+    same, apart = (
+        assemble(f"levels={levels}", "projector=mlp", "regularizer.levels=[1,1]").model for levels in ("pyramid", "depth")
+    )
     assert 2 * same.parameter_counts()["projectors"] == apart.parameter_counts()["projectors"]
 
 

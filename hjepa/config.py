@@ -94,10 +94,10 @@ def targets() -> frozenset[str]:
 def refuse_foreign(config: Any) -> None:
     """Refuse targets that no file of conf/ names, and ways to reach around the check of the options."""
     for path, node in nodes(config):
-        if node["_target_"] not in targets():
+        if str(node["_target_"]) not in targets():
             raise UserError(
-                f"{path}._target_={node['_target_']!r} is nothing that a config may call; choose an option of conf/, or add a "
-                "file there that names it."
+                f"{f'{path}.' if path else ''}_target_={node['_target_']!r} is nothing that a config may call; choose an option "
+                "of conf/, or add a file there that names it."
             )
         if "_args_" in node or "_recursive_" in node or "_convert_" in node:
             raise UserError(f"{path}: _args_, _convert_ and _recursive_ are no options; give the options by their names.")

@@ -27,6 +27,7 @@ RETRY_SECONDS = 60.0  # between attempts to reach a server that failed
 PLACES = {"config.yaml": None, "summary.json": None, "plots/*.png": "plots"}  # files of a run folder, and where they go
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the usual 7 and 120 hold a run up for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }

@@ -22,6 +22,7 @@ from hjepa.config import differences, identity
 from hjepa.errors import UserError
 
 Record = dict[str, Any]
+UNSENT = ".unsent"  # is there while trackers may lack something of a run
 LOCK_SECONDS = 2.0  # a look at whether a folder is in use takes its lock, but never so long
 
 
@@ -160,6 +161,14 @@ class RunFolder:
         if self.lock:
             self.lock.close()
             self.lock = None
+
+    def mark_unsent(self) -> None:
+        """Note that trackers may lack something from now on."""
+        self.write(UNSENT, "")
+
+    def mark_sent(self) -> None:
+        """Note that trackers have everything."""
+        (self.path / UNSENT).unlink(missing_ok=True)
 
     def write(self, name: str, text: str) -> None:
         """Write a file whole or not at all."""

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from hjepa.config import Config, build, check, resolve, run_path
 from hjepa.faults import told
-from hjepa.folder import RunFolder
+from hjepa.folder import UNSENT, RunFolder
 from hjepa.ranks import launch
 
 
@@ -35,6 +35,10 @@ def train(config: Config, path: Path) -> float | None:
             from hjepa.summary import tell
 
             print("This run is finished. To run it anew: overwrite=true, another name or another seed.")
+            if config["tracking"] and (path / UNSENT).exists():  # it was killed, or a server was away, at the very end
+                from hjepa.sync import send
+
+                send(config, path)
             tell(done, folder.path, None)
             return done["probe"].get("linear")
     return launch(train_here, config, path)

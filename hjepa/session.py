@@ -115,6 +115,8 @@ class Session:
     def start_tracking(self) -> None:
         """Start or resume the tracked run and send it what it lacks."""
         counts = self.parts.model.parameter_counts()
+        if self.config["tracking"]:
+            self.folder.mark_unsent()
         self.run_id = self.tracker.start(
             self.folder.path,
             self.config["experiment_name"],
@@ -146,11 +148,14 @@ class Session:
         """Write the summary and the curves, tell the tracker; after a whole run, tell the user."""
         summary = summarise(self.config, self.parts, self.trainer, self.watch, self.records, self.run_id)
         summary |= {"status": status, "reason": reason}
-        self.folder.write_summary(summary)
         curves = self.folder.path / "plots" / "curves.png"
-        plot_curves(self.records, curves)
+        try:
+            plot_curves(self.records, curves)
+        finally:  # the summary comes last, since it says that the run is complete
+            self.folder.write_summary(summary)
         self.tracker.artifact(curves, "plots")
         self.tracker.artifact(self.folder.path / "summary.json")
-        self.tracker.finish(tracked_status)
+        if self.tracker.finish(tracked_status):
+            self.folder.mark_sent()
         if tracked_status == "FINISHED":
             tell(summary, self.folder.path, self.tracker.how_to_look())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hjepa.config import Config, fingerprint, flatten
 from hjepa.errors import UserError
-from hjepa.folder import read_config, read_records, read_summary, unheld
+from hjepa.folder import UNSENT, read_config, read_records, read_summary, unheld
 from hjepa.tracking import ENDS, build_trackers
 
 
@@ -37,7 +37,7 @@ def send(config: Config, folder: Path) -> bool:
             print(f"{folder} is running and sends for itself.")
             return True
         run, summary, records = read_config(folder), read_summary(folder), read_records(folder)
-        tracker = build_trackers(config["tracking"])
+        tracker = build_trackers({name: without_system_metrics(node) for name, node in config["tracking"].items()})
         tags = {key: str(summary[key]) for key in ("commit", "dirty") if summary.get(key) is not None}
         tracker.start(
             folder,
@@ -52,5 +52,11 @@ def send(config: Config, folder: Path) -> bool:
             tracker.artifact(plot, "plots")
         arrived = tracker.finish(ENDS.get(summary.get("status", ""), "KILLED"))
     if arrived:
+        (folder / UNSENT).unlink(missing_ok=True)
         print(f"{folder} is sent: {len(records)} records.")
     return arrived
+
+
+def without_system_metrics(node: Config) -> Config:
+    """A tracker's options such that it does not measure this process, which is not the run's."""
+    return node | ({"system_metrics": False} if "system_metrics" in node else {})

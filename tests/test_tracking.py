@@ -208,6 +208,14 @@ def test_a_server_that_goes_away_and_comes_back(server: Server, run, tmp_path: P
         check_complete(server.client, folder)
 
 
+def test_a_run_that_was_killed_at_the_very_end_is_sent_by_the_same_command(run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(MLflow, "finish", lambda self, status: self.thread.shutdown() or False)
+    run("tracking=mlflow", "name=r")
+    monkeypatch.undo()
+    run("tracking=mlflow", "name=r")
+    check_complete(client(tmp_path), tmp_path / "default" / "r")
+
+
 def test_sync_copies_a_run_to_another_database(run, tmp_path: Path, capsys) -> None:
     run("name=r")
     folder = tmp_path / "default" / "r"

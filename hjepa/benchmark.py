@@ -15,11 +15,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hjepa.assemble import assemble
-from hjepa.code import git_state
 from hjepa.config import Config, build
 from hjepa.distributed import leave
 from hjepa.errors import UserError
 from hjepa.folder import RunFolder
+from hjepa.origin import git_state
 from hjepa.ranks import launch
 from hjepa.trainer import Parts, Trainer
 

@@ -7,17 +7,15 @@ from collections.abc import Iterator
 
 from hjepa.assemble import assemble
 from hjepa.checkpoint import Checkpoints
-from hjepa.code import git_state
 from hjepa.config import Config, build, build_or_none, fingerprint, flatten, identity
 from hjepa.errors import UserError
 from hjepa.faults import explain
 from hjepa.folder import Record, RunFolder
+from hjepa.origin import origin
 from hjepa.plots import plot_curves, plot_masks
 from hjepa.rng import generator
 from hjepa.signals import StopFlag, Stopped
-from hjepa.slurm import job_tags
 from hjepa.summary import summarise, tell
-from hjepa.sweep import sweep_tag
 from hjepa.tracking import build_trackers
 from hjepa.trainer import Parts, Trainer
 from hjepa.watch import Watch, spaced
@@ -129,7 +127,7 @@ class Session:
             self.folder.path,
             self.config["experiment_name"],
             {**flatten(self.config), **flatten(counts, "parameters")},
-            git_state() | {"config": fingerprint(self.config)} | sweep_tag() | job_tags(),
+            origin() | {"config": fingerprint(self.config)},
             self.records,
         )
         self.tracker.artifact(self.folder.path / "config.yaml")

@@ -21,16 +21,16 @@ from omegaconf import DictConfig
 from submitit.core.utils import FailedJobError
 from submitit.helpers import DelayedSubmission
 
-from hjepa.code import git_state
-from hjepa.config import Config, check_node, differences
+from hjepa.config import Config, check_node
 from hjepa.errors import UserError
+from hjepa.jobs import Job
+from hjepa.origin import SUBMITTED, git_state
 from hjepa.queue import Queue, accounting
 from hjepa.run import perform
-from hjepa.sweep import Job, Sweep, plan_jobs
+from hjepa.sweep import Sweep, plan_jobs
 
 log = logging.getLogger(__name__)
 LOGS = "slurm"  # in the sweep folder
-SUBMITTED = "HJEPA_SUBMITTED"  # environment variable of a job: the code at its submission
 
 
 @dataclass(frozen=True)
@@ -119,18 +119,6 @@ class Task:
     def checkpoint(self) -> DelayedSubmission:
         """What a requeued job does: the same, which continues the run."""
         return DelayedSubmission(self)
-
-
-def job_tags() -> dict[str, str]:
-    """Tracker's tags of a run under SLURM: its job, and how the code has changed since the submission, which is also said."""
-    if SUBMITTED not in os.environ:
-        return {}
-    tags = {"slurm_job": submitit.JobEnvironment().job_id}
-    changed = "; ".join(differences(json.loads(os.environ[SUBMITTED]), git_state()))
-    if changed:
-        log.warning("THE CODE HAS CHANGED between submission and start of this job, which runs it as it is now: %s", changed)
-        tags["code_changed"] = changed
-    return tags
 
 
 def launch(

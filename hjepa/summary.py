@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from hjepa.code import git_state
 from hjepa.config import Config
+from hjepa.origin import git_state
 from hjepa.trainer import Parts, Trainer
 from hjepa.watch import Watch
 

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,41 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 from hjepa.config import Config, flatten
 from hjepa.errors import UserError
 from hjepa.folder import RunFolder, read_config, refuse_unwritable
+from hjepa.jobs import Job
+from hjepa.origin import SWEEP
 from hjepa.run import prepare
 from hjepa.sweep_table import default_metric, groups, lookup, results, table
 from hjepa.tracking import build_trackers
 
-TAG = "HJEPA_SWEEP"  # environment variable: the sweep that a run is tagged with
 KEPT = ("number", "overrides", "folder", "log", "state", "reason", "slurm_id")
-
-
-@dataclass
-class Job:
-    """One job of a sweep.
-
-    Attributes:
-        folder: of its run, None if its config names none; log: where what it said is, None if it was never started.
-        state: pending, running, finished, collapsed, stopped or FAILED, or what a queue says of it; reason: in one line.
-        config: resolved and checked; empty for a FAILED config and for jobs read from a sweep folder.
-        composed: the same with Hydra's own part, as Hydra made it.
-        summary: of its run folder.
-    """
-
-    number: int
-    overrides: list[str]
-    folder: Path | None
-    log: Path | None = None
-    state: str = "pending"
-    reason: str = ""
-    slurm_id: str = ""
-    config: Config = field(default_factory=dict, repr=False)
-    composed: DictConfig = field(default_factory=lambda: DictConfig({}), repr=False)
-    summary: dict[str, Any] = field(default_factory=dict, repr=False)
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing is left to do for it."""
-        return self.state in ("finished", "collapsed", "stopped", "FAILED")
 
 
 def plan_jobs(loader: ConfigLoader, master: DictConfig, overrides: Sequence[Sequence[str]], first: int = 0) -> list[Job]:
@@ -202,12 +173,7 @@ class SweepStart(Callback):
             refuse_unwritable(folder)
         except UserError as error:
             sys.exit(str(error))  # Hydra would only warn of any other exception here, and fail later
-        os.environ[TAG] = folder.name
-
-
-def sweep_tag() -> dict[str, str]:
-    """The tracker's tag of a run that is a job of a sweep."""
-    return {"sweep": os.environ[TAG]} if TAG in os.environ else {}
+        os.environ[SWEEP] = folder.name
 
 
 def show(config: Config, path: Path, folder: str, metric: str | None) -> None:

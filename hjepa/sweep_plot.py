@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -12,10 +11,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
+from hjepa.jobs import Job
 from hjepa.sweep_table import Groups, groups, spread
-
-if TYPE_CHECKING:
-    from hjepa.sweep import Job
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart; the markers repeat the difference.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -24,7 +21,7 @@ NAMES = {"probe.linear": "linear probe accuracy", "probe.knn": "k-NN accuracy", 
 Lines = dict[str, dict[str, list[float]]]  # label -> position on the axis -> values of all seeds
 
 
-def plot(jobs: Sequence["Job"], metric: str, title: str, path: Path) -> None:
+def plot(jobs: Sequence[Job], metric: str, title: str, path: Path) -> None:
     """The option with the most values is the axis, every combination of the others a line; probes are drawn beside the
     untrained network's.
     """

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from hjepa.sweep import Job
+from hjepa.jobs import Job
 
 RESULTS = {  # column -> dotted key of summary.json
     "linear": "probe.linear",
@@ -31,30 +30,30 @@ def results(summary: dict[str, Any]) -> dict[str, float]:
     return {column: value for column, key in RESULTS.items() if (value := lookup(summary, key)) is not None}
 
 
-def default_metric(jobs: Sequence["Job"]) -> str:
+def default_metric(jobs: Sequence[Job]) -> str:
     """What jobs are compared by: the linear probe, or the speed where nothing was probed."""
     probed = any(lookup(job.summary, "probe.linear") is not None for job in jobs)
     return "probe.linear" if probed else "images_per_second"
 
 
-def options(job: "Job") -> dict[str, str]:
+def options(job: Job) -> dict[str, str]:
     """What a job's overrides set: option -> value."""
     return {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in job.overrides)}
 
 
-def varied(jobs: Sequence["Job"]) -> list[str]:
+def varied(jobs: Sequence[Job]) -> list[str]:
     """The options that differ between the jobs."""
     chosen = [options(job) for job in jobs]
     return [key for key in dict.fromkeys(k for c in chosen for k in c) if len({c.get(key) for c in chosen}) > 1]
 
 
-def naming(jobs: Sequence["Job"], job: "Job") -> str:
+def naming(jobs: Sequence[Job], job: Job) -> str:
     """What sets a job apart from the others, as it is typed."""
     chosen = options(job)
     return " ".join(f"{key}={chosen[key]}" for key in varied(jobs) if key in chosen)
 
 
-def groups(jobs: Sequence["Job"], metric: str) -> tuple[list[str], Groups]:
+def groups(jobs: Sequence[Job], metric: str) -> tuple[list[str], Groups]:
     """The varied options but the seed, and the metric's values of all whole runs by the values of these options."""
     axes = [key for key in varied(jobs) if key != "seed"]
     found: Groups = {}
@@ -78,7 +77,7 @@ def figure(value: float | None, key: str) -> str:
     return f"{value:.1%}" if key.endswith(("linear", "knn")) else f"{value:.4g}"
 
 
-def table(jobs: Sequence["Job"], metric: str, folder: Path) -> str:
+def table(jobs: Sequence[Job], metric: str, folder: Path) -> str:
     """One line per job, then one per combination of options where there are several seeds."""
     keys = varied(jobs)
     wanted = RESULTS if metric in RESULTS.values() else RESULTS | {metric: metric}

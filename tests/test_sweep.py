@@ -10,9 +10,10 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 
 from hjepa.errors import UserError
+from hjepa.jobs import Job
 from hjepa.machine import cores
 from hjepa.run import prepare, run
-from hjepa.sweep import Job, Sweep
+from hjepa.sweep import Sweep
 from hjepa.sweep_table import groups, table, varied
 from tests.conftest import ROOT, TINY, compose, launch
 

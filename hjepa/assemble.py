@@ -8,6 +8,7 @@ from hjepa.hardware import Hardware
 from hjepa.losses import Objective
 from hjepa.model import HJEPA
 from hjepa.rng import seed_global
+from hjepa.spread import Copies, Shards
 from hjepa.stacked import StackedSampler
 from hjepa.teacher import Teacher
 from hjepa.trainer import Parts
@@ -34,9 +35,12 @@ def assemble(config: Config) -> Parts:
     teacher: Teacher = build(config["teacher"])
     teacher.attach(model)
     hardware.place(model)
+    spread = Shards(world) if hardware.shard else Copies(world)
+    spread.divide(model, hardware.device)
     return Parts(
         seed=config["seed"],
         world=world,
+        spread=spread,
         hardware=hardware,
         dataset=dataset,
         sampler=sampler,

@@ -6,6 +6,7 @@ Nothing in the trainer is there for the benchmark: the phases are found by hooks
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,10 +15,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hjepa.assemble import assemble
+from hjepa.code import git_state
 from hjepa.config import Config, build
+from hjepa.distributed import leave
 from hjepa.errors import UserError
 from hjepa.folder import RunFolder
-from hjepa.summary import git_state
+from hjepa.ranks import launch
 from hjepa.trainer import Parts, Trainer
 
 MATMUL = 2048  # side of the product that measures the machine's speed
@@ -107,7 +110,7 @@ def measure(trainer: Trainer, warmup: int, steps: int) -> dict[str, Any]:
     }
 
 
-def benchmark(config: Config, path: Path, warmup: int, steps: int, reference_gflop: float | None) -> float:
+def benchmark(config: Config, path: Path, warmup: int, steps: int, reference_gflop: float | None) -> float | None:
     """Measure training steps, print and save the figures.
 
     Args:
@@ -120,6 +123,11 @@ def benchmark(config: Config, path: Path, warmup: int, steps: int, reference_gfl
     """
     if warmup < 1 or steps < 1:
         raise UserError(f"task.warmup={warmup} and task.steps={steps} must be at least 1.")
+    return launch(partial(measure_here, warmup=warmup, steps=steps, reference_gflop=reference_gflop), config, path)
+
+
+def measure_here(config: Config, path: Path, warmup: int, steps: int, reference_gflop: float | None) -> float:
+    """Measure in this process, alone or as one of several."""
     folder = RunFolder(path, config)
     parts: Parts = assemble(config)
     train, _ = parts.dataset.train_and_validation()
@@ -142,10 +150,12 @@ def benchmark(config: Config, path: Path, warmup: int, steps: int, reference_gfl
         "parameters": parts.model.parameter_counts(),
         **git_state(),
     }
-    folder.claim(overwrite=True)
-    folder.write_summary(summary)
-    folder.release()
-    tell(summary, folder.path)
+    if parts.world.main:
+        folder.claim(overwrite=True)
+        folder.write_summary(summary)
+        folder.release()
+        tell(summary, folder.path)
+    leave()
     return speed
 
 

@@ -58,12 +58,17 @@ def check(config: Config) -> None:
     for option, annotation in TOP_LEVEL.items():
         check_type(option, config[option], annotation)
     for path, node in nodes(config):
-        signature = signature_of(node["_target_"])
-        options = {k: v for k, v in node.items() if k not in ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")}
-        for option, value in options.items():
-            if option not in signature:
-                raise UserError(f"{path}.{option} is no option of {node['_target_']}; it has {', '.join(signature)}.")
-            check_type(f"{path}.{option}", value, signature[option])
+        check_node(path, node)
+
+
+def check_node(path: str, node: Config) -> None:
+    """Refuse options that the signature of a node's `_target_` does not have, and wrong types."""
+    signature = signature_of(node["_target_"])
+    options = {k: v for k, v in node.items() if k not in ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")}
+    for option, value in options.items():
+        if option not in signature:
+            raise UserError(f"{path}.{option} is no option of {node['_target_']}; it has {', '.join(signature)}.")
+        check_type(f"{path}.{option}", value, signature[option])
 
 
 def nodes(config: Any, path: str = "") -> Iterator[tuple[str, Config]]:

@@ -7,16 +7,13 @@ process, rank 0, alone measures and writes. `hjepa.ranks` says where the process
 
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # how long the others wait while the main process measures; a dead one is noticed at once
@@ -112,22 +109,26 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def parallel(model: nn.Module, world: World, device: torch.device) -> nn.Module:
-    """The model whose gradients are the mean over all processes after a backward pass; itself for a process alone."""
-    if world.size == 1:
-        return model
-    ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+class Gather(torch.autograd.Function):
+    """All processes' tensors [B, ...] as one [N * B, ...]; a tensor's gradient is the sum over all processes that used it."""
 
+    @staticmethod
+    def forward(context: Any, own: Tensor) -> Tensor:
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
 
-def unshared(model: nn.Module) -> AbstractContextManager[None]:
-    """Backward passes that add to each process' own gradients, for a later one to share."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather(features: Tensor) -> Tensor:
     """The features [B, ...] of all processes, [N * B, ...]; gradients flow to each one's own."""
-    return torch.cat(all_gather(features)) if dist.is_initialized() else features
+    gathered: Tensor = Gather.apply(features) if dist.is_initialized() else features
+    return gathered
 
 
 def shared(values: Tensor) -> Tensor:

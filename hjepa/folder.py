@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +20,7 @@ from hjepa.config import differences, identity
 from hjepa.errors import UserError
 
 Record = dict[str, Any]
+PREDECESSOR_SECONDS = 120
 
 
 def refuse_unwritable(path: Path) -> None:
@@ -28,6 +30,18 @@ def refuse_unwritable(path: Path) -> None:
         there = there.parent
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UserError(f"The folder {path} cannot be written ({there} is in the way); set output_root to a folder that can.")
+
+
+def lock(file: IO[str]) -> None:
+    """Lock a file, at once or not at all; a job that SLURM started again waits for its predecessor, which may still be dying."""
+    deadline = time.monotonic() + (PREDECESSOR_SECONDS if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else 0)
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
 
 
 class RunFolder:
@@ -74,7 +88,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = (self.path / ".lock").open("w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self.lock)
         except BlockingIOError:
             raise UserError(f"Another process is working in {self.path}; wait for it, or give this run another name.") from None
         except OSError as error:

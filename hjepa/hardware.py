@@ -42,6 +42,7 @@ class Hardware:
         precision: "auto" is bfloat16 autocast on CUDA devices that have it, float32 elsewhere.
         threads: CPU threads of a process; None shares the cores that this process may run on among all processes here.
         processes: that share every batch (data parallel), None for one per GPU; see `hjepa.ranks`.
+        shard: divide the model among the processes instead of giving each a copy (FSDP2), see `hjepa.spread`.
         slots: jobs of a sweep that run on this machine at a time; see `hjepa.slots`.
         compile: compile the transformer blocks with torch.compile.
         activation_checkpointing: recompute the student's blocks in the backward pass to save memory.
@@ -53,6 +54,7 @@ class Hardware:
         precision: Literal["auto", "float32", "bfloat16", "float16"],
         threads: int | None,
         processes: int | None,
+        shard: bool,
         slots: int,
         compile: bool,
         activation_checkpointing: bool,
@@ -72,7 +74,8 @@ class Hardware:
         if threads is not None and threads < 1:
             raise UserError(f"hardware.threads={threads}: expected at least 1, or null for all cores.")
         self.device, self.precision = torch.device(device), precision
-        self.threads, self.slots = threads, slots
+        self.threads, self.processes, self.slots = threads, 1, slots
+        self.shard = shard
         self.compile, self.activation_checkpointing = compile, activation_checkpointing
 
     def prepare(self, world: World) -> None:
@@ -80,6 +83,7 @@ class Hardware:
         if self.device.type == "cuda":
             self.device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
+        self.processes = world.size
         self.threads = self.threads or max(1, cores() // (world.local_size * self.slots))
         torch.set_num_threads(self.threads)
         if self.device.type == "cpu":
@@ -106,7 +110,8 @@ class Hardware:
     def describe(self) -> str:
         """Device, precision and threads in words."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
-        return f"{name}, {self.precision}, {self.threads} CPU threads"
+        times = f"{self.processes} processes of " if self.processes > 1 else ""
+        return f"{times}{name}, {self.precision}, {self.threads} CPU threads"
 
     def peak_memory_mb(self) -> float:
         """Most memory this process has held: on the GPU for CUDA, resident otherwise."""

@@ -166,7 +166,7 @@ class HJEPA(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks of all parts."""
-        return [block for part in self.modules() for block in getattr(part, "blocks", ())]
+        return [block for part in self.modules() if part is not self for block in getattr(part, "blocks", ())]
 
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters: total, trainable, and of every part."""

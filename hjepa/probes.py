@@ -81,7 +81,7 @@ def subset(split: Split, count: int) -> Split:
     return split[known[torch.randperm(len(known), generator=generator(0, "probe"))[:count]]]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def extract(encoder: Encoder, images: Tensor, normalise: Callable[[Tensor], Tensor], batch_size: int) -> Tensor:
     """Features float32 [N, D] of uint8 images [N, 3, S, S], on the encoder's device."""
     device = encoder.pos_embed.device
@@ -89,7 +89,7 @@ def extract(encoder: Encoder, images: Tensor, normalise: Callable[[Tensor], Tens
     encoder.eval()
     features = [encoder.features(normalise(part.to(device))) for part in images.split(batch_size)]
     encoder.train(training)
-    return torch.cat(features).float().clone()
+    return torch.cat(features).float()
 
 
 def standardise(train: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,9 +83,10 @@ def start(task: Task, config: Config, path: Path, count: int) -> float | None:
         while not processes.join(grace_period=GRACE):
             pass
     except ProcessExitedException as error:
-        reason = reports.get() if not reports.empty() else f"Process {error.error_index} of {count} died ({error})."
+        died = f"Process {error.error_index} of {count} died ({error}); the same command continues the run."
+        reason = died if reports.empty() else reports.get()
         note_failure(config, path, reason)
-        raise UserError(f"{reason} The same command continues the run.") from None
+        raise UserError(reason) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

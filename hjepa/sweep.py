@@ -72,6 +72,11 @@ def plan_jobs(loader: ConfigLoader, master: DictConfig, overrides: Sequence[Sequ
     for number, job_overrides in enumerate(overrides, first):
         try:
             composed = loader.load_sweep_config(master, list(job_overrides))
+            if composed.hydra.runtime.choices["hydra/launcher"] != master.hydra.runtime.choices["hydra/launcher"]:
+                raise UserError(
+                    "A sweep is launched as a whole: hardware=slurm_* cannot be chosen for a part of its jobs; give it alone, as "
+                    "in `--multirun hardware=slurm_cpu seed=0,1`."
+                )
             config, folder = prepare_job(composed)
             twin = next((job for job in jobs if job.folder == folder), None)
             if twin:

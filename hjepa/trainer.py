@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from hjepa.checkpoint import Checkpoints, State
 from hjepa.data import Dataset
-from hjepa.distributed import Vote, World, parallel, unshared
+from hjepa.distributed import Vote, World
 from hjepa.errors import UserError
 from hjepa.files import Files
 from hjepa.hardware import Hardware
@@ -33,6 +33,7 @@ from hjepa.plan import Plan
 from hjepa.rng import generator, seed_global
 from hjepa.schedules import Rates
 from hjepa.signals import StopFlag, Stopped
+from hjepa.spread import Copies, whole
 from hjepa.stream import Stream
 from hjepa.teacher import Teacher
 from hjepa.watch import Watch
@@ -46,6 +47,7 @@ class Parts:
 
     seed: int
     world: World
+    spread: Copies
     hardware: Hardware
     dataset: Dataset
     sampler: Sampler
@@ -90,7 +92,7 @@ class Trainer:
         pieces = accumulate * self.world.size
         self.plan = plan = Plan(len(images), epochs, steps, batch_size, batch_start, batch_warmup, pieces)
         self.parts, self.model, self.device = parts, parts.model, parts.hardware.device
-        self.net = parallel(self.model, self.world, self.device)
+        self.net = parts.spread.wrap(self.model, parts.optimizer)
         self.accumulate, self.log_every = accumulate, log_every
         self.clip_norm = float("inf") if clip_norm is None else clip_norm
         self.stop_on_collapse = stop_on_collapse
@@ -155,7 +157,7 @@ class Trainer:
         seed_global(parts.seed, "step", step, *([] if self.world.main else [self.world.rank]))
         sums: dict[str, Tensor] = {}
         for number, part in enumerate(split(images, masks, crops, self.accumulate), start=1):
-            with nullcontext() if number == self.accumulate else unshared(self.net):
+            with nullcontext() if number == self.accumulate else parts.spread.unshared(self.net):
                 with parts.hardware.autocast():
                     output = self.net(*part, parts.dataset.views)
                     loss, terms = parts.objective(output)
@@ -163,7 +165,7 @@ class Trainer:
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums[name] + value / self.accumulate if name in sums else value / self.accumulate
         self.scaler.unscale_(parts.optimizer)
-        sums["gradient_norm"] = clip_grad_norm_(self.trainable, self.clip_norm)
+        sums["gradient_norm"] = whole(clip_grad_norm_(self.trainable, self.clip_norm))
         self.scaler.step(parts.optimizer)
         self.scaler.update()
         parts.optimizer.zero_grad()
@@ -172,19 +174,19 @@ class Trainer:
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
-    def fit(self, watch: Watch, checkpoints: Checkpoints, record: Callable[[dict[str, Any]], None]) -> None:
-        """Train from where the state is to the last step, measuring, recording and saving on the way.
+    def fit(self, watch: Watch, checkpoints: Checkpoints, record: Callable[[dict[str, Any]], None], stop: StopFlag) -> None:
+        """Train from where the state is to the last step or `stop`, measuring, recording and saving on the way.
 
         Raises:
             Stopped: the process was asked to stop; the state is saved.
             UserError: a loss was not finite, or the run collapsed and `stop_on_collapse` is set.
         """
         if self.done == 0:
-            record({"step": 0, **(watch.begin() if self.world.main else {})})
+            record({"step": 0, **(watch.begin() if self.parts.spread.measures() else {})})
             self.save(watch, checkpoints)
         self.model.train()
         vote, quiet = Vote(self.world), None if self.world.main else True
-        with StopFlag() as stop, tqdm(total=self.steps, initial=self.done, unit="step", disable=quiet) as bar:
+        with tqdm(total=self.steps, initial=self.done, unit="step", disable=quiet) as bar:
             interval = self.seconds
             while self.done < self.steps:
                 began = time.perf_counter()
@@ -197,13 +199,14 @@ class Trainer:
                 if logging_now:
                     self.report(losses, self.seconds - interval, record, bar)
                     interval = self.seconds
-                stopping, due = vote(bool(stop), checkpoints.due())
+                stopping, requeue, due = vote(bool(stop), stop.requeue, checkpoints.due())
                 if self.done in self.plan.ends:
                     self.end_epoch(watch, checkpoints, record)
                 elif stopping or due:
                     self.save(watch, checkpoints)
                     vote.settle()
                 if stopping and self.done < self.steps:
+                    stop.agree(requeue)
                     raise Stopped(f"stopped by signal {stop.number} at step {self.done} of {self.steps}")
             vote.settle()
 
@@ -233,7 +236,7 @@ class Trainer:
         self.refuse_non_finite()
         epoch, last = math.ceil(self.plan.passed(self.done)), self.done == self.steps
         probe_now = watch.probe is not None and (last or epoch % watch.probe.every == 0)
-        measured = watch.epoch(probe_now) if self.world.main else {}
+        measured = watch.epoch(probe_now) if self.parts.spread.measures() else {}
         watch.collapsed = self.world.told(watch.collapsed)
         means = {f"epoch/{name}": value for name, value in self.meter.epoch().items()}
         record({"step": self.done, "epoch": epoch, **means, **measured})
@@ -270,8 +273,7 @@ class Trainer:
             "step": self.done,
             "processes": self.world.size,
             "seconds": self.seconds,
-            "model": self.model.state_dict(),
-            "optimizer": self.parts.optimizer.state_dict(),
+            **self.parts.spread.state(self.model, self.parts.optimizer),
             "scaler": self.scaler.state_dict(),
             "meter": self.meter.state(),
         }
@@ -281,8 +283,7 @@ class Trainer:
         if state["processes"] != self.world.size:
             log.warning("was run by %d processes, goes on with %d: the same up to rounding", state["processes"], self.world.size)
         self.done, self.seconds = state["step"], state["seconds"]
-        self.model.load_state_dict(state["model"])
-        self.parts.optimizer.load_state_dict(state["optimizer"])
+        self.parts.spread.restore(self.model, self.parts.optimizer, state)
         self.scaler.load_state_dict(state["scaler"])
         self.meter.restore(state["meter"])
 

@@ -88,7 +88,7 @@ class Watch:
         encoders = {"teacher": self.model.teacher} | ({} if self.model.shared else {"student": self.model.student})
         return {who: spread(extract(e, self.held_out, self.dataset.normalise, PART)) for who, e in encoders.items()}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def held_out_loss(self) -> Scores:
         """Loss on held-out images under fixed masks, beside that of predicting one constant vector; empty without levels."""
         if not self.model.predictor:

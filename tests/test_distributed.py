@@ -1,15 +1,22 @@
 """Several processes are one: the same weights as a process alone, one voice, one fate. Real processes, gloo."""
 
+import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.multiprocessing.spawn import start_processes
 
 from hjepa.distributed import World
 from hjepa.ranks import free_port
-from tests.conftest import trainer
+from tests.conftest import ROOT, TINY, launch, trainer
 
 STEPS = 3
 COMMON = ("schedule.lr.warmup_epochs=0", "optimizer.eps=1e-3", "train.clip_norm=0.5", "dataset.augment.jitter=0.5")
@@ -19,25 +26,32 @@ CONFIGS = {
     "views": ("dataset.views=2", "dataset.local_views=2", "regularizer=sigreg", "projector=mlp", "masking=block"),
     "regularizer only": ("levels=none", "masking=none", "regularizer=sigreg", "teacher=none", "dataset.views=2"),
     "stacked": ("levels=stacked", "dataset.image_size=32", "levels.upper.detach=false", "masking=multiblock"),
+    "sharded": ("train.accumulate=2", "projector=mlp"),
+    "sharded views": ("dataset.views=2", "dataset.local_views=2", "regularizer=sigreg", "levels=stacked", "teacher=refresh"),
     "plain": ("levels=flat", "regularizer=none", "hardware.activation_checkpointing=true", "train.batch_size=48"),
 }
 
 
-def train_all() -> dict[str, Any]:
-    """Weights and means of the terms after some steps of every config."""
+def train_all(divided: bool) -> dict[str, Any]:
+    """Weights and means of the terms after some steps of every config, continued from a checkpoint on the way."""
     results = {}
     for name, overrides in CONFIGS.items():
-        t = trainer(*COMMON, *overrides)
+        options = [*COMMON, *overrides, f"hardware.shard={divided and name.startswith('sharded')}"]
+        t = trainer(*options)
         for step in range(STEPS):
+            if step == STEPS - 1:
+                state, t = t.world.told(t.state()), trainer(*options)
+                t.restore(state)
             t.meter.add(t.step(*t.batch(step), step))
-        results[name] = ({k: v.detach() for k, v in t.model.state_dict().items()}, t.meter.interval())
+        weights = t.state()["model"]
+        results[name] = ({k: v.detach().clone() for k, v in weights.items()}, t.meter.interval())
     return results
 
 
 def rank(number: int, count: int, port: int, file: str) -> None:
     names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | {k: str(v) for k, v in names.items()}
-    results = train_all()
+    results = train_all(divided=True)
     if number == 0:
         torch.save(results, file)
 
@@ -47,7 +61,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], d
     """Of one process, and of two."""
     file = tmp_path_factory.mktemp("ranks") / "results.pt"
     start_processes(rank, (2, free_port(), str(file)), nprocs=2, start_method="spawn")
-    return train_all(), torch.load(file)
+    return train_all(divided=False), torch.load(file)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -66,3 +80,76 @@ def test_shares_of_a_batch_are_a_partition_within_each_accumulated_part() -> Non
     assert torch.equal(torch.cat(rows).sort().values, torch.arange(48))
     for part in range(3):
         assert all(set((share[4 * part : 4 * part + 4] // 16).tolist()) == {part} for share in rows)
+
+
+# -- as typed ----------------------------------------------------------------------------------------------------------
+
+OPTIONS = [o for o in TINY if not o.startswith(("dataset.train", "train.epochs"))] + [
+    *("dataset.train=1200", "train.epochs=3", "optimizer.eps=1e-3", "hardware.processes=2"),
+]
+
+
+def started(*overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "launch.py"), *OPTIONS, *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    """Until the run has recorded a step."""
+    end = time.monotonic() + 200
+    file = folder / "metrics.jsonl"
+    while not (file.exists() and any(json.loads(line)["step"] >= step for line in file.read_text().splitlines())):
+        assert time.monotonic() < end, "the run does not get on"
+        time.sleep(0.05)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("undisturbed")
+    done = launch(*OPTIONS, f"output_root={root}", "name=r")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2:") == 1, "the main process speaks for all"
+    assert done.stdout.count("Run folder:") == 1
+    return root / "default" / "r"
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "default" / "r"
+    process = started(f"output_root={tmp_path}", "name=r")
+    wait_for_step(folder, 10)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert stderr.count("Stopped (stopped by signal 15") == 1
+    assert json.loads((folder / "summary.json").read_text())["status"] == "stopped"
+    again = launch(*OPTIONS, f"output_root={tmp_path}", "name=r")
+    assert again.returncode == 0, again.stderr
+    a, b = weights(undisturbed), weights(folder)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    steps, expected = (
+        [json.loads(line)["step"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (folder, undisturbed)
+    )
+    assert steps == expected
+
+
+def test_a_dead_process_ends_the_run_and_another_number_goes_on(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "default" / "r"
+    process = started(f"output_root={tmp_path}", "name=r")
+    wait_for_step(folder, 10)
+    ranks = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    max(ranks, key=lambda r: r.create_time()).kill()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "of 2 died" in stderr
+    assert not any(r.is_running() for r in ranks)
+    assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+    alone = launch(*OPTIONS, f"output_root={tmp_path}", "name=r", "hardware.processes=1")
+    assert alone.returncode == 0, alone.stderr
+    assert "was run by 2 processes, goes on with 1" in alone.stdout
+    a, b = weights(undisturbed), weights(folder)
+    for key in a:
+        torch.testing.assert_close(b[key], a[key], atol=1e-3, rtol=1e-2)

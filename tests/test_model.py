@@ -95,6 +95,11 @@ def test_teacher_equals_student_at_start_bit_for_bit(option: str) -> None:
     assert all(torch.equal(student[k], teacher[k]) for k in student)
 
 
+def test_blocks_are_those_of_all_parts() -> None:
+    model = assemble("levels=stacked", "model.encoder.depth=3").model
+    assert len(model.blocks()) == len(set(model.blocks())) == 2 * 3 + 1 + 2 * 2 + 2, "encoders, predictors, stacked ones"
+
+
 @pytest.mark.parametrize("joint", ["false", "true"])
 def test_flat_is_ijepa_written_out(joint: str) -> None:
     """Assran et al. 2023, eq. of section 3: mean over blocks of the distance of predicted and EMA-encoded patches.

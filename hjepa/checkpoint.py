@@ -20,11 +20,15 @@ State = dict[str, Any]
 def write_atomically(path: Path, state: State) -> None:
     """Write beside the target, flush to the disk, then rename: the target is always the old or the new file, whole."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk has room again for the reason to be written down
+        raise
 
 
 def read(path: Path, device: torch.device) -> State:

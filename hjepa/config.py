@@ -8,6 +8,7 @@ import ast
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ TOP_LEVEL: Signature = {
     "init_from": "str | None",
     "experiment_name": "str",
     "output_root": "str",
+    "run": "str | None",
     "overwrite": "bool",
 }
 GROUPS = (
@@ -36,9 +38,10 @@ GROUPS = (
     *("hardware", "probe", "tracking", "task", "train", "checkpoint"),
 )
 # What may differ between two starts of one run: it changes where and how a run computes, not what.
-NOT_IDENTITY = ("name", "experiment_name", "output_root", "overwrite", "tracking", "checkpoint", "task", "hardware")
+NOT_IDENTITY = ("name", "experiment_name", "output_root", "run", "overwrite", "tracking", "checkpoint", "task", "hardware")
 NOT_IDENTITY_DATASET = ("memory_limit_gb", "workers")
 KNOWN_TYPES = {"Literal": Literal, "Sequence": Sequence, "Callable": Callable, "Any": Any, "None": None}
+TARGET = re.compile(r"\b_target_:\s*([\w.]+)")
 PLAIN_TYPES = {t.__name__: t for t in (bool, int, float, str, list, dict, tuple)}
 
 
@@ -57,6 +60,7 @@ def check(config: Config) -> None:
             raise UserError(f"{key} is no option; at the top level there are {', '.join((*TOP_LEVEL, *GROUPS))}.")
     for option, annotation in TOP_LEVEL.items():
         check_type(option, config[option], annotation)
+    refuse_foreign(config)
     for path, node in nodes(config):
         check_node(path, node)
 
@@ -64,7 +68,7 @@ def check(config: Config) -> None:
 def check_node(path: str, node: Config) -> None:
     """Refuse options that the signature of a node's `_target_` does not have, and wrong types."""
     signature = signature_of(node["_target_"])
-    options = {k: v for k, v in node.items() if k not in ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")}
+    options = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
     for option, value in options.items():
         if option not in signature:
             raise UserError(f"{path}.{option} is no option of {node['_target_']}; it has {', '.join(signature)}.")
@@ -72,12 +76,36 @@ def check_node(path: str, node: Config) -> None:
 
 
 def nodes(config: Any, path: str = "") -> Iterator[tuple[str, Config]]:
-    """All nodes of our own code to instantiate, with their dotted paths."""
+    """All nodes to instantiate, with their dotted paths."""
     if isinstance(config, dict):
-        if str(config.get("_target_", "")).startswith("hjepa."):
+        if "_target_" in config:
             yield path, config
         for key, value in config.items():
             yield from nodes(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(config, list):
+        for position, value in enumerate(config):
+            yield from nodes(value, f"{path}[{position}]")
+
+
+@cache
+def targets() -> frozenset[str]:
+    """What a config may instantiate: exactly what the files of conf/ name. A config can come from anywhere (a run folder of
+    somebody else's, say), and a list of allowed packages would let it call everything in them.
+    """
+    folder = Path(__file__).resolve().parents[1] / "conf"
+    return frozenset(target for file in folder.rglob("*.yaml") for target in TARGET.findall(file.read_text()))
+
+
+def refuse_foreign(config: Any) -> None:
+    """Refuse targets that no file of conf/ names, and ways to reach around the check of the options."""
+    for path, node in nodes(config):
+        if str(node["_target_"]) not in targets():
+            raise UserError(
+                f"{f'{path}.' if path else ''}_target_={node['_target_']!r} is nothing that a config may call; choose an option "
+                "of conf/, or add a file there that names it."
+            )
+        if "_args_" in node or "_recursive_" in node or "_convert_" in node:
+            raise UserError(f"{path}: _args_, _convert_ and _recursive_ are no options; give the options by their names.")
 
 
 def check_type(path: str, value: Any, annotation: str | None) -> None:
@@ -171,7 +199,10 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def build(node: Config, **more: Any) -> Any:
-    """`hydra.utils.instantiate`, with `more` arguments passed as they are and our own sentences let through."""
+    """`hydra.utils.instantiate`, with `more` arguments passed as they are and our own sentences let through; refuses what
+    `refuse_foreign` does, as a config need not have been checked.
+    """
+    refuse_foreign(node)
     try:
         if more:  # instantiate would take dataclass arguments for configs
             return instantiate(node, _partial_=True, _convert_="all")(**more)

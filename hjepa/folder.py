@@ -5,12 +5,14 @@ summary.json  the machine-readable end   run.log         what was said
 run_id        the tracker's run          checkpoints/    plots/
 """
 
+import contextlib
 import fcntl
 import json
 import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +22,69 @@ from hjepa.config import differences, identity
 from hjepa.errors import UserError
 
 Record = dict[str, Any]
-PREDECESSOR_SECONDS = 120
+PREDECESSOR_SECONDS = 120.0  # a job that SLURM started again waits so long for its predecessor, which may still be dying
+UNSENT = ".unsent"  # is there while trackers may lack something of a run
+LOCK_SECONDS = 2.0  # a look at whether a folder is in use takes its lock, but never so long
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_records(folder: Path) -> list[Record]:
+    """All whole records of a run folder; a line that a crash cut short is left out."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def read_summary(folder: Path) -> Record:
+    """The contents of summary.json; empty when there is none."""
+    file = folder / "summary.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a run folder as plain data; nothing in it is resolved or instantiated."""
+    file = folder / "config.yaml"
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(file))
+    except Exception as error:  # YAML and OmegaConf raise many kinds
+        raise UserError(f"{file} cannot be read as a config ({type(error).__name__}); give the folder of a run.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file} holds no config; give the folder of a run.")
+    return config  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def unheld(folder: Path) -> Iterator[bool]:
+    """Whether nobody works in a run folder; until the context ends, nobody can begin to."""
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+class LogFile(logging.FileHandler):
+    """run.log; on a full disk it stays behind in silence, for the run itself then stops with the reason."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Close, whether or not what is left can be written."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 def refuse_unwritable(path: Path) -> None:
@@ -30,18 +94,6 @@ def refuse_unwritable(path: Path) -> None:
         there = there.parent
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UserError(f"The folder {path} cannot be written ({there} is in the way); set output_root to a folder that can.")
-
-
-def lock(file: IO[str]) -> None:
-    """Lock a file, at once or not at all; a job that SLURM started again waits for its predecessor, which may still be dying."""
-    deadline = time.monotonic() + (PREDECESSOR_SECONDS if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else 0)
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
 
 
 class RunFolder:
@@ -59,11 +111,9 @@ class RunFolder:
 
     def refuse_other_config(self) -> None:
         """Refuse a folder that holds a run of another config, naming what differs."""
-        file = self.path / "config.yaml"
-        if not file.exists():
+        if not (self.path / "config.yaml").exists():
             return
-        before = OmegaConf.to_container(OmegaConf.load(file))
-        changed = differences(identity(before), identity(self.config))  # type: ignore[arg-type]
+        changed = differences(identity(read_config(self.path)), identity(self.config))
         if changed:
             raise UserError(
                 f"{self.path} holds a run with another config ({'; '.join(changed)}); "
@@ -72,8 +122,7 @@ class RunFolder:
 
     def summary(self) -> Record:
         """The contents of summary.json; empty when there is none."""
-        file = self.path / "summary.json"
-        return json.loads(file.read_text()) if file.exists() else {}
+        return read_summary(self.path)
 
     def result(self) -> Record:
         """The summary of the run if it is finished and not to be replaced; empty else. Refuses a run of another config."""
@@ -87,8 +136,7 @@ class RunFolder:
         """Create the folder, lock it against a second process, and write the config; `overwrite` empties it first."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.path / ".lock").open("w")
-            lock(self.lock)
+            self.take_lock()
         except BlockingIOError:
             raise UserError(f"Another process is working in {self.path}; wait for it, or give this run another name.") from None
         except OSError as error:
@@ -104,17 +152,37 @@ class RunFolder:
         (self.path / "summary.json").unlink(missing_ok=True)  # the end of an earlier sitting
         self.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.config)))
 
+    def take_lock(self) -> None:
+        """Lock the folder; raises BlockingIOError when another process keeps it."""
+        self.lock = (self.path / ".lock").open("w")
+        os.register_at_fork(after_in_child=self.release)  # else a worker would keep it after this process is killed
+        requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+        deadline = time.monotonic() + (PREDECESSOR_SECONDS if requeued else LOCK_SECONDS)
+        while True:
+            try:
+                return fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.05)
+
     def release(self) -> None:
         """Let others have the folder."""
         if self.lock:
             self.lock.close()
             self.lock = None
 
+    def mark_unsent(self) -> None:
+        """Note that trackers may lack something from now on."""
+        self.write(UNSENT, "")
+
+    def mark_sent(self) -> None:
+        """Note that trackers have everything."""
+        (self.path / UNSENT).unlink(missing_ok=True)
+
     def write(self, name: str, text: str) -> None:
         """Write a file whole or not at all."""
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(text)
-        temporary.replace(self.path / name)
+        write_whole(self.path / name, text)
 
     def write_summary(self, summary: Record) -> None:
         """Write summary.json."""
@@ -122,7 +190,7 @@ class RunFolder:
 
     def log_handler(self) -> logging.Handler:
         """A handler that appends to run.log."""
-        handler = logging.FileHandler(self.path / "run.log")
+        handler = LogFile(self.path / "run.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         return handler
 
@@ -131,14 +199,8 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def records(self) -> list[Record]:
-        """All whole records of metrics.jsonl; a line that a crash cut short is left out."""
-        file = self.path / "metrics.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
     def rewind(self, step: int) -> list[Record]:
         """Drop the records after `step`, which a resumed run will write again; returns the rest."""
-        kept = [record for record in self.records() if record["step"] <= step]
+        kept = [record for record in read_records(self.path) if record["step"] <= step]
         self.write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
         return kept

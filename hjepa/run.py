@@ -6,14 +6,21 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from hjepa.config import Config, build, check, resolve, run_path
-from hjepa.folder import RunFolder
+from hjepa.faults import told
+from hjepa.folder import UNSENT, RunFolder
 from hjepa.ranks import launch
 
 
 def run(cfg: DictConfig) -> float | None:
     """Run the config's task; everything that can be wrong with the config is said before torch is imported."""
     config, path = prepare(cfg)
-    result: float | None = build(config["task"])(config, path)
+    return perform(config, path)
+
+
+def perform(config: Config, path: Path) -> float | None:
+    """Run the task of a checked config; faults of the machine are told in one sentence."""
+    with told():
+        result: float | None = build(config["task"])(config, path)
     return result
 
 
@@ -35,6 +42,10 @@ def train(config: Config, path: Path) -> float | None:
         from hjepa.summary import tell
 
         print("This run is finished. To run it anew: overwrite=true, another name or another seed.")
+        if config["tracking"] and (path / UNSENT).exists():  # it was killed, or a server was away, at the very end
+            from hjepa.sync import send
+
+            send(config, path)
         tell(done, folder.path, None)
         return done["probe"].get("linear")
     return launch(train_here, config, path)

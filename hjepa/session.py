@@ -10,6 +10,7 @@ from hjepa.checkpoint import Checkpoints
 from hjepa.code import git_state
 from hjepa.config import Config, build, build_or_none, fingerprint, flatten, identity
 from hjepa.errors import UserError
+from hjepa.faults import explain
 from hjepa.folder import Record, RunFolder
 from hjepa.plots import plot_curves, plot_masks
 from hjepa.rng import generator
@@ -17,7 +18,7 @@ from hjepa.signals import StopFlag, Stopped
 from hjepa.slurm import job_tags
 from hjepa.summary import summarise, tell
 from hjepa.sweep import sweep_tag
-from hjepa.tracking import NoTracking
+from hjepa.tracking import build_trackers
 from hjepa.trainer import Parts, Trainer
 from hjepa.watch import Watch, spaced
 
@@ -33,10 +34,10 @@ class Session:
 
     def __init__(self, config: Config, folder: RunFolder) -> None:
         self.config, self.folder = config, folder
+        self.tracker = build_trackers(config["tracking"])
         self.parts: Parts = assemble(config)
         self.checkpoints: Checkpoints = build(config["checkpoint"])
         self.probe = build_or_none(config["probe"])
-        self.tracker: NoTracking = build(config["tracking"])
         train, validation = self.parts.dataset.train_and_validation()
         self.preview = validation.images[spaced(len(validation), 4)]
         self.records: list[Record] = []
@@ -93,7 +94,11 @@ class Session:
             raise SystemExit(130) from None
         except BaseException as error:
             collapsed = self.watch.collapsed and isinstance(error, UserError)
-            self.finish("collapsed" if collapsed else "failed", f"{type(error).__name__}: {error}", "FAILED")
+            why = explain(error) or error
+            try:
+                self.finish("collapsed" if collapsed else "failed", f"{type(why).__name__}: {why}", "FAILED")
+            except Exception as another:  # the first one is the reason
+                log.warning("the end of the run could not be written down (%s)", another)
             raise
         self.finish("collapsed" if self.watch.collapsed else "finished", self.watch.collapsed, "FINISHED")
 
@@ -117,19 +122,16 @@ class Session:
 
     def start_tracking(self) -> None:
         """Start or resume the tracked run and send it what it lacks."""
-        file = self.folder.path / "run_id"
         counts = self.parts.model.parameter_counts()
+        if self.config["tracking"]:
+            self.folder.mark_unsent()
         self.run_id = self.tracker.start(
             self.folder.path,
             self.config["experiment_name"],
-            file.read_text() if file.exists() else None,
             {**flatten(self.config), **flatten(counts, "parameters")},
             git_state() | {"config": fingerprint(self.config)} | sweep_tag() | job_tags(),
+            self.records,
         )
-        if self.run_id:
-            self.folder.write("run_id", self.run_id)
-        for record in self.records:
-            self.tracker.log(record)
         self.tracker.artifact(self.folder.path / "config.yaml")
 
     def describe(self) -> None:
@@ -154,11 +156,14 @@ class Session:
         """Write the summary and the curves, tell the tracker; after a whole run, tell the user."""
         summary = summarise(self.config, self.parts, self.trainer, self.watch, self.records, self.run_id)
         summary |= {"status": status, "reason": reason}
-        self.folder.write_summary(summary)
         curves = self.folder.path / "plots" / "curves.png"
-        plot_curves(self.records, curves)
+        try:
+            plot_curves(self.records, curves)
+        finally:  # the summary comes last, since it says that the run is complete
+            self.folder.write_summary(summary)
         self.tracker.artifact(curves, "plots")
         self.tracker.artifact(self.folder.path / "summary.json")
-        self.tracker.finish(tracked_status)
+        if self.tracker.finish(tracked_status):
+            self.folder.mark_sent()
         if tracked_status == "FINISHED":
             tell(summary, self.folder.path, self.tracker.how_to_look())

@@ -29,9 +29,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, configure_log
 from omegaconf import DictConfig
 
-from hjepa.config import Config, build, nodes
+from hjepa.config import Config, nodes
 from hjepa.errors import UserError
 from hjepa.machine import cores, gpus
+from hjepa.run import perform
 from hjepa.signals import StopFlag
 from hjepa.sweep import Job, Sweep, plan_jobs
 from hjepa.sweep_table import default_metric, figure, lookup, naming
@@ -194,6 +195,7 @@ class Slots:
 def work(job: Job, gpus: list[str], answer: Connection) -> None:
     """What a job's process does: the config's task, all output to the log file; the reason of a failure is answered."""
     assert job.log is not None
+    assert job.folder is not None
     os.setpgrp()  # a Ctrl-C in the terminal is passed on by the sweep's process, once
     speak_to(job.log)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
@@ -204,7 +206,7 @@ def work(job: Job, gpus: list[str], answer: Connection) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     print(f"python launch.py hydra.mode=RUN {shlex.join(job.overrides)}")
     try:
-        build(job.config["task"])(job.config, job.folder)
+        perform(job.config, job.folder)
     except UserError as error:
         print(error, file=sys.stderr)
         answer.send(str(error))

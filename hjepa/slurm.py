@@ -22,9 +22,10 @@ from submitit.core.utils import FailedJobError
 from submitit.helpers import DelayedSubmission
 
 from hjepa.code import git_state
-from hjepa.config import Config, build, check_node, differences
+from hjepa.config import Config, check_node, differences
 from hjepa.errors import UserError
 from hjepa.queue import Queue, accounting
+from hjepa.run import perform
 from hjepa.sweep import Job, Sweep, plan_jobs
 
 log = logging.getLogger(__name__)
@@ -113,8 +114,7 @@ class Task:
         configure_log(self.master.hydra.job_logging)
         logging.getLogger("submitit").propagate = False  # it writes to the log itself
         os.environ[SUBMITTED] = json.dumps(self.code)
-        result: float | None = build(self.config["task"])(self.config, self.path)
-        return result
+        return perform(self.config, self.path)
 
     def checkpoint(self) -> DelayedSubmission:
         """What a requeued job does: the same, which continues the run."""

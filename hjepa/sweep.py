@@ -21,11 +21,12 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from hjepa.config import Config, build, flatten
+from hjepa.config import Config, flatten
 from hjepa.errors import UserError
-from hjepa.folder import RunFolder, refuse_unwritable
+from hjepa.folder import RunFolder, read_config, refuse_unwritable
 from hjepa.run import prepare
 from hjepa.sweep_table import default_metric, groups, lookup, results, table
+from hjepa.tracking import build_trackers
 
 TAG = "HJEPA_SWEEP"  # environment variable: the sweep that a run is tagged with
 KEPT = ("number", "overrides", "folder", "log", "state", "reason", "slurm_id")
@@ -170,9 +171,9 @@ class Sweep:
         trackers: dict[str, Any] = {}
         for job in jobs:
             if job.folder and job.summary.get("run_id"):
-                node: Any = OmegaConf.to_container(OmegaConf.load(job.folder / "config.yaml").tracking)
-                key = json.dumps(node)
-                trackers[key] = trackers.get(key) or build(node)
+                options = read_config(job.folder)["tracking"]
+                key = json.dumps(options)
+                trackers[key] = trackers.get(key) or build_trackers(options)
                 trackers[key].add(job.summary["run_id"], {"sweep": self.folder.name, "job": str(job.number)}, files, "sweep")
 
     def returns(self, jobs: list[Job]) -> list[JobReturn]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -148,7 +149,7 @@ def test_disturbed_runs_are_one_finished_run_each_in_mlflow(disturbed: tuple[Pat
 
 def rows(output: str) -> dict[str, str]:
     """The lines of the table by the number of their job."""
-    table = output[output.rindex("Sweep:") :]
+    table = re.split(r"^Sweep \S+:$", output, flags=re.MULTILINE)[-1]
     return {line.split()[0]: line for line in table.splitlines() if line[:3].strip().isdigit()}
 
 
@@ -172,15 +173,17 @@ def test_failures_show_and_stop_nothing(tmp_path: Path) -> None:
     slurm("scancel", cancelled["slurm_id"])
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 1, output
-    assert "Traceback" not in output[output.rindex("Sweep:") :]
-    for job, words in (
-        (fine, "finished"),
-        (wrong, "FAILED  optimizer.lr='x': expected float"),
-        (failing, "FAILED  The loss or gradient of step"),
-        (killed, "FAILED  ended by SLURM as FAILED"),
-        (cancelled, "FAILED  ended by SLURM as CANCELLED"),
+    assert "Traceback" not in "".join(rows(output).values())
+    for job, state, reason in (
+        (fine, "finished", ""),
+        (wrong, "FAILED", "optimizer.lr='x': expected float"),
+        (failing, "FAILED", "The loss or gradient of step"),
+        (killed, "FAILED", "ended by SLURM as FAILED"),
+        (cancelled, "FAILED", "ended by SLURM as CANCELLED"),
     ):
-        assert words in rows(output)[str(job["number"])], output
+        row = rows(output)[str(job["number"])]
+        assert f"  {state}" in row, output
+        assert reason in row, output
     assert all(Path(job["log"]).read_text() for job in (fine, failing, killed, cancelled))
     poll(lambda: job_fields(failing["slurm_id"])["JobState"] == "FAILED", 30, "SLURM counts the job as failed")
     assert summary(Path(cancelled["folder"]))["status"] == "stopped"
@@ -198,7 +201,14 @@ def test_any_rank_that_dies_fails_the_job(tmp_path: Path) -> None:
     options = ("tracking=none", f"output_root={tmp_path}", "hydra.launcher.tasks_per_node=2")
     result = launch(*SUBMIT, *options, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
     assert result.returncode == 1
-    assert "FAILED  ended by SLURM as FAILED" in rows(result.stdout)["0"]
+    assert "ended by SLURM as FAILED" in rows(result.stdout)["0"]
+
+
+def test_tasks_of_a_job_are_the_processes_of_a_run(tmp_path: Path) -> None:
+    options = ("tracking=none", f"output_root={tmp_path}", "name=r", "hydra.launcher.tasks_per_node=2", "hardware.processes=2")
+    result = launch(*SUBMIT, *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert summary(tmp_path / "e" / "r")["device"].startswith("2 processes of cpu")
 
 
 # -- submission ------------------------------------------------------------------------------------------------------------

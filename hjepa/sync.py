@@ -1,0 +1,62 @@
+"""`task=sync run=...`: send runs to trackers from what they left in their folders, for a server that was away or is new.
+
+What a tracker has already it does not get again, so the command can be repeated.
+"""
+
+from pathlib import Path
+
+from hjepa.config import Config, fingerprint, flatten
+from hjepa.errors import UserError
+from hjepa.folder import UNSENT, read_config, read_records, read_summary, unheld
+from hjepa.tracking import ENDS, build_trackers
+
+
+def sync(config: Config, path: Path) -> None:
+    """Send the run folder that `run` names, or every one below it, to the trackers of this config.
+
+    Raises:
+        UserError: there is no run, nothing to send to, or a tracker could not be reached.
+    """
+    if not config["run"]:
+        raise UserError("task=sync needs a run folder, or a folder of such: run=outputs/default/NAME.")
+    if not config["tracking"]:
+        raise UserError("task=sync with tracking=none has nothing to send to; choose trackers, as in tracking=mlflow.")
+    root = Path(config["run"]).expanduser().absolute()
+    folders = sorted(file.parent for file in root.rglob("metrics.jsonl"))
+    if not folders:
+        raise UserError(f"run={root} holds no run (no metrics.jsonl in it or below it); give the folder of a run.")
+    failed = [str(folder) for folder in folders if not send(config, folder)]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(folders)} runs could not be sent: {', '.join(failed)}; see the warnings above.")
+
+
+def send(config: Config, folder: Path) -> bool:
+    """Send one run; returns whether everything arrived. A run that is being worked on sends for itself."""
+    with unheld(folder) as free:
+        if not free:
+            print(f"{folder} is running and sends for itself.")
+            return True
+        run, summary, records = read_config(folder), read_summary(folder), read_records(folder)
+        tracker = build_trackers({name: without_system_metrics(node) for name, node in config["tracking"].items()})
+        tags = {key: str(summary[key]) for key in ("commit", "dirty") if summary.get(key) is not None}
+        tracker.start(
+            folder,
+            run["experiment_name"],
+            flatten(run) | flatten(summary.get("parameters", {}), "parameters"),
+            tags | {"config": fingerprint(run)},
+            records,
+        )
+        tracker.artifact(folder / "config.yaml")
+        tracker.artifact(folder / "summary.json")
+        for plot in sorted((folder / "plots").glob("*.png")):
+            tracker.artifact(plot, "plots")
+        arrived = tracker.finish(ENDS.get(summary.get("status", ""), "KILLED"))
+    if arrived:
+        (folder / UNSENT).unlink(missing_ok=True)
+        print(f"{folder} is sent: {len(records)} records.")
+    return arrived
+
+
+def without_system_metrics(node: Config) -> Config:
+    """A tracker's options such that it does not measure this process, which is not the run's."""
+    return node | ({"system_metrics": False} if "system_metrics" in node else {})

@@ -1,0 +1,64 @@
+"""Weights & Biases: online, or offline into the run folder's `wandb/`, to be sent with `wandb sync`."""
+
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any, Literal
+
+from hjepa.folder import Record, write_whole
+from hjepa.tracking import Tracker, require
+
+
+class Wandb(Tracker):
+    """A run of Weights & Biases that resumes under the same id.
+
+    Args:
+        mode: "online" (needs `wandb login`) or "offline". Offline, every sitting writes the whole run anew.
+        project: None takes the experiment's name.
+        system_metrics: record CPU, memory and GPU use.
+    """
+
+    def __init__(self, mode: Literal["online", "offline"], project: str | None, system_metrics: bool) -> None:
+        self.mode, self.project, self.system_metrics = mode, project, system_metrics
+        self.wandb = require("wandb", "wandb")
+        self.run: Any = None
+        self.folder = Path()
+        self.first = 0  # records before this step are there already
+
+    def start(
+        self, folder: Path, experiment: str, params: dict[str, Any], tags: dict[str, str], records: list[Record]
+    ) -> str | None:
+        self.folder = folder / "wandb"
+        for before in self.folder.glob("offline-run-*"):
+            shutil.rmtree(before)
+        self.folder.mkdir(exist_ok=True)
+        file = self.folder / "id"
+        if not file.exists():
+            write_whole(file, uuid.uuid4().hex)
+        self.run = self.wandb.init(
+            project=self.project or experiment,
+            id=file.read_text(),
+            name=folder.name,
+            dir=str(folder),
+            config=params | tags,
+            mode=self.mode,
+            resume=None if self.mode == "offline" else "allow",
+            settings=self.wandb.Settings(console="off", silent=True, x_disable_stats=not self.system_metrics),
+        )
+        self.first = self.run.step
+        for record in records:
+            self.log(record)
+        return None
+
+    def log(self, record: Record) -> None:
+        if record["step"] >= self.first:
+            self.run.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
+
+    def finish(self, status: str) -> bool:
+        self.run.finish(exit_code=0 if status == "FINISHED" else 1)
+        return True
+
+    def how_to_look(self) -> str | None:
+        return (
+            f"wandb sync {self.folder}/offline-run-*" if self.mode == "offline" else f"the address {self.run.url} into a browser"
+        )

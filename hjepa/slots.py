@@ -108,8 +108,10 @@ class Slots:
         waiting = deque(job for job in self.jobs if not job.done)
         log.info("%d jobs, %d at a time; sweep folder %s", len(self.jobs), len(self.shares), self.sweep.folder)
         for job in self.jobs:
-            if job.done:
-                log.info("job %d was %s before: %s", job.number, job.state, job.reason or job.folder)
+            if job.state == "FAILED":
+                log.info("job %d FAILED: %s", job.number, job.reason)
+            elif job.done:
+                log.info("job %d was finished before: %s", job.number, job.folder)
         if waiting:
             self.prepare([job.config for job in waiting])
         try:

@@ -151,12 +151,12 @@ class Sweep:
         """What Hydra's sweeper gets.
 
         Raises:
-            UserError: jobs failed.
+            UserError: jobs failed or were stopped.
         """
-        failed = [str(job.number) for job in jobs if job.state == "FAILED"]
+        failed = [str(job.number) for job in jobs if job.state not in ("finished", "collapsed")]
         if failed:
             raise UserError(
-                f"{len(failed)} of {len(jobs)} jobs failed (number {', '.join(failed)}): the table says why; "
+                f"{len(failed)} of {len(jobs)} jobs did not finish (number {', '.join(failed)}): the table says why; "
                 "the same command does what is missing."
             )
         metric = default_metric(jobs)

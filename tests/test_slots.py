@@ -76,7 +76,7 @@ def test_a_killed_job_and_a_refused_one_stop_no_other_and_only_they_are_done_aga
     assert table in out
     assert "killed by SIGKILL" in table
     assert "0.log" in table
-    assert "3 of 4 jobs failed (number 0, 2, 3)" in out
+    assert "3 of 4 jobs did not finish (number 0, 2, 3)" in out
     assert "Traceback" not in out
     order = [int(number) for number in re.findall(r"job (\d) started", out)]
     assert order == [0, 1, 2, 3]

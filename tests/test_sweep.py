@@ -80,7 +80,7 @@ def test_jobs_that_are_one_run_are_refused_and_a_mistyped_option_starts_nothing(
     same = launch("--multirun", *TINY, f"output_root={tmp_path}", "train.epochs=1", "hardware.threads=1,2", "seed=0")
     assert same.returncode == 1
     assert "This is the run of job 0 again" in same.stdout
-    assert "1 of 2 jobs failed (number 1)" in same.stderr
+    assert "1 of 2 jobs did not finish (number 1)" in same.stderr
     typo = launch("--multirun", *TINY, f"output_root={tmp_path}/typo", "levels=flat,piramid")
     assert typo.returncode == 1
     assert "levels/piramid" in typo.stderr

@@ -15,12 +15,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hjepa.assemble import assemble
+from hjepa.code import git_state
 from hjepa.config import Config, build
 from hjepa.distributed import leave
 from hjepa.errors import UserError
 from hjepa.folder import RunFolder
 from hjepa.ranks import launch
-from hjepa.summary import git_state
 from hjepa.trainer import Parts, Trainer
 
 MATMUL = 2048  # side of the product that measures the machine's speed
@@ -128,7 +128,7 @@ def benchmark(config: Config, path: Path, warmup: int, steps: int, reference_gfl
 
 def measure_here(config: Config, path: Path, warmup: int, steps: int, reference_gflop: float | None) -> float:
     """Measure in this process, alone or as one of several."""
-    folder = RunFolder(path.with_name(f"benchmark-{path.name}"), config)
+    folder = RunFolder(path, config)
     parts: Parts = assemble(config)
     train, _ = parts.dataset.train_and_validation()
     lengths = {"epochs": None, "steps": warmup + steps + 1, "batch_start": None, "batch_warmup": 0}

@@ -62,12 +62,17 @@ def check(config: Config) -> None:
         check_type(option, config[option], annotation)
     refuse_foreign(config)
     for path, node in nodes(config):
-        signature = signature_of(node["_target_"])
-        options = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
-        for option, value in options.items():
-            if option not in signature:
-                raise UserError(f"{path}.{option} is no option of {node['_target_']}; it has {', '.join(signature)}.")
-            check_type(f"{path}.{option}", value, signature[option])
+        check_node(path, node)
+
+
+def check_node(path: str, node: Config) -> None:
+    """Refuse options that the signature of a node's `_target_` does not have, and wrong types."""
+    signature = signature_of(node["_target_"])
+    options = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
+    for option, value in options.items():
+        if option not in signature:
+            raise UserError(f"{path}.{option} is no option of {node['_target_']}; it has {', '.join(signature)}.")
+        check_type(f"{path}.{option}", value, signature[option])
 
 
 def nodes(config: Any, path: str = "") -> Iterator[tuple[str, Config]]:
@@ -161,13 +166,22 @@ def identity(config: Config) -> Config:
 
 def fingerprint(config: Config) -> str:
     """8 hexadecimal digits of the identity."""
-    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
+    return digits(identity(config))
+
+
+def digits(value: Config) -> str:
+    """8 hexadecimal digits of plain data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def run_path(config: Config, choices: dict[str, str]) -> Path:
     """The absolute folder of the run: output_root / experiment_name / name, the name made from the choices by default."""
     parts = [choices[group] for group in ("dataset", "model", "levels", "masking", "loss")]
-    name = config["name"] or "-".join([*parts, f"s{config['seed']}", fingerprint(config)])
+    if choices["task"] == "benchmark":  # what it measures depends on where and how it computes
+        mark = digits(identity(config) | {"hardware": config["hardware"], "task": config["task"]})
+        name = "benchmark-" + (config["name"] or "-".join([*parts, mark]))
+    else:
+        name = config["name"] or "-".join([*parts, f"s{config['seed']}", fingerprint(config)])
     return Path(config["output_root"]).expanduser().absolute() / config["experiment_name"] / name
 
 

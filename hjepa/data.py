@@ -177,7 +177,7 @@ class Folders(Dataset):
         classes: names of the class folders to use, None uses all.
         max_corrupt: share of unreadable images that is tolerated (they are named, and others take their places).
         memory_limit_gb: the most memory that the decoded images of a split may take; above it they are streamed.
-        workers: processes that decode streamed images; 0 decodes in the training process, None is one per core, at most 8.
+        workers: processes that decode streamed images; 0 decodes in the training process, None is one per CPU thread, at most 8.
     """
 
     tests: tuple[str, ...] = ("test", "val")  # names of the test split; the first that is there
@@ -199,7 +199,7 @@ class Folders(Dataset):
         if memory_limit_gb < 0:
             raise UserError(f"dataset.memory_limit_gb={memory_limit_gb}: expected at least 0, which streams everything.")
         if workers is not None and workers < 0:
-            raise UserError(f"dataset.workers={workers}: expected at least 0, or null for one per core.")
+            raise UserError(f"dataset.workers={workers}: expected at least 0, or null for one per CPU thread of the run.")
         self.roots, self.weights, self.classes = [Path(root).expanduser() for root in roots], weights, classes
         self.max_corrupt, self.memory_limit_gb, self.workers = max_corrupt, memory_limit_gb, workers
         for root in self.roots:

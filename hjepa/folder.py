@@ -22,6 +22,7 @@ from hjepa.config import differences, identity
 from hjepa.errors import UserError
 
 Record = dict[str, Any]
+PREDECESSOR_SECONDS = 120.0  # a job that SLURM started again waits so long for its predecessor, which may still be dying
 UNSENT = ".unsent"  # is there while trackers may lack something of a run
 LOCK_SECONDS = 2.0  # a look at whether a folder is in use takes its lock, but never so long
 
@@ -123,6 +124,14 @@ class RunFolder:
         """The contents of summary.json; empty when there is none."""
         return read_summary(self.path)
 
+    def result(self) -> Record:
+        """The summary of the run if it is finished and not to be replaced; empty else. Refuses a run of another config."""
+        if self.config["overwrite"]:
+            return {}
+        self.refuse_other_config()
+        summary = self.summary()
+        return summary if summary.get("status") == "finished" else {}
+
     def claim(self, overwrite: bool) -> None:
         """Create the folder, lock it against a second process, and write the config; `overwrite` empties it first."""
         try:
@@ -147,7 +156,8 @@ class RunFolder:
         """Lock the folder; raises BlockingIOError when another process keeps it."""
         self.lock = (self.path / ".lock").open("w")
         os.register_at_fork(after_in_child=self.release)  # else a worker would keep it after this process is killed
-        deadline = time.monotonic() + LOCK_SECONDS
+        requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+        deadline = time.monotonic() + (PREDECESSOR_SECONDS if requeued else LOCK_SECONDS)
         while True:
             try:
                 return fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,6 @@
 """Where a run computes: device, precision, threads, compilation. The result of a run depends on `precision` alone."""
 
 import ctypes
-import os
 import sys
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal
@@ -10,6 +9,7 @@ import torch
 
 from hjepa.distributed import World
 from hjepa.errors import UserError
+from hjepa.machine import cores
 
 if TYPE_CHECKING:
     from hjepa.model import HJEPA
@@ -22,11 +22,6 @@ def available(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_available()
     return device == "cpu" or (device == "mps" and torch.backends.mps.is_available())
-
-
-def cores() -> int:
-    """CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
 def keep_memory() -> None:
@@ -45,9 +40,10 @@ class Hardware:
     Args:
         device: "auto" takes the first of cuda, mps, cpu that is there.
         precision: "auto" is bfloat16 autocast on CUDA devices that have it, float32 elsewhere.
-        threads: CPU threads of a process; None shares the cores that this process may run on among those on this machine.
+        threads: CPU threads of a process; None shares the cores that this process may run on among all processes here.
         processes: that share every batch (data parallel), None for one per GPU; see `hjepa.ranks`.
         shard: divide the model among the processes instead of giving each a copy (FSDP2), see `hjepa.spread`.
+        slots: jobs of a sweep that run on this machine at a time; see `hjepa.slots`.
         compile: compile the transformer blocks with torch.compile.
         activation_checkpointing: recompute the student's blocks in the backward pass to save memory.
     """
@@ -59,6 +55,7 @@ class Hardware:
         threads: int | None,
         processes: int | None,
         shard: bool,
+        slots: int,
         compile: bool,
         activation_checkpointing: bool,
     ) -> None:
@@ -77,7 +74,7 @@ class Hardware:
         if threads is not None and threads < 1:
             raise UserError(f"hardware.threads={threads}: expected at least 1, or null for all cores.")
         self.device, self.precision = torch.device(device), precision
-        self.threads, self.processes = threads, 1
+        self.threads, self.processes, self.slots = threads, 1, slots
         self.shard = shard
         self.compile, self.activation_checkpointing = compile, activation_checkpointing
 
@@ -86,8 +83,8 @@ class Hardware:
         if self.device.type == "cuda":
             self.device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
-        self.threads = self.threads or max(1, cores() // world.local_size)
         self.processes = world.size
+        self.threads = self.threads or max(1, cores() // (world.local_size * self.slots))
         torch.set_num_threads(self.threads)
         if self.device.type == "cpu":
             keep_memory()

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from hjepa.config import Config
 from hjepa.errors import UserError
+from hjepa.faults import told
 from hjepa.folder import RunFolder
 
 Task = Callable[[Config, Path], float | None]
@@ -103,7 +104,8 @@ def rank(number: int, task: Task, config: Config, path: Path, count: int, port: 
     logging.config.dictConfig(loggers)
     report: tuple[int, float | None] = (0, None)
     try:
-        report = (0, task(config, path))
+        with told():
+            report = (0, task(config, path))
     except UserError as error:
         reports.put(str(error))
         sys.exit(1)

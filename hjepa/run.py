@@ -13,12 +13,22 @@ from hjepa.ranks import launch
 
 def run(cfg: DictConfig) -> float | None:
     """Run the config's task; everything that can be wrong with the config is said before torch is imported."""
-    config = resolve(cfg)
-    check(config)
-    path = run_path(config, HydraConfig.get().runtime.choices)
+    config, path = prepare(cfg)
+    return perform(config, path)
+
+
+def perform(config: Config, path: Path) -> float | None:
+    """Run the task of a checked config; faults of the machine are told in one sentence."""
     with told():
         result: float | None = build(config["task"])(config, path)
     return result
+
+
+def prepare(cfg: DictConfig) -> tuple[Config, Path]:
+    """The config as plain data, checked, and the folder of the run that it names."""
+    config = resolve(cfg)
+    check(config)
+    return config, run_path(config, HydraConfig.get().runtime.choices)
 
 
 def train(config: Config, path: Path) -> float | None:
@@ -28,19 +38,16 @@ def train(config: Config, path: Path) -> float | None:
         The linear probe's accuracy (None without probes).
     """
     folder = RunFolder(path, config)
-    if not config["overwrite"]:
-        folder.refuse_other_config()
-        done = folder.summary()
-        if done.get("status") == "finished":
-            from hjepa.summary import tell
+    if done := folder.result():
+        from hjepa.summary import tell
 
-            print("This run is finished. To run it anew: overwrite=true, another name or another seed.")
-            if config["tracking"] and (path / UNSENT).exists():  # it was killed, or a server was away, at the very end
-                from hjepa.sync import send
+        print("This run is finished. To run it anew: overwrite=true, another name or another seed.")
+        if config["tracking"] and (path / UNSENT).exists():  # it was killed, or a server was away, at the very end
+            from hjepa.sync import send
 
-                send(config, path)
-            tell(done, folder.path, None)
-            return done["probe"].get("linear")
+            send(config, path)
+        tell(done, folder.path, None)
+        return done["probe"].get("linear")
     return launch(train_here, config, path)
 
 

@@ -7,14 +7,17 @@ from collections.abc import Iterator
 
 from hjepa.assemble import assemble
 from hjepa.checkpoint import Checkpoints
+from hjepa.code import git_state
 from hjepa.config import Config, build, build_or_none, fingerprint, flatten, identity
 from hjepa.errors import UserError
 from hjepa.faults import explain
 from hjepa.folder import Record, RunFolder
 from hjepa.plots import plot_curves, plot_masks
 from hjepa.rng import generator
-from hjepa.signals import Stopped
-from hjepa.summary import git_state, summarise, tell
+from hjepa.signals import StopFlag, Stopped
+from hjepa.slurm import job_tags
+from hjepa.summary import summarise, tell
+from hjepa.sweep import sweep_tag
 from hjepa.tracking import build_trackers
 from hjepa.trainer import Parts, Trainer
 from hjepa.watch import Watch, spaced
@@ -49,19 +52,19 @@ class Session:
             self.follow()
             return None
         self.folder.claim(self.config["overwrite"])
-        with self.logging(), self.outcome(), contextlib.closing(self.trainer):
+        with self.logging(), StopFlag() as stop, self.outcome(stop), contextlib.closing(self.trainer):
             self.resume()
             self.start_tracking()
             self.describe()
-            self.trainer.fit(self.watch, self.checkpoints, self.record)
+            self.trainer.fit(self.watch, self.checkpoints, self.record, stop)
         return self.watch.latest.get("linear")
 
     def follow(self) -> None:
         """Compute this process' share of a run that the main process measures and records."""
-        with contextlib.closing(self.trainer):
+        with StopFlag() as stop, contextlib.closing(self.trainer):
             self.load()
             with contextlib.suppress(Stopped):
-                self.trainer.fit(self.watch, self.checkpoints, lambda record: None)
+                self.trainer.fit(self.watch, self.checkpoints, lambda record: None, stop)
 
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
@@ -76,13 +79,18 @@ class Session:
             self.folder.release()
 
     @contextlib.contextmanager
-    def outcome(self) -> Iterator[None]:
+    def outcome(self, stop: StopFlag) -> Iterator[None]:
         """Whatever ends the run is written to summary.json and told to the tracker."""
         try:
             yield
         except (Stopped, KeyboardInterrupt) as reason:
-            self.finish("stopped", str(reason) or "interrupted", "KILLED")
-            print(f"Stopped ({reason}). The same command continues this run.", file=sys.stderr)
+            self.finish("requeued" if stop.requeue else "stopped", str(reason) or "interrupted", "KILLED")
+            print(f"Stopped ({reason}). The same command continues this run.", file=sys.stderr, flush=True)
+            try:
+                stop.leave()
+            except Exception as error:
+                self.finish("failed", f"{type(error).__name__}: {error}", "FAILED")
+                raise
             raise SystemExit(130) from None
         except BaseException as error:
             collapsed = self.watch.collapsed and isinstance(error, UserError)
@@ -121,7 +129,7 @@ class Session:
             self.folder.path,
             self.config["experiment_name"],
             {**flatten(self.config), **flatten(counts, "parameters")},
-            git_state() | {"config": fingerprint(self.config)},
+            git_state() | {"config": fingerprint(self.config)} | sweep_tag() | job_tags(),
             self.records,
         )
         self.tracker.artifact(self.folder.path / "config.yaml")

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hjepa.errors import UserError
 from hjepa.files import Files
-from hjepa.hardware import cores
 
 Batch = tuple[Tensor, dict[str, str]]  # images uint8 [B, 3, S, S]; unreadable files and why
 
@@ -88,7 +87,7 @@ class Stream:
             Batches(self.files),
             batch_size=None,
             sampler=Steps(self.indices, step, self.end),
-            num_workers=min(8, cores()) if self.files.workers is None else self.files.workers,
+            num_workers=min(8, torch.get_num_threads()) if self.files.workers is None else self.files.workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=leave_signals,
             generator=torch.Generator(),  # else the loader would draw from the global one

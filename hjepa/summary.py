@@ -1,33 +1,14 @@
 """The end of a run: summary.json for machines, a few plain sentences for people."""
 
-import subprocess
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hjepa.code import git_state
 from hjepa.config import Config
 from hjepa.trainer import Parts, Trainer
 from hjepa.watch import Watch
 
 PROBES = {"linear": "linear probe", "knn": "k-NN"}
-
-
-@cache
-def git_state() -> dict[str, str]:
-    """Commit of the code and whether it has uncommitted changes; empty outside a git checkout."""
-
-    def git(*command: str) -> str:
-        return subprocess.run(
-            ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "dirty": str(bool(git("status", "--porcelain", "--untracked-files=no"))),
-        }
-    except (OSError, subprocess.CalledProcessError):
-        return {}
 
 
 def summarise(

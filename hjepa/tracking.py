@@ -16,7 +16,7 @@ from hjepa.folder import Record
 
 log = logging.getLogger(__name__)
 # What a tracker calls the end of a run whose summary.json has this status; without one it was killed.
-ENDS = {"finished": "FINISHED", "collapsed": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+ENDS = {"finished": "FINISHED", "collapsed": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "requeued": "KILLED"}
 
 
 class Tracker:

@@ -174,8 +174,8 @@ class Trainer:
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
-    def fit(self, watch: Watch, checkpoints: Checkpoints, record: Callable[[dict[str, Any]], None]) -> None:
-        """Train from where the state is to the last step, measuring, recording and saving on the way.
+    def fit(self, watch: Watch, checkpoints: Checkpoints, record: Callable[[dict[str, Any]], None], stop: StopFlag) -> None:
+        """Train from where the state is to the last step or `stop`, measuring, recording and saving on the way.
 
         Raises:
             Stopped: the process was asked to stop; the state is saved.
@@ -186,7 +186,7 @@ class Trainer:
             self.save(watch, checkpoints)
         self.model.train()
         vote, quiet = Vote(self.world), None if self.world.main else True
-        with StopFlag() as stop, tqdm(total=self.steps, initial=self.done, unit="step", disable=quiet) as bar:
+        with tqdm(total=self.steps, initial=self.done, unit="step", disable=quiet) as bar:
             interval = self.seconds
             while self.done < self.steps:
                 began = time.perf_counter()
@@ -199,13 +199,14 @@ class Trainer:
                 if logging_now:
                     self.report(losses, self.seconds - interval, record, bar)
                     interval = self.seconds
-                stopping, due = vote(bool(stop), checkpoints.due())
+                stopping, requeue, due = vote(bool(stop), stop.requeue, checkpoints.due())
                 if self.done in self.plan.ends:
                     self.end_epoch(watch, checkpoints, record)
                 elif stopping or due:
                     self.save(watch, checkpoints)
                     vote.settle()
                 if stopping and self.done < self.steps:
+                    stop.agree(requeue)
                     raise Stopped(f"stopped by signal {stop.number} at step {self.done} of {self.steps}")
             vote.settle()
 

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.cluster import cluster
+
+__all__ = ["cluster"]  # a fixture of the whole session
+
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["HJEPA_ROOT"] = str(ROOT)
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

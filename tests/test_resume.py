@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -69,25 +70,25 @@ def test_sigkill_and_the_same_command_give_the_same_bits(tmp_path: Path, accumul
     assert all(torch.equal(a[k], b[k]) for k in a), "bit-identical weights"
     assert metrics(whole / "e" / "r") == metrics(killed / "e" / "r"), "no step repeated, missing or different"
     if tracking == "mlflow":
-        check_mlflow(killed)
+        check_mlflow(killed, ["r"])
 
 
-def check_mlflow(root: Path) -> None:
-    """One finished run, each metric once per step of metrics.jsonl."""
+def check_mlflow(root: Path, names: Sequence[str]) -> None:
+    """One finished run for each name, each metric once per step of metrics.jsonl."""
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("e").experiment_id])
-    assert [r.info.status for r in runs] == ["FINISHED"]
-    records = [json.loads(line) for line in (root / "e" / "r" / "metrics.jsonl").read_text().splitlines()]
-    for key in {k for r in records for k in r} - {"step"}:
-        tracked = sorted(m.step for m in client.get_metric_history(runs[0].info.run_id, key))
-        assert tracked == [r["step"] for r in records if key in r], key
-    assert runs[0].data.params["model.patch_size"] == "4"
-    files = {f.path for f in client.list_artifacts(runs[0].info.run_id)} | {
-        f.path for f in client.list_artifacts(runs[0].info.run_id, "plots")
-    }
-    assert {"config.yaml", "summary.json", "plots/curves.png", "plots/masks.png"} <= files
+    assert sorted(run.info.run_name for run in runs) == sorted(names)
+    for run in runs:
+        assert run.info.status == "FINISHED"
+        records = [json.loads(line) for line in (root / "e" / run.info.run_name / "metrics.jsonl").read_text().splitlines()]
+        for key in {k for r in records for k in r} - {"step"}:
+            tracked = sorted(m.step for m in client.get_metric_history(run.info.run_id, key))
+            assert tracked == [r["step"] for r in records if key in r], key
+        assert run.data.params["model.patch_size"] == "4"
+        files = {f.path for folder in (None, "plots") for f in client.list_artifacts(run.info.run_id, folder)}
+        assert {"config.yaml", "summary.json", "plots/curves.png", "plots/masks.png"} <= files
 
 
 def test_sigterm_saves_ends_as_stopped_and_continues(tmp_path: Path) -> None:

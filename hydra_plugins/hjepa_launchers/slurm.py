@@ -1,0 +1,24 @@
+"""`hydra/launcher=slurm`, chosen by hardware=slurm_*. Hydra imports this at every start: keep it light."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+
+class SlurmLauncher(Launcher):
+    """See `hjepa.slurm`; the options are those of `hjepa.slurm.Cluster`."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = OmegaConf.to_container(OmegaConf.create(options), resolve=True)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from hjepa.slurm import launch
+
+        return launch(self.options, self.context.config_loader, self.config, job_overrides, initial_job_idx)

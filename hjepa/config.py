@@ -93,7 +93,8 @@ def targets() -> frozenset[str]:
     somebody else's, say), and a list of allowed packages would let it call everything in them.
     """
     folder = Path(__file__).resolve().parents[1] / "conf"
-    return frozenset(target for file in folder.rglob("*.yaml") for target in TARGET.findall(file.read_text()))
+    files = (file for file in folder.rglob("*.yaml") if folder / "hydra" not in file.parents)  # Hydra's own are not in a run's
+    return frozenset(target for file in files for target in TARGET.findall(file.read_text()))
 
 
 def refuse_foreign(config: Any) -> None:

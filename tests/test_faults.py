@@ -52,8 +52,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> 
     ended = False
     while killed < KILLS or not ended:  # the last run is left to end
         folder = tmp_path / "default" / f"killed{run}"
+        began = time.monotonic()
         process = begin(run_config, [*command, f"name={folder.name}"], said)
-        process.join(moments.uniform(0, 0.7 * seconds) if killed < KILLS else 300)
+        process.join(moments.uniform(0, 0.8 * seconds) if killed < KILLS else 300)
         process.kill()
         process.join()
         for checkpoint in (folder / "checkpoints").glob("*.pt"):
@@ -62,10 +63,11 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> 
         ended = process.exitcode == 0
         killed += not ended
         if ended:
+            seconds = min(seconds, time.monotonic() - began)  # the first one also creates the database
             check_same(tmp_path / "default" / "whole", folder)
             check_complete(client(tmp_path), folder)
             run += 1
-    print(f"{killed} kills of {run} runs that take {seconds:.1f} s undisturbed")
+    print(f"{killed} kills of {run} runs that take at most {seconds:.1f} s undisturbed")
 
 
 # -- no space ----------------------------------------------------------------------------------------------------------

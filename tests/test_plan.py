@@ -57,7 +57,7 @@ def test_batches_grow_linearly_and_the_rate_with_them() -> None:
     [
         ({"batch_start": 4}, "train.batch_start=4 and train.batch_warmup=0 go together"),
         ({"batch_start": 50, "batch_warmup": 2}, "train.batch_start=50"),
-        ({"parts": 3}, "train.accumulate=3 does not divide"),
+        ({"parts": 3}, "cannot be cut into 3 equal parts"),
         ({"length": 3}, "set one to at least 1"),
     ],
 )

@@ -169,7 +169,7 @@ def test_nan_stops_the_run_with_the_batch_and_a_good_checkpoint(run, tmp_path, m
     ("override", "word"),
     [
         ("train.batch_size=5000", "train.batch_size=5000: expected 1 to 220"),
-        ("train.accumulate=5", "train.accumulate=5 does not divide"),
+        ("train.accumulate=5", "cannot be cut into 5 equal parts"),
         ("train.steps=4", "set one to at least 1, the other to null"),
         ("train.epochs=0", "set one to at least 1"),
         ("train.log_every=0", "log_every=0"),

@@ -1,14 +1,15 @@
 """The parts of a run, instantiated from the config groups in the order in which they need one another."""
 
 from hjepa.config import Config, build, build_or_none
-from hjepa.data import Dataset
-from hjepa.distributed import join
+from hjepa.data.dataset import Dataset
 from hjepa.errors import UserError
 from hjepa.hardware import Hardware
 from hjepa.losses import Objective
+from hjepa.masks import Sampler
 from hjepa.model import HJEPA
+from hjepa.processes.distributed import join
+from hjepa.processes.spread import Copies, Shards
 from hjepa.rng import seed_global
-from hjepa.spread import Copies, Shards
 from hjepa.stacked import StackedSampler
 from hjepa.teacher import Teacher
 from hjepa.trainer import Parts
@@ -22,14 +23,7 @@ def assemble(config: Config) -> Parts:
     hardware.prepare(world)
     dataset: Dataset = build(config["dataset"])
     refuse_pointless(config, dataset)
-    seed_global(config["seed"], "init")
-    levels = build(config["levels"])
-    projector = build_or_none(config["projector"])
-    objective = Objective(build(config["loss"]), build_or_none(config["regularizer"]))
-    model: HJEPA = build(config["model"], levels=levels, projector=projector, read=objective.read)
-    sampler = build(config["masking"], grid=model.grid, pools=levels.pool)
-    if model.upper:
-        sampler = StackedSampler(sampler, model.upper.stages())
+    model, sampler, objective = build_model(config)
     if config["init_from"]:
         load_model(model, config["init_from"])
     teacher: Teacher = build(config["teacher"])
@@ -50,6 +44,19 @@ def assemble(config: Config) -> Parts:
         optimizer=build(config["optimizer"], model=model),
         schedule=build(config["schedule"]),
     )
+
+
+def build_model(config: Config) -> tuple[HJEPA, Sampler, Objective]:
+    """The model as the seed initialises it, on the CPU, with the sampler of its masks and its objective."""
+    seed_global(config["seed"], "init")
+    levels = build(config["levels"])
+    projector = build_or_none(config["projector"])
+    objective = Objective(build(config["loss"]), build_or_none(config["regularizer"]))
+    model: HJEPA = build(config["model"], levels=levels, projector=projector, read=objective.read)
+    sampler = build(config["masking"], grid=model.grid, pools=levels.pool)
+    if model.upper:
+        sampler = StackedSampler(sampler, model.upper.stages())
+    return model, sampler, objective
 
 
 def refuse_pointless(config: Config, dataset: Dataset) -> None:

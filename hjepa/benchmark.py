@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hjepa.assemble import assemble
 from hjepa.config import Config, build
-from hjepa.distributed import leave
 from hjepa.errors import UserError
 from hjepa.folder import RunFolder
 from hjepa.origin import git_state
-from hjepa.ranks import launch
+from hjepa.processes.distributed import leave
+from hjepa.processes.ranks import launch
 from hjepa.trainer import Parts, Trainer
 
 MATMUL = 2048  # side of the product that measures the machine's speed

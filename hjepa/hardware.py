@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from hjepa.distributed import World
 from hjepa.errors import UserError
 from hjepa.machine import cores
+from hjepa.processes.distributed import World
 
 if TYPE_CHECKING:
     from hjepa.model import HJEPA
@@ -41,9 +41,9 @@ class Hardware:
         device: "auto" takes the first of cuda, mps, cpu that is there.
         precision: "auto" is bfloat16 autocast on CUDA devices that have it, float32 elsewhere.
         threads: CPU threads of a process; None shares the cores that this process may run on among all processes here.
-        processes: that share every batch (data parallel), None for one per GPU; see `hjepa.ranks`.
-        shard: divide the model among the processes instead of giving each a copy (FSDP2), see `hjepa.spread`.
-        slots: jobs of a sweep that run on this machine at a time; see `hjepa.slots`.
+        processes: that share every batch (data parallel), None for one per GPU; see `hjepa.processes.ranks`.
+        shard: divide the model among the processes instead of giving each a copy (FSDP2), see `hjepa.processes.spread`.
+        slots: jobs of a sweep that run on this machine at a time; see `hjepa.sweep.slots`.
         compile: compile the transformer blocks with torch.compile.
         activation_checkpointing: recompute the student's blocks in the backward pass to save memory.
     """

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hjepa.distributed import World
+from hjepa.processes.distributed import World
 
 Terms = dict[str, Tensor]
 

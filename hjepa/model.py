@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hjepa.distributed import gather
 from hjepa.encoder import Encoder
 from hjepa.fusion import Fusion
 from hjepa.levels import Levels
 from hjepa.masks import Masks
 from hjepa.predictor import Predictor
+from hjepa.processes.distributed import gather
 from hjepa.stacked import Upper
 from hjepa.weights import load_encoder
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hjepa.collapse import effective_rank
-from hjepa.data import Split
+from hjepa.data.dataset import Split
 from hjepa.encoder import Encoder
 from hjepa.errors import UserError
 from hjepa.rng import generator

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hjepa.distributed import shared
 from hjepa.errors import UserError
+from hjepa.processes.distributed import shared
 
 if TYPE_CHECKING:
     from hjepa.model import Output

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from hjepa.config import Config, build, check, resolve, run_path
 from hjepa.faults import told
 from hjepa.folder import UNSENT, RunFolder
-from hjepa.ranks import launch
+from hjepa.processes.ranks import launch
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -43,7 +43,7 @@ def train(config: Config, path: Path) -> float | None:
 
         print("This run is finished. To run it anew: overwrite=true, another name or another seed.")
         if config["tracking"] and (path / UNSENT).exists():  # it was killed, or a server was away, at the very end
-            from hjepa.sync import send
+            from hjepa.tracking.sync import send
 
             send(config, path)
         tell(done, folder.path, None)
@@ -53,7 +53,7 @@ def train(config: Config, path: Path) -> float | None:
 
 def train_here(config: Config, path: Path) -> float | None:
     """Train in this process, alone or as one of several."""
-    from hjepa.distributed import leave
+    from hjepa.processes.distributed import leave
     from hjepa.session import Session
 
     try:

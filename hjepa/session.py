@@ -16,7 +16,7 @@ from hjepa.plots import plot_curves, plot_masks
 from hjepa.rng import generator
 from hjepa.signals import StopFlag, Stopped
 from hjepa.summary import summarise, tell
-from hjepa.tracking import build_trackers
+from hjepa.tracking.trackers import build_trackers
 from hjepa.trainer import Parts, Trainer
 from hjepa.watch import Watch, spaced
 

@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from hjepa.checkpoint import Checkpoints, State
-from hjepa.data import Dataset
-from hjepa.distributed import Vote, World
+from hjepa.data.dataset import Dataset
+from hjepa.data.files import Files
+from hjepa.data.stream import Stream
 from hjepa.errors import UserError
-from hjepa.files import Files
 from hjepa.hardware import Hardware
 from hjepa.losses import Objective
 from hjepa.masks import Masks, Sampler
@@ -30,11 +30,11 @@ from hjepa.meter import Meter
 from hjepa.model import HJEPA
 from hjepa.optim import refuse_unknown_parts, set_rates
 from hjepa.plan import Plan
+from hjepa.processes.distributed import Vote, World
+from hjepa.processes.spread import Copies, whole
 from hjepa.rng import generator, seed_global
 from hjepa.schedules import Rates
 from hjepa.signals import StopFlag, Stopped
-from hjepa.spread import Copies, whole
-from hjepa.stream import Stream
 from hjepa.teacher import Teacher
 from hjepa.watch import Watch
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hjepa.collapse import spread, verdict
-from hjepa.data import Dataset, Split
+from hjepa.data.dataset import Dataset, Split
 from hjepa.hardware import Hardware
 from hjepa.losses import PredictionLoss
 from hjepa.masks import Sampler

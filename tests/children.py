@@ -11,7 +11,7 @@ from typing import Any
 from hjepa.errors import UserError
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["hjepa.session", "hjepa.track_mlflow", "mlflow", "tests.conftest"])
+server.set_forkserver_preload(["hjepa.session", "hjepa.tracking.mlflow", "mlflow", "tests.conftest"])
 
 
 def begin(target: Any, *args: Any) -> ForkServerProcess:

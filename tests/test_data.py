@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from hjepa.augment import Augment
-from hjepa.data import ImageFolder, ImageNet, Mixture, Shapes, Torchvision, stratified
+from hjepa.data.augment import Augment
+from hjepa.data.dataset import ImageFolder, ImageNet, Mixture, Shapes, Torchvision, stratified
 from hjepa.errors import UserError
 
 COMMON = {

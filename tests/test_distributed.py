@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import start_processes
 
-from hjepa.distributed import World
-from hjepa.ranks import free_port
+from hjepa.processes.distributed import World
+from hjepa.processes.ranks import free_port
 from tests.conftest import ROOT, TINY, launch, trainer
 
 STEPS = 3

@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from hjepa.collapse import effective_rank, spread, verdict
-from hjepa.data import Split
+from hjepa.data.dataset import Split
 from hjepa.errors import UserError
 from hjepa.losses import MSE
 from hjepa.probes import Probe, accuracy, knn, logistic, standardise, subset

@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from hjepa import shapes
+from hjepa.data import shapes
 from hjepa.errors import UserError
 
 LABELS = ("whole", "part")

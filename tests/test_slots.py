@@ -16,7 +16,7 @@ import pytest
 
 from hjepa.errors import UserError
 from hjepa.machine import cores
-from hjepa.slots import shares
+from hjepa.sweep.slots import shares
 from tests.conftest import ROOT, TINY, launch
 
 SLOTS = f"hardware.slots={min(2, cores())}"

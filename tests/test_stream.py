@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hjepa import files as files_module
-from hjepa.data import Split
+from hjepa.data import files as files_module
+from hjepa.data.dataset import Split
 from hjepa.errors import UserError
 from hjepa.probes import subset
 from tests.conftest import ROOT, compose, tiny, trainer

@@ -10,11 +10,11 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 
 from hjepa.errors import UserError
-from hjepa.jobs import Job
 from hjepa.machine import cores
 from hjepa.run import prepare, run
-from hjepa.sweep import Sweep
-from hjepa.sweep_table import groups, table, varied
+from hjepa.sweep.jobs import Job
+from hjepa.sweep.sweep import Sweep
+from hjepa.sweep.table import groups, table, varied
 from tests.conftest import ROOT, TINY, compose, launch
 
 READY = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml"))

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from hjepa.distributed import World
 from hjepa.errors import UserError
 from hjepa.meter import Meter
+from hjepa.processes.distributed import World
 from hjepa.schedules import WSD, Constant, Cosine, Linear
 from tests.conftest import assemble, plan, trainer
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from hjepa.colour import Blur, Grayscale, Jitter, Solarize
+from hjepa.data.colour import Blur, Grayscale, Jitter, Solarize
 from hjepa.errors import UserError
 
 BOX = 5  # numbers that a crop and flip take

@@ -31,12 +31,12 @@ from omegaconf import DictConfig
 
 from hjepa.config import Config, nodes
 from hjepa.errors import UserError
-from hjepa.jobs import Job
 from hjepa.machine import cores, gpus
 from hjepa.run import perform
 from hjepa.signals import StopFlag
-from hjepa.sweep import Sweep, plan_jobs
-from hjepa.sweep_table import default_metric, figure, lookup, naming
+from hjepa.sweep.jobs import Job
+from hjepa.sweep.sweep import Sweep, plan_jobs
+from hjepa.sweep.table import default_metric, figure, lookup, naming
 
 log = logging.getLogger(__name__)
 STOPPED = 128 + signal.SIGINT  # exit status of a run that was asked to stop and saved

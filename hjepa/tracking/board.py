@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hjepa.folder import Record
-from hjepa.tracking import Tracker, require
+from hjepa.tracking.trackers import Tracker, require
 
 
 class TensorBoard(Tracker):

@@ -8,7 +8,7 @@ from pathlib import Path
 from hjepa.config import Config, fingerprint, flatten
 from hjepa.errors import UserError
 from hjepa.folder import UNSENT, read_config, read_records, read_summary, unheld
-from hjepa.tracking import ENDS, build_trackers
+from hjepa.tracking.trackers import ENDS, build_trackers
 
 
 def sync(config: Config, path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hjepa.folder import read_summary, unheld
-from hjepa.tracking import ENDS
+from hjepa.tracking.trackers import ENDS
 
 BOOT, MOUNTS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/mounts")
 SHARED = {"nfs", "nfs4", "ceph", "gpfs", "lustre"}  # their locks reach across machines, unless an option says otherwise

@@ -23,11 +23,11 @@ from submitit.helpers import DelayedSubmission
 
 from hjepa.config import Config, check_node
 from hjepa.errors import UserError
-from hjepa.jobs import Job
 from hjepa.origin import SUBMITTED, git_state
-from hjepa.queue import Queue, accounting
 from hjepa.run import perform
-from hjepa.sweep import Sweep, plan_jobs
+from hjepa.sweep.jobs import Job
+from hjepa.sweep.queue import Queue, accounting
+from hjepa.sweep.sweep import Sweep, plan_jobs
 
 log = logging.getLogger(__name__)
 LOGS = "slurm"  # in the sweep folder
@@ -159,7 +159,7 @@ def launch(
 
 def submit(jobs: list[Job], executor: submitit.SlurmExecutor, master: DictConfig) -> None:
     """Submit jobs, as an array if there are several; each learns its id and its log."""
-    root = str(Path(__file__).resolve().parents[1])  # a job imports this code, wherever it was submitted from
+    root = str(Path(__file__).resolve().parents[2])  # a job imports this code, wherever it was submitted from
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     tasks = []
     for job in jobs:

@@ -18,11 +18,11 @@ from torch import Generator, Tensor
 from torchvision import datasets
 from torchvision.transforms import functional as TF
 
-from hjepa.augment import Augment, Draws
+from hjepa.data.augment import Augment, Draws
+from hjepa.data.files import Corrupt, Files, Listing, list_images
+from hjepa.data.shapes import generate
 from hjepa.errors import UserError
-from hjepa.files import Corrupt, Files, Listing, list_images
 from hjepa.rng import generator
-from hjepa.shapes import generate
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ def stratified(labels: Tensor, share: float) -> Tensor:
 
 
 class Shapes(Dataset):
-    """The embedded procedural dataset (see `hjepa.shapes`): labels `part` (kind of shape) and `whole` (arrangement).
+    """The embedded procedural dataset (see `hjepa.data.shapes`): labels `part` (kind of shape) and `whole` (arrangement).
 
     Args:
         train, test: numbers of images; data_seed: what they are drawn from.

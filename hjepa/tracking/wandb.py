@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hjepa.folder import Record, write_whole
-from hjepa.tracking import Tracker, require
+from hjepa.tracking.trackers import Tracker, require
 
 
 class Wandb(Tracker):

@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
-from hjepa.distributed import World
 from hjepa.errors import UserError
 from hjepa.model import HJEPA
+from hjepa.processes.distributed import World
 
 State = dict[str, Any]
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)

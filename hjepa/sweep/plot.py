@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from hjepa.jobs import Job
-from hjepa.sweep_table import Groups, groups, spread
+from hjepa.sweep.jobs import Job
+from hjepa.sweep.table import Groups, groups, spread
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart; the markers repeat the difference.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

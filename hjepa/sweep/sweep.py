@@ -23,11 +23,11 @@ from omegaconf import DictConfig, OmegaConf
 from hjepa.config import Config, flatten
 from hjepa.errors import UserError
 from hjepa.folder import RunFolder, read_config, refuse_unwritable
-from hjepa.jobs import Job
 from hjepa.origin import SWEEP
 from hjepa.run import prepare
-from hjepa.sweep_table import default_metric, groups, lookup, results, table
-from hjepa.tracking import build_trackers
+from hjepa.sweep.jobs import Job
+from hjepa.sweep.table import default_metric, groups, lookup, results, table
+from hjepa.tracking.trackers import build_trackers
 
 KEPT = ("number", "overrides", "folder", "log", "state", "reason", "slurm_id")
 
@@ -129,7 +129,7 @@ class Sweep:
         files = [self.folder / "table.txt"]
         files[0].write_text(text + "\n")
         if groups(jobs, metric)[1]:
-            from hjepa.sweep_plot import plot
+            from hjepa.sweep.plot import plot
 
             files.append(self.folder / "sweep.png")
             plot(jobs, metric, self.folder.name, files[1])

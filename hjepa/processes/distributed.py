@@ -2,7 +2,7 @@
 
 Every draw of a step is made for the whole batch in every process, each then computes its own images, and statistics over the
 batch are taken over all processes: N processes with B / N images each are one process with B, up to rounding. The main
-process, rank 0, alone measures and writes. `hjepa.ranks` says where the processes come from.
+process, rank 0, alone measures and writes. `hjepa.processes.ranks` says where the processes come from.
 """
 
 import logging

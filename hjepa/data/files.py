@@ -65,7 +65,7 @@ class Files:
         paths: bytes [N] (workers would copy strings, by counting the references to them); labels: int64 [N], -1 where unknown.
         size: side of the decoded images in pixels.
         corrupt: shared by the parts of a split.
-        workers: see `hjepa.stream.Stream`.
+        workers: see `hjepa.data.stream.Stream`.
     """
 
     def __init__(self, paths: np.ndarray, labels: Tensor, size: int, corrupt: Corrupt, workers: int | None) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 
 from hjepa.faults import first_line
 from hjepa.folder import Record, read_records, write_whole
-from hjepa.stale import close_dead_runs, end_run, machine
-from hjepa.tracking import Tracker, require
+from hjepa.tracking.stale import close_dead_runs, end_run, machine
+from hjepa.tracking.trackers import Tracker, require
 
 log = logging.getLogger(__name__)
 BATCH = 500  # metrics per request; MLflow allows 1000

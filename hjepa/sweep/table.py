@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from hjepa.jobs import Job
+from hjepa.sweep.jobs import Job
 
 RESULTS = {  # column -> dotted key of summary.json
     "linear": "probe.linear",

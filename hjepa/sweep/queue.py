@@ -9,7 +9,7 @@ from typing import Any
 
 from submitit.core.utils import JobPaths, pickle_load
 
-from hjepa.jobs import Job
+from hjepa.sweep.jobs import Job
 
 log = logging.getLogger(__name__)
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "UNKNOWN")

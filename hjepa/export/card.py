@@ -15,7 +15,7 @@ model = timm.create_model(
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
 
-`model(images)` is the mean patch token [B, {dim}]; `model.forward_features(images)` are all tokens [B, {count}, {dim}]{summary}.
+`model(images)` is the mean patch token [B, {dim}]; `model.forward_features(images)` are all tokens [B, {count}, {dim}]{first}.
 """
 OTHERS = {
     "onnx": """## ONNX
@@ -52,27 +52,26 @@ def card(summary: dict[str, Any], preprocess: dict[str, Any], folder: Path) -> s
     Args:
         summary: of the export; preprocess: what is in preprocess.json; folder: with timm.json, if it was exported.
     """
-    size, (extra, patches) = preprocess["image_size"], summary["tokens"]
+    size, (extra, patches) = preprocess["image_size"], summary["tokens"].values()
     dim = summary["feature_dim"] // (2 if extra else 1)
+    mean, first = (", then the mean summary token", f", the {extra} summary tokens first") if extra else ("", "")
     parts = [
         f"# The encoder of {summary['run']}\n\n"
         f"From its checkpoint {summary['checkpoint']} (step {summary['step']}, sha256 {summary['checkpoint_hash']}...). It takes "
         f"RGB images float32 [B, 3, {size}, {size}], B as you like: shorter side resized to {size} (bilinear, antialiased), "
         f"centre crop, pixels in [0, 1], minus mean {preprocess['mean']}, divided by std {preprocess['std']} "
         "(also in `preprocess.json`).\n\n"
-        f"It gives `features` [B, {summary['feature_dim']}] (the mean patch token{', then the mean summary token' if extra else ''}) "
-        f"and `tokens` [B, {extra + patches}, {dim}]{f', the {extra} summary tokens first' if extra else ''}. "
-        "Paths below are relative to this folder.\n"
+        f"It gives `features` [B, {summary['feature_dim']}] (the mean patch token{mean}) and `tokens` "
+        f"[B, {extra + patches}, {dim}]{first}. Paths below are relative to this folder.\n"
     ]
     for name, far in summary["difference"].items():
-        if name == "timm":
-            call = json.loads((folder / "timm.json").read_text())
-            arguments = "\n    ".join(f"{key}={value!r}," for key, value in call.items())
-            told = f", the {extra} summary tokens (timm's registers) first" if extra else ""
-            text = TIMM.format(arguments=arguments, dim=dim, count=extra + patches, summary=told)
-        else:
-            text = OTHERS[name]
-        parts.append(
-            f"{text}\nDiffers from the run's own outputs by {far:.1e} of their largest value ({summary['compared_on']}).\n"
-        )
+        text = timm_text(folder, dim, extra + patches, first) if name == "timm" else OTHERS[name]
+        parts.append(f"{text}\nDiffers from the run's own outputs by {far:.1e} of the largest ({summary['compared_on']}).\n")
     return "\n".join(parts)
+
+
+def timm_text(folder: Path, dim: int, count: int, first: str) -> str:
+    """How to make timm's model, by the very call of timm.json."""
+    call = json.loads((folder / "timm.json").read_text())
+    arguments = "\n    ".join(f"{key}={value!r}," for key, value in call.items())
+    return TIMM.format(arguments=arguments, dim=dim, count=count, first=first)

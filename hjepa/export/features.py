@@ -104,6 +104,5 @@ def write(run: Opened, files: Files, folder: Path, batch_size: int, add: Add, st
             add(kept, features[readable])
             bar.update(len(batch))
             if stop:
-                raise UserError(
-                    f"Interrupted after {bar.n} of {len(files)} images: nothing is written; the same command starts anew."
-                )
+                done = f"{int(batch[-1]) + 1} of {len(files)} images"
+                raise UserError(f"Interrupted after {done}: nothing is written; the same command starts anew.")

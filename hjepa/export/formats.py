@@ -57,7 +57,7 @@ class Timm(Format):
 
     def write(self, run: Opened, images: Tensor, folder: Path) -> None:
         (folder / "encoder.safetensors").write_bytes(
-            save({name: value.contiguous() for name, value in run.encoder.state_dict().items()})
+            save({name: value.contiguous() for name, value in run.encoder.state_dict().items()}, {"format": "pt"})
         )
         (folder / "timm.json").write_text(json.dumps(timm_call(run), indent=2) + "\n")
 

@@ -21,7 +21,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = "osD^vPX"
 MAP = matplotlib.colormaps["viridis"].with_extremes(bad="0.85")  # grey where there is no value
 DPI = 130
-CELL, GAP, LABEL, LINE, BAR = 150, 6, 16, 18, 190  # pixels: an image about so large, space, and room for text and a colour bar
+CELL, GAP, LABEL, LINE, BAR = 150, 6, 16, 18, 100  # pixels: an image about so large, space, and room for text and a colour bar
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def gallery(rows: Sequence[Sequence[Cell | None]], columns: Sequence[str], title
         (2 + max(column.count("\n") + 1 for column in columns)) * LINE,
         LINE * (1 + note.count("\n") if note else 0) + GAP,
     )
-    width = max(len(columns) * (cell + GAP) + GAP, 9 * max(map(len, [title, *note.split("\n")]))) + BAR * bool(scales)
+    right = len(columns) * (cell + GAP) + GAP
+    width = max(right + BAR * bool(scales), 12 * len(title), 9 * max(map(len, note.split("\n"))))
     height = head + len(rows) * (cell + GAP) + foot
     figure = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     figure.text(GAP / width, 1 - GAP / height, title, fontsize=10, fontweight="bold", va="top")
@@ -70,7 +71,7 @@ def gallery(rows: Sequence[Sequence[Cell | None]], columns: Sequence[str], title
     for k, scale in enumerate(scales):
         tall = (height - head - foot) / len(scales)
         bottom = foot + (len(scales) - 1 - k) * tall + 0.08 * tall
-        color_bar(figure, scale, ((width - BAR + 2 * GAP) / width, bottom / height, LABEL / width, 0.84 * tall / height))
+        color_bar(figure, scale, ((right + 2 * GAP) / width, bottom / height, LABEL / width, 0.84 * tall / height))
     save(figure, path)
 
 

@@ -9,7 +9,7 @@ from hjepa.data.dataset import unit
 from hjepa.look.canvas import COLORS, Cell, gallery
 from hjepa.look.scene import KINDS, Scene
 
-NEAREST = 5
+NEAREST = 4
 
 
 def draw_neighbours(scene: Scene) -> list[Path]:

@@ -45,7 +45,7 @@ def trained(tmp_path_factory) -> Path:
     more += "detach: true, upper: null, predictor: {_target_: hjepa.predictor.Predictor, _partial_: true, dim: 32, depth: 1, "
     more += "heads: 2}, masking: {_target_: hjepa.masks.Block, _partial_: true, context_scale: [0.3, 0.5], "
     more += "context_aspect: [0.75, 1.5], contexts: 1}}"
-    return train(tmp_path_factory.mktemp("v"), "r", "levels=depth_summary", more)
+    return train(tmp_path_factory.mktemp("v"), "r", "levels=depth_summary", "dataset.validation=0.4", more)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def scene(trained: Path, tmp_path_factory) -> Scene:
 
 
 def test_all_pictures_of_a_run_with_every_kind_of_level(trained: Path) -> None:
-    visualize(trained)
+    visualize(trained, "task.searched=80")  # several forward passes
     summary = json.loads((trained / "visualize" / "summary.json").read_text())
     layers = {"block2", "block1", "stacked1"}
     expected = {"curves", "masks", "predictions", "pca", "scatter"}

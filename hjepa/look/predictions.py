@@ -57,9 +57,10 @@ def draw_predictions(scene: Scene) -> list[Path]:
     scale = Scale("cosine of prediction and target", min(0.0, *(g.cosine.min().item() for g in shown[0].values())), 1.0)
     columns, bottom = ["image", "context"], [None, None]
     for name in shown[0]:
-        cosine, constant = (torch.cat([getattr(part[name], key) for part in parts]).mean() for key in ("cosine", "constant"))
+        guesses = [part[name] for part in parts]  # batches differ in how many cells their masks have
+        cosine, constant = (torch.cat([getattr(g, key).flatten() for g in guesses]).mean() for key in ("cosine", "constant"))
         columns.append(f"{name}\n{cosine:.2f} on average\n(constant {constant:.2f})")
-        mean = torch.cat([part[name].grid(None) for part in parts]).nanmean(0)
+        mean = torch.cat([g.grid(None) for g in guesses]).nanmean(0)
         bottom.append(Cell(mean, scale))  # type: ignore[arg-type]
     images, grids = scene.images, [guessed.grid(0) for guessed in shown[0].values()]
     context, side = shown[1].context[:, 0], scene.run.model.grid

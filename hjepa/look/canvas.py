@@ -55,7 +55,7 @@ def gallery(rows: Sequence[Sequence[Cell | None]], columns: Sequence[str], title
         LINE * (1 + note.count("\n") if note else 0) + GAP,
     )
     right = len(columns) * (cell + GAP) + GAP
-    width = max(right + BAR * bool(scales), 12 * len(title), 9 * max(map(len, note.split("\n"))))
+    width = max(right + BAR * bool(scales), 10.5 * len(title), 8.5 * max(map(len, note.split("\n"))))
     height = head + len(rows) * (cell + GAP) + foot
     figure = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     figure.text(GAP / width, 1 - GAP / height, title, fontsize=10, fontweight="bold", va="top")

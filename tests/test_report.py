@@ -125,7 +125,7 @@ def test_a_sweep_in_a_browser(trained: Path, browser: Any, tmp_path: Path) -> No
     assert "<i>0</i>" in text, "shown, not obeyed"
     assert "30.0%" in text, "the mean of a"
     assert "14.1%" in text, "its deviation"
-    assert browser.execute_script("return document.images.length") == 3, "the plot, and curves and masks of one run"
+    assert browser.execute_script("return document.images.length") == 2, "the plot, and the curves of one run"
 
 
 def test_what_a_folder_holds_is_shown_and_never_obeyed(trained: Path, browser: Any, tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ class Gain(NamedTuple):
     @property
     def words(self) -> str:
         """The difference in words."""
-        points = 100 * (self.score - self.untrained)
-        return f"{abs(points):.1f} points {'better' if points >= 0 else 'WORSE'}"
+        points = round(100 * (self.score - self.untrained), 1)
+        return f"{abs(points):.1f} points {'better' if points > 0 else 'WORSE'}" if points else "no better"
 
 
 def gains(summary: dict[str, Any]) -> list[Gain]:

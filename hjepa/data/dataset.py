@@ -87,6 +87,11 @@ class Dataset(ABC):
         """What the classes of a label are called, by index; empty where they have no names."""
         return []
 
+    def sample(self, count: int) -> Tensor:
+        """At most `count` training images, evenly spread: uint8 [count, 3, S, S]."""
+        images = self.load("train").images
+        return images[spaced(len(images), count)]
+
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> float32, zero mean and unit variance over the dataset."""
         return self.standardise(unit(images))
@@ -136,6 +141,11 @@ class Dataset(ABC):
         keep = torch.ones(len(labels), dtype=torch.bool)
         keep[held] = False
         return keep.nonzero().squeeze(1), held
+
+
+def spaced(total: int, count: int) -> Tensor:
+    """At most `count` positions spread evenly over `total`: folders are sorted by class."""
+    return torch.linspace(0, total - 1, min(count, total)).long()
 
 
 def unit(images: Tensor) -> Tensor:
@@ -209,9 +219,6 @@ class Folders(Dataset):
             raise UserError(f"dataset.workers={workers}: expected at least 0, or null for one per CPU thread of the run.")
         self.roots, self.weights, self.classes = [Path(root).expanduser() for root in roots], weights, classes
         self.max_corrupt, self.memory_limit_gb, self.workers = max_corrupt, memory_limit_gb, workers
-        for root in self.roots:
-            if not root.is_dir():
-                raise UserError(f"dataset.{self.option}: {root} is not a folder; give the folder that holds train/<class>/*.jpg.")
 
     def load(self, split: Literal["train", "test"]) -> Split:
         files = self.join([self.listing(root, split) for root in self.roots])
@@ -230,8 +237,14 @@ class Folders(Dataset):
     def class_names(self, label: str) -> list[str]:
         return [name for root in self.roots for name in class_folders(self.folder(root, "train"), self.classes)]
 
+    def sample(self, count: int) -> Tensor:
+        files = self.join([self.listing(root, "train") for root in self.roots])
+        return files.part(spaced(len(files), count))[:]  # only these are decoded
+
     def listing(self, root: Path, split: Literal["train", "test"]) -> Listing:
         """Paths and class indices of a split of one root."""
+        if not root.is_dir():
+            raise UserError(f"dataset.{self.option}: {root} is not a folder; give the folder that holds train/<class>/*.jpg.")
         return list_images(self.folder(root, split), self.classes)
 
     def folder(self, root: Path, split: Literal["train", "test"]) -> Path:

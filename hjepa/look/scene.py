@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hjepa.data.dataset import Split, unit
+from hjepa.data.dataset import Split, spaced, unit
 from hjepa.look.network import Network, Tokens
 from hjepa.opened import Opened
 from hjepa.probes import subset
-from hjepa.watch import spaced
 
 PART = 64  # images per forward pass
 KINDS = ("trained", "untrained")

@@ -8,6 +8,7 @@ from typing import Any
 from hjepa.report.page import Picture, Table
 from hjepa.summary import gains
 from hjepa.sweep.jobs import Job
+from hjepa.sweep.plot import NAMES
 from hjepa.sweep.table import RESULTS, default_metric, figure, groups, lookup, naming, options, spread, varied
 
 CURVES = "curves.png"
@@ -26,7 +27,7 @@ def about_sweep(folder: Path, jobs: Sequence[Job]) -> dict[str, Any]:
         "unfinished": [(job.number, job.state, job.reason) for job in unfinished],
         "best": best
         and {"name": naming(jobs, best) or f"job {best.number}", "number": best.number, "gains": gains(best.summary)},
-        "metric": metric,
+        "metric": NAMES.get(metric, metric),
         "score": best and figure(lookup(best.summary, metric), metric),
         "plot": [Picture(file) for file in [folder / "sweep.png"] if file.exists()],
         "jobs": job_table(jobs),

@@ -63,7 +63,7 @@ def check_shown_anew(sweep: Path) -> None:
     assert (sweep / "sweep.png").stat().st_size > 5000
     show("task=sweep", f"task.folder={sweep}", "task.metric=probe.rankme")
     assert "probe.rankme" in (sweep / "table.txt").read_text()
-    with pytest.raises(UserError, match=r"task\.metric=probe\.knnn: no job of this sweep has it; expected one of .*probe\.knn,"):
+    with pytest.raises(UserError, match=r"task\.metric=probe\.knnn: none of the runs has it; expected one of .*probe\.knn,"):
         show("task=sweep", f"task.folder={sweep}", "task.metric=probe.knnn")
 
 
@@ -105,7 +105,7 @@ def test_seeds_are_the_spread_and_never_an_axis(tmp_path: Path) -> None:
     Sweep(tmp_path).refresh(jobs)
     assert varied(jobs) == ["loss", "seed"]
     assert groups(jobs, "probe.linear") == (["loss"], {("a",): [0.2, 0.4], ("b",): [0.6, 0.6]})
-    text = table(jobs, "probe.linear", tmp_path)
+    text = table(jobs, "probe.linear", "Sweep", tmp_path)
     assert "30.0%" in text, "mean of a"
     assert "+- 14.1%" in text, "its sample deviation"
     assert "same" not in text

@@ -95,11 +95,9 @@ def watch_phases(trainer: Trainer, clock: Clock) -> None:
     model, parts = trainer.model, trainer.parts
     trainer.pixels = clock.within("data", trainer.pixels)  # type: ignore[method-assign]
     model.register_forward_pre_hook(lambda *_: clock.enter("other"))
-    modules: list[tuple[str, nn.Module]] = [(MODULES[name], part) for name, part in model.named_children() if name in MODULES]
-    for phase, module in [
-        *modules,
-        *(("projector", part) for part in model.projectors.values() if any(True for _ in part.parameters())),
-    ]:
+    modules = [(MODULES[name], part) for name, part in model.named_children() if name in MODULES]
+    projectors = [("projector", part) for part in model.projectors.values() if not isinstance(part, nn.Identity)]
+    for phase, module in modules + projectors:
         module.register_forward_pre_hook(lambda *_, phase=phase: clock.push(phase))
         module.register_forward_hook(lambda *_: clock.pop())
     trainer.parts = replace(

@@ -173,7 +173,7 @@ def fingerprint(config: Config) -> str:
     return digits(identity(config))
 
 
-def digits(value: Config) -> str:
+def digits(value: Any) -> str:
     """8 hexadecimal digits of plain data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -35,7 +35,7 @@ def compare(config: Config, path: Path, runs: list[str], sweep: str | None, metr
     """
     if bool(runs) == bool(sweep):
         raise UserError(
-            "task=compare needs what to compare: 'task.runs=[outputs/default/A,outputs/default/B]', or task.sweep=FOLDER."
+            "task=compare needs what to compare: 'task.runs=[outputs/default/A,outputs/default/B]' or task.sweep=FOLDER."
         )
     jobs, notes = swept(sweep) if sweep else opened(runs)
     for job in jobs:
@@ -98,9 +98,7 @@ def run_folders(run: str) -> list[Path]:
         return [folder]
     inside = sorted(file.parent for file in folder.glob("*/config.yaml"))
     if not inside:
-        raise UserError(
-            f"task.runs: {folder} is no run folder, and none lies in it (there is no config.yaml); give those of runs."
-        )
+        raise UserError(f"task.runs: {folder} is no run folder, and none lies in it (no config.yaml); give those of runs.")
     return inside
 
 
@@ -116,7 +114,7 @@ def differing(configs: Sequence[Config]) -> tuple[list[list[str]], list[str]]:
     """What differs between flat configs, as overrides of each.
 
     Options of one group that tell the runs apart alike are one: the kind of the part (its `_target_`), or the first of them,
-    stands for the others, which a sentence names.
+    stands for the others; a sentence names those that all runs have.
     """
     alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for key in sorted({key for config in configs for key in config}):
@@ -126,15 +124,19 @@ def differing(configs: Sequence[Config]) -> tuple[list[list[str]], list[str]]:
             alike.setdefault((key.partition(".")[0], pattern), []).append(key)
     if not alike:
         raise UserError("These runs differ in nothing that changes a result; give runs of different options or seeds.")
-    chosen = {
-        min(keys, key=lambda key: (not key.endswith("_target_"), key.count("."), keys.index(key))): keys
-        for keys in alike.values()
-    }
+    chosen = {min(keys, key=kind_first): keys for keys in alike.values()}
     overrides = [[shown(key, config[key]) for key in chosen if key in config] for config in configs]
-    notes = [
-        f"Along with {typed(key)} differ: {', '.join(k for k in keys if k != key)}." for key, keys in chosen.items() if keys[1:]
-    ]
+    notes = []
+    for key, keys in chosen.items():
+        along = [k for k in keys if k != key and all(k in config for config in configs)]
+        if along:
+            notes.append(f"Along with {typed(key)} differ: {', '.join(along)}.")
     return overrides, ["", *notes] if notes else []
+
+
+def kind_first(key: str) -> tuple[bool, int, str]:
+    """Sorts the kind of a part before its options, and those before the options of what they hold."""
+    return not key.endswith("_target_"), key.count("."), key
 
 
 def typed(key: str) -> str:

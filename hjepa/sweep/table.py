@@ -159,7 +159,8 @@ def average(values: list[float], key: str) -> str:
     """Mean and standard deviation as people read them."""
     if not values:
         return ""
-    return figure(mean(values), key) + (f" +- {figure(spread(values), key)}" if len(values) > 1 else "")
+    deviation = f"{spread(values):.1%}" if key.endswith(SHARES) else f"{spread(values):.3g}"
+    return figure(mean(values), key) + (f" +- {deviation}" if len(values) > 1 else "")
 
 
 def paired_lines(axes: list[str], found: dict[Group, list[Job]], shown: dict[str, str]) -> list[str]:

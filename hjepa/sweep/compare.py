@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from hjepa.config import Config, digits, flatten, identity
+from hjepa.config import BENCHMARK, Config, digits, flatten, identity
 from hjepa.errors import UserError
 from hjepa.folder import read_config, read_summary, refuse_unwritable, write_whole
 from hjepa.sweep.jobs import Job
@@ -83,7 +83,12 @@ def opened(runs: Sequence[str]) -> tuple[list[Job], list[str]]:
     folders = list(dict.fromkeys(folder for run in runs for folder in run_folders(run)))
     if len(folders) < 2:
         raise UserError(f"task.runs names one run, {folders[0]}; give at least two to compare.")
-    overrides, notes = differing([read_identity(folder) for folder in folders])
+    configs = [read_config(folder) for folder in folders]
+    timed = [is_benchmark(config) for config in configs]
+    if len(set(timed)) > 1:
+        one, other = (folders[timed.index(kind)] for kind in (True, False))
+        raise UserError(f"task.runs: {one} is a benchmark and {other} is none; compare one kind of runs at a time.")
+    overrides, notes = differing([flat_identity(*pair) for pair in zip(folders, configs, strict=True)])
     jobs = [Job(number, own, folder) for number, (folder, own) in enumerate(zip(folders, overrides, strict=True))]
     for job, folder in zip(jobs, folders, strict=True):
         summary = read_summary(folder)
@@ -92,20 +97,26 @@ def opened(runs: Sequence[str]) -> tuple[list[Job], list[str]]:
 
 
 def run_folders(run: str) -> list[Path]:
-    """The run folder of this path, or all that lie in it."""
+    """The run folder of this path, or all that lie in it: trained runs or, without any, benchmarks."""
     folder = Path(run).expanduser().absolute()
     if (folder / "config.yaml").exists():
         return [folder]
     inside = sorted(file.parent for file in folder.glob("*/config.yaml"))
     if not inside:
         raise UserError(f"task.runs: {folder} is no run folder, and none lies in it (no config.yaml); give those of runs.")
-    return inside
+    return [trained for trained in inside if not is_benchmark(read_config(trained))] or inside
 
 
-def read_identity(folder: Path) -> Config:
+def is_benchmark(config: Config) -> bool:
+    """Whether a run folder's config is of a benchmark."""
+    task = config.get("task")  # nothing is known yet of what is in the folder
+    return isinstance(task, dict) and task.get("_target_") == BENCHMARK
+
+
+def flat_identity(folder: Path, config: Config) -> Config:
     """What can make the results of a run differ, by dotted key."""
     try:
-        return flatten(identity(read_config(folder)))
+        return {key: value for key, value in flatten(identity(config)).items() if not key.startswith("task.")}
     except (KeyError, TypeError):
         raise UserError(f"{folder}/config.yaml is of another version of hjepa, or was changed; leave this run out.") from None
 
@@ -113,18 +124,21 @@ def read_identity(folder: Path) -> Config:
 def differing(configs: Sequence[Config]) -> tuple[list[list[str]], list[str]]:
     """What differs between flat configs, as overrides of each.
 
-    Options of one group that tell the runs apart alike are one: the kind of the part (its `_target_`), or the first of them,
-    stands for the others; a sentence names those that all runs have.
+    Options of one group that tell the runs apart alike are one: the kind of the part (its `_target_`), or else the one with
+    the shortest values, stands for the others; a sentence names those that all runs have.
     """
     alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    for key in sorted({key for config in configs for key in config}):
+    for key in dict.fromkeys(key for config in configs for key in config):
         values = [config.get(key, MISSING) for config in configs]
         pattern = tuple(values.index(value) for value in values)
         if any(pattern):
             alike.setdefault((key.partition(".")[0], pattern), []).append(key)
     if not alike:
         raise UserError("These runs differ in nothing that changes a result; give runs of different options or seeds.")
-    chosen = {min(keys, key=kind_first): keys for keys in alike.values()}
+    chosen: dict[str, list[str]] = {}
+    for keys in alike.values():
+        lengths = {key: sum(len(str(config.get(key, ""))) for config in configs) for key in keys}
+        chosen[min(keys, key=lambda key: (not key.endswith("_target_"), key.count("."), lengths[key]))] = keys
     overrides = [[shown(key, config[key]) for key in chosen if key in config] for config in configs]
     notes = []
     for key, keys in chosen.items():
@@ -132,11 +146,6 @@ def differing(configs: Sequence[Config]) -> tuple[list[list[str]], list[str]]:
         if along:
             notes.append(f"Along with {typed(key)} differ: {', '.join(along)}.")
     return overrides, ["", *notes] if notes else []
-
-
-def kind_first(key: str) -> tuple[bool, int, str]:
-    """Sorts the kind of a part before its options, and those before the options of what they hold."""
-    return not key.endswith("_target_"), key.count("."), key
 
 
 def typed(key: str) -> str:

@@ -18,15 +18,16 @@ from hjepa.sweep.table import SHARES, Groups, groups, members, spread
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 NAMES = {
-    "probe.linear": "linear probe accuracy",
+    "probe.linear": "Linear probe accuracy",
     "probe.knn": "k-NN accuracy",
     "probe.rankme": "RankMe (effective rank)",
-    "images_per_second": "images per second",
-    "utilisation": "share of the machine's matmul rate",
-    "peak_memory_mb": "peak memory in MB",
+    "images_per_second": "Images per second",
+    "utilisation": "Share of the machine's matmul rate",
+    "peak_memory_mb": "Peak memory in MB",
 }
 PROBED = ("probe.linear", "probe.knn", "probe.rankme", "images_per_second")
 TIMED = ("images_per_second", "utilisation", "peak_memory_mb")
+READABLE = 3  # varied options that fit axis and legend
 Lines = dict[str, dict[str, list[float]]]  # label -> position on the axis -> values of all seeds
 
 
@@ -51,14 +52,16 @@ def plot(jobs: Sequence[Job], metric: str, title: str, path: Path) -> None:
     figure.suptitle(f"{title}\n{note}", fontsize=10)
     labels = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if labels:
-        figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=3, fontsize=8)
+        fit = max(1, int(13 * width * across / (max(map(len, labels)) + 8)))  # columns
+        figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=fit, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def panel(axis: Axes, jobs: Sequence[Job], metric: str) -> None:
     """One metric by what was varied."""
-    across, lines = split(*groups(jobs, metric))
+    axes, found = groups(jobs, metric)
+    across, lines = split(axes, found) if len(axes) <= READABLE else by_number(jobs, found)
     ticks = list(dict.fromkeys(tick for points in lines.values() for tick in points))
     for number, (label, points) in enumerate(lines.items()):
         shift = 0.4 * ((number + 0.5) / len(lines) - 0.5)
@@ -70,11 +73,11 @@ def panel(axis: Axes, jobs: Sequence[Job], metric: str) -> None:
     name = NAMES.get(metric, metric)
     long = max(map(len, ticks)) * len(ticks) > 40
     axis.set_xticks(range(len(ticks)), [tick or "(none)" for tick in ticks], rotation=20 if long else 0)
-    axis.set(xlim=(-0.5, len(ticks) - 0.5), xlabel=across, ylabel=name)
-    axis.set_title(f"{name[0].upper()}{name[1:]}", fontsize=10)
+    axis.set(xlim=(-0.5, len(ticks) - 0.5), xlabel=across)
+    axis.set_title(name, fontsize=10)
     axis.grid(axis="y", alpha=0.3)
     if metric.endswith(SHARES):
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def split(axes: list[str], found: Groups) -> tuple[str, Lines]:
@@ -87,6 +90,12 @@ def split(axes: list[str], found: Groups) -> tuple[str, Lines]:
         label = ", ".join(f"{key}={value}" for key, value in zip(axes, chosen, strict=True) if key != axes[across])
         lines.setdefault(label, {})[chosen[across]] = values
     return axes[across], lines
+
+
+def by_number(jobs: Sequence[Job], found: Groups) -> tuple[str, Lines]:
+    """Every combination of options by the numbers of its runs, where there are too many options to name."""
+    runs = members(jobs)[1]
+    return "number in the table", {"": {", ".join(str(j.number) for j in runs[c]): values for c, values in found.items()}}
 
 
 def draw(axis: Axes, number: int, points: dict[float, list[float]], label: str) -> None:

@@ -174,7 +174,8 @@ def paired_lines(axes: list[str], found: dict[Group, list[Job]], shown: dict[str
         pairs = max(pairs, count)
     if not pairs or not (one_comparison or pairs > 1):
         return []
-    against = ", ".join(f"{key}={value}" for key, value in zip(axes, first, strict=True))
+    named = ", ".join(f"{key}={value or '(none)'}" for key, value in zip(axes, first, strict=True))
+    against = named if len(axes) <= 3 else f"job {found[first][0].number} and its like"
     lines = ["", f"Difference from {against}, between runs of the same seed (mean and its standard error):", *aligned(rows)]
     if pairs == 1 and any(key.startswith("probe.") for key in shown.values()):
         lines.append("One seed proves nothing: two runs that differ in the seed alone differ as well. Sweep seed=0,1,2 of both.")

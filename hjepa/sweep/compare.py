@@ -159,10 +159,18 @@ def shown(key: str, value: Any) -> str:
 
 
 def add_evaluation(job: Job) -> None:
-    """Put the results of `task=evaluate`, if there are any, beside those of the run."""
+    """Put what `task=evaluate` found last, if anything, beside the results of the run: for each protocol, the trained encoder's
+    deepest features and the main label.
+    """
     evaluation = read_summary(job.folder / "evaluate") if job.folder else {}
-    if evaluation:
-        job.summary = job.summary | {"evaluate": evaluation}
+    if not evaluation.get("checkpoints"):
+        return
+    found = {}
+    for protocol, result in evaluation["checkpoints"][evaluation["checkpoint"]]["results"].items():
+        trained = [columns for source, columns in result["rows"].items() if source.startswith("trained")]
+        if trained and trained[-1]:
+            found[protocol] = next(iter(trained[-1].values()))
+    job.summary = job.summary | {"evaluate": found}
 
 
 def refuse_too_few(jobs: Sequence[Job]) -> None:

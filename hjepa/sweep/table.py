@@ -15,11 +15,14 @@ RESULTS = {  # column -> dotted key of summary.json
     "knn": "probe.knn",
     "rankme": "probe.rankme",
     "images/s": "images_per_second",
+    "evaluated linear": "evaluate.linear",
+    "evaluated knn": "evaluate.knn",
+    "finetuned": "evaluate.finetune",
     "of matmul rate": "utilisation",
     "seconds": "seconds",
     "memory MB": "peak_memory_mb",
 }
-SHARES = ("linear", "knn", "utilisation")  # ends of the keys of shares, which people read in per cent
+SHARES = ("linear", "knn", "finetune", "utilisation")  # ends of the keys of shares, which people read in per cent
 Group = tuple[str, ...]  # values of the varied options
 Groups = dict[Group, list[float]]
 
@@ -176,7 +179,7 @@ def paired_lines(axes: list[str], found: dict[Group, list[Job]], shown: dict[str
         return []
     named = ", ".join(f"{key}={value or '(none)'}" for key, value in zip(axes, first, strict=True))
     against = named if len(axes) <= 3 else f"job {found[first][0].number} and its like"
-    lines = ["", f"Difference from {against}, between runs of the same seed (mean and its standard error):", *aligned(rows)]
+    lines = ["", f"Difference from {against}, seed by seed (mean and its standard error):", *aligned(rows)]
     if pairs == 1 and any(key.startswith("probe.") for key in shown.values()):
         lines.append("One seed proves nothing: two runs that differ in the seed alone differ as well. Sweep seed=0,1,2 of both.")
     return lines

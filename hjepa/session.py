@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from hjepa.assemble import assemble
 from hjepa.checkpoint import Checkpoints
 from hjepa.config import Config, build, build_or_none, fingerprint, flatten, identity
+from hjepa.data.dataset import spaced
 from hjepa.errors import UserError
 from hjepa.faults import explain
 from hjepa.folder import Record, RunFolder
@@ -18,7 +19,7 @@ from hjepa.signals import StopFlag, Stopped
 from hjepa.summary import summarise, tell
 from hjepa.tracking.trackers import build_trackers
 from hjepa.trainer import Parts, Trainer
-from hjepa.watch import Watch, spaced
+from hjepa.watch import Watch
 
 log = logging.getLogger("hjepa")
 

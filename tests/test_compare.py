@@ -142,7 +142,7 @@ def test_what_cannot_be_compared_is_refused_in_one_sentence(trained: Path, compa
 def test_a_benchmark_and_a_trained_run_are_not_compared(trained: Path, compare, tmp_path: Path) -> None:
     shutil.copytree(trained / "flat0", tmp_path / "b")
     run_config(compose(f"output_root={tmp_path}", *tiny("task=benchmark", "task.steps=1", "name=x")))
-    with pytest.raises(UserError, match="benchmark-x is a benchmark and .*flat0 is none"):
+    with pytest.raises(UserError, match=r"benchmark-x is a benchmark and .*flat0 is none"):
         compare(folders(tmp_path, "default/benchmark-x", str(trained / "flat0")))
 
 

@@ -83,6 +83,11 @@ class Dataset(ABC):
     def load(self, split: Literal["train", "test"]) -> Split:
         """All images of a split."""
 
+    def sample(self, count: int) -> Tensor:
+        """At most `count` training images, evenly spread: uint8 [count, 3, S, S]."""
+        images = self.load("train").images
+        return images[spaced(len(images), count)]
+
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> float32, zero mean and unit variance over the dataset."""
         return self.standardise(unit(images))
@@ -132,6 +137,11 @@ class Dataset(ABC):
         keep = torch.ones(len(labels), dtype=torch.bool)
         keep[held] = False
         return keep.nonzero().squeeze(1), held
+
+
+def spaced(total: int, count: int) -> Tensor:
+    """At most `count` positions spread evenly over `total`: folders are sorted by class."""
+    return torch.linspace(0, total - 1, min(count, total)).long()
 
 
 def unit(images: Tensor) -> Tensor:
@@ -202,9 +212,6 @@ class Folders(Dataset):
             raise UserError(f"dataset.workers={workers}: expected at least 0, or null for one per CPU thread of the run.")
         self.roots, self.weights, self.classes = [Path(root).expanduser() for root in roots], weights, classes
         self.max_corrupt, self.memory_limit_gb, self.workers = max_corrupt, memory_limit_gb, workers
-        for root in self.roots:
-            if not root.is_dir():
-                raise UserError(f"dataset.{self.option}: {root} is not a folder; give the folder that holds train/<class>/*.jpg.")
 
     def load(self, split: Literal["train", "test"]) -> Split:
         files = self.join([self.listing(root, split) for root in self.roots])
@@ -220,8 +227,14 @@ class Folders(Dataset):
         streamed = self.streams(len(keep) + len(held))
         return self.split(files.part(keep), streamed), self.split(files.part(held), streamed)
 
+    def sample(self, count: int) -> Tensor:
+        files = self.join([self.listing(root, "train") for root in self.roots])
+        return files.part(spaced(len(files), count))[:]  # only these are decoded
+
     def listing(self, root: Path, split: Literal["train", "test"]) -> Listing:
         """Paths and class indices of a split of one root."""
+        if not root.is_dir():
+            raise UserError(f"dataset.{self.option}: {root} is not a folder; give the folder that holds train/<class>/*.jpg.")
         names = ("train",) if split == "train" else self.tests
         there = [root / name for name in names if (root / name).is_dir()]
         if not there and (split == "test" or any((root / name).is_dir() for name in self.tests)):

@@ -33,10 +33,11 @@ class Corrupt:
 
     Args:
         total: files of the split; tolerated: share of them that may be unreadable.
+        group: of the options `max_corrupt` and `workers`; fate: what becomes of an unreadable file's place.
     """
 
-    def __init__(self, total: int, tolerated: float) -> None:
-        self.total, self.tolerated = total, tolerated
+    def __init__(self, total: int, tolerated: float, group: str = "dataset", fate: str = "others take their places") -> None:
+        self.total, self.tolerated, self.group, self.fate = total, tolerated, group, fate
         self.limit = min(int(tolerated * total), total - 1)
         self.names: set[str] = set()
 
@@ -50,10 +51,10 @@ class Corrupt:
         named += f"; and {len(new) - 5} more" if len(new) > 5 else ""
         if len(self.names) > self.limit:
             raise UserError(
-                f"{len(self.names)} of {self.total} images cannot be read, more than dataset.max_corrupt={self.tolerated:g} "
-                f"allows: {named}. Mend or remove them, or raise dataset.max_corrupt."
+                f"{len(self.names)} of {self.total} images cannot be read, more than {self.group}.max_corrupt={self.tolerated:g} "
+                f"allows: {named}. Mend or remove them, or raise {self.group}.max_corrupt."
             )
-        log.warning("%d of %d images cannot be read, others take their places: %s", len(self.names), self.total, named)
+        log.warning("%d of %d images cannot be read, %s: %s", len(self.names), self.total, self.fate, named)
 
 
 class Files:
@@ -147,6 +148,12 @@ def read_image(path: str, size: int) -> np.ndarray | str:
     if image.size != (size, size):
         image = TF.center_crop(TF.resize(image, size, antialias=True), [size, size])
     return np.array(image)
+
+
+def walk_images(folder: Path) -> list[str]:
+    """Paths of all images in a folder and the folders in it, however deep, sorted."""
+    folder = folder.absolute()
+    return [path for path, _ in make_dataset(str(folder.parent), {folder.name: 0}, IMG_EXTENSIONS, allow_empty=True)]
 
 
 def list_images(folder: Path, chosen: list[str] | None = None) -> Listing:

@@ -65,6 +65,15 @@ class Cluster:
                 "would hardly start before it is told to save and queue again; lower the one or raise the other."
             )
 
+    def refuse_other_count(self, processes: int | None) -> None:
+        """Refuse a `hardware.processes` other than the number of tasks: SLURM starts the processes, and tells each to stop."""
+        tasks = self.nodes * self.tasks_per_node
+        if processes not in (None, tasks):
+            raise UserError(
+                f"hardware.processes={processes}, but a job has {tasks} tasks (hydra.launcher.nodes x tasks_per_node), each of "
+                f"which is a process; make them equal, as in hydra.launcher.tasks_per_node={processes}."
+            )
+
     def executor(self, folder: Path) -> submitit.SlurmExecutor:
         """submitit's way to these resources; scripts, pickles and logs go to the folder."""
         try:
@@ -138,6 +147,8 @@ def launch(
     executor = cluster.executor(sweep.folder / LOGS)
     jobs = plan_jobs(loader, master, overrides, first)
     waiting = [job for job in jobs if not job.done]
+    for job in waiting:
+        cluster.refuse_other_count(job.config["hardware"]["processes"])
     if waiting:
         submit(waiting, executor, master)
         sweep.write(jobs)

@@ -19,8 +19,8 @@ from torchvision import datasets
 from torchvision.transforms import functional as TF
 
 from hjepa.data.augment import Augment, Draws
-from hjepa.data.files import Corrupt, Files, Listing, list_images
-from hjepa.data.shapes import generate
+from hjepa.data.files import Corrupt, Files, Listing, class_folders, list_images
+from hjepa.data.shapes import PARTS, WHOLES, generate
 from hjepa.errors import UserError
 from hjepa.rng import generator
 
@@ -82,6 +82,10 @@ class Dataset(ABC):
     @abstractmethod
     def load(self, split: Literal["train", "test"]) -> Split:
         """All images of a split."""
+
+    def class_names(self, label: str) -> list[str]:
+        """What the classes of a label are called, by index; empty where they have no names."""
+        return []
 
     def sample(self, count: int) -> Tensor:
         """At most `count` training images, evenly spread: uint8 [count, 3, S, S]."""
@@ -178,6 +182,9 @@ class Shapes(Dataset):
         images, labels = generate(self.sizes[split], self.image_size, seed)
         return Split(images, {name: labels[name] for name in ("part", "whole")})
 
+    def class_names(self, label: str) -> list[str]:
+        return list({"part": PARTS, "whole": WHOLES}[label])
+
 
 class Folders(Dataset):
     """Image files in one or several folders: decoded into memory when they fit, else streamed through workers.
@@ -227,6 +234,9 @@ class Folders(Dataset):
         streamed = self.streams(len(keep) + len(held))
         return self.split(files.part(keep), streamed), self.split(files.part(held), streamed)
 
+    def class_names(self, label: str) -> list[str]:
+        return [name for root in self.roots for name in class_folders(self.folder(root, "train"), self.classes)]
+
     def sample(self, count: int) -> Tensor:
         files = self.join([self.listing(root, "train") for root in self.roots])
         return files.part(spaced(len(files), count))[:]  # only these are decoded
@@ -235,13 +245,17 @@ class Folders(Dataset):
         """Paths and class indices of a split of one root."""
         if not root.is_dir():
             raise UserError(f"dataset.{self.option}: {root} is not a folder; give the folder that holds train/<class>/*.jpg.")
+        return list_images(self.folder(root, split), self.classes)
+
+    def folder(self, root: Path, split: Literal["train", "test"]) -> Path:
+        """The folder of a split of one root."""
         names = ("train",) if split == "train" else self.tests
         there = [root / name for name in names if (root / name).is_dir()]
         if not there and (split == "test" or any((root / name).is_dir() for name in self.tests)):
             raise UserError(
                 f"dataset.{self.option}: {root} has no {' or '.join(f'{name}/' for name in names)} folder of classes."
             )
-        return list_images(there[0] if there else root, self.classes)
+        return there[0] if there else root
 
     def join(self, listings: list[Listing]) -> Files:
         """The files of all roots; classes of different roots are different labels."""
@@ -350,6 +364,7 @@ class Torchvision(Dataset):
     def __init__(self, name: Literal["CIFAR10", "CIFAR100", "STL10"], root: str, **common: object) -> None:
         super().__init__(**common)  # type: ignore[arg-type]
         self.name, self.root = name, root
+        self.names: list[str] = []  # known once the files are there
 
     def load(self, split: Literal["train", "test"]) -> Split:
         try:
@@ -364,7 +379,11 @@ class Torchvision(Dataset):
                 f"{self.name} could not be downloaded to or read from dataset.root={self.root} ({error}); check the network, "
                 "the folder and its space, or put the archive there by hand."
             ) from error
+        self.names = list(data.classes)
         return Split(resize(pixels.contiguous(), self.image_size), {"class": labels})
+
+    def class_names(self, label: str) -> list[str]:
+        return self.names
 
 
 def resize(images: Tensor, size: int, chunk: int = 1024) -> Tensor:

@@ -156,17 +156,21 @@ def walk_images(folder: Path) -> list[str]:
     return [path for path, _ in make_dataset(str(folder.parent), {folder.name: 0}, IMG_EXTENSIONS, allow_empty=True)]
 
 
+def class_folders(folder: Path, chosen: list[str] | None) -> list[str]:
+    """Names of the (chosen) class folders, in the order of their indices."""
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    if missing := sorted(set(chosen or ()) - set(classes)):
+        raise UserError(
+            f"dataset.classes: {folder} has no class folder {missing[0]} ({len(missing)} of {len(chosen or ())} are missing); "
+            "give the names of folders that are there."
+        )
+    return classes if chosen is None else sorted(set(chosen))
+
+
 def list_images(folder: Path, chosen: list[str] | None = None) -> Listing:
     """Paths and class indices of every image in the (chosen) class folders, sorted; class -1 outside class folders."""
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    classes = class_folders(folder, chosen)
     loose = sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in IMG_EXTENSIONS)
-    if chosen is not None:
-        if missing := sorted(set(chosen) - set(classes)):
-            raise UserError(
-                f"dataset.classes: {folder} has no class folder {missing[0]} ({len(missing)} of {len(chosen)} are missing); "
-                "give the names of folders that are there."
-            )
-        classes = sorted(set(chosen))
     if loose and not classes:
         return loose, [-1] * len(loose)
     if not classes:

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib import pyplot as plt
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from hjepa.look.canvas import COLORS, save
 
 
 def plot_phases(summary: dict[str, Any], path: Path) -> None:
@@ -17,7 +16,7 @@ def plot_phases(summary: dict[str, Any], path: Path) -> None:
     """
     phases, total = summary["phase_seconds"], summary["step_seconds"]
     figure, axis = plt.subplots(figsize=(7.0, 0.9 + 0.32 * len(phases)), layout="constrained")
-    bars = axis.barh(list(phases), [1000 * seconds for seconds in phases.values()], color="#0072B2")
+    bars = axis.barh(list(phases), [1000 * seconds for seconds in phases.values()], color=COLORS[0])
     axis.bar_label(bars, [f"{1000 * s:.1f} ms, {s / total:.1%}" for s in phases.values()], padding=3, fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.18)
@@ -28,5 +27,4 @@ def plot_phases(summary: dict[str, Any], path: Path) -> None:
         fontsize=9,
     )
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path)

@@ -4,19 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
+from hjepa.look.canvas import COLORS, MARKERS, save
 from hjepa.sweep.jobs import Job
 from hjepa.sweep.table import SHARES, Groups, groups, members, spread
 
-# Okabe and Ito's colours, which people with any kind of colour vision tell apart; the markers repeat the difference.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
 NAMES = {
     "probe.linear": "Linear probe accuracy",
     "probe.knn": "k-NN accuracy",
@@ -54,8 +49,7 @@ def plot(jobs: Sequence[Job], metric: str, title: str, path: Path) -> None:
     if labels:
         fit = max(1, int(13 * width * across / (max(map(len, labels)) + 8)))  # columns
         figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=fit, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def panel(axis: Axes, jobs: Sequence[Job], metric: str) -> None:

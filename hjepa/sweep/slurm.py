@@ -110,17 +110,17 @@ class Task:
     """What a job does, pickled at submission.
 
     Args:
-        config: resolved and checked; path: of its run folder; master: Hydra's, the config of the sweep; code: see `git_state`.
+        config: resolved and checked; path: of its run folder; composed: with Hydra's own part; code: see `git_state`.
     """
 
     config: Config
     path: Path
-    master: DictConfig
+    composed: DictConfig
     code: dict[str, str]
 
     def __call__(self) -> float | None:
-        HydraConfig.instance().set_config(self.master)
-        configure_log(self.master.hydra.job_logging)
+        HydraConfig.instance().set_config(self.composed)
+        configure_log(self.composed.hydra.job_logging)
         logging.getLogger("submitit").propagate = False  # it writes to the log itself
         os.environ[SUBMITTED] = json.dumps(self.code)
         return perform(self.config, self.path)
@@ -150,7 +150,7 @@ def launch(
     for job in waiting:
         cluster.refuse_other_count(job.config["hardware"]["processes"])
     if waiting:
-        submit(waiting, executor, master)
+        submit(waiting, executor)
         sweep.write(jobs)
         announce(waiting, sweep)
         if not accounting([job.slurm_id for job in waiting]):
@@ -168,14 +168,14 @@ def launch(
     return sweep.returns(jobs)
 
 
-def submit(jobs: list[Job], executor: submitit.SlurmExecutor, master: DictConfig) -> None:
+def submit(jobs: list[Job], executor: submitit.SlurmExecutor) -> None:
     """Submit jobs, as an array if there are several; each learns its id and its log."""
     root = str(Path(__file__).resolve().parents[2])  # a job imports this code, wherever it was submitted from
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     tasks = []
     for job in jobs:
         assert job.folder is not None, "a job without a folder has failed"
-        tasks.append(Task(job.config, job.folder, master, git_state()))
+        tasks.append(Task(job.config, job.folder, job.composed, git_state()))
     try:
         submitted = executor.submit_array(tasks)
     except FailedJobError as error:

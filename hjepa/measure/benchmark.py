@@ -79,7 +79,8 @@ def summarise(every: list[Figures], batch_size: int, reference_gflop: float | No
     decoded = sum(rates) if rates else None
     seconds = max(main.step_seconds, batch_size / decoded if decoded else 0.0)  # images ahead do not last
     waits = main.phase_seconds.get("data", 0.0) + seconds - main.step_seconds
-    shares = {"data": waits, "launch": main.fixed_seconds or 0.0, "compute": seconds - waits - (main.fixed_seconds or 0.0)}
+    fixed = (seconds - waits) * (main.fixed or 0.0)
+    shares = {"data": waits, "launch": fixed, "compute": seconds - waits - fixed}
     speed, flop, matmul_flops = batch_size / seconds, sum(f.flop for f in every), sum(f.matmul_flops for f in every)
     own = flop / batch_size / 1e9
     return {

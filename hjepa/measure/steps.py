@@ -16,8 +16,8 @@ from hjepa.hardware import PRECISIONS, Hardware
 from hjepa.measure.clock import PHASES, Clock, watch_phases
 from hjepa.trainer import Trainer
 
-SMALL = 2  # images of the step whose time is what any batch costs
-SMALL_STEPS = 5
+SMALL = 2  # images of a step that costs little more than any batch does
+TURNS = 5  # of such a step and a whole one
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Figures:
 
     Attributes:
         step_seconds, phase_seconds: of a step, medians, waiting for images included.
-        fixed_seconds: the part of a step that is the same for any batch; None where the batch is too small to tell.
+        fixed: the share of a step's computing that is the same for any batch; None where the batch is too small to tell.
         flop: floating-point operations of this process' share of a step's matrix products, convolutions and attention.
         matmul_flops: FLOP/s of matrix products.
         decoded: images per second that the processes which decode streamed images deliver on their own, or None.
@@ -35,7 +35,7 @@ class Figures:
 
     step_seconds: float
     phase_seconds: dict[str, float]
-    fixed_seconds: float | None
+    fixed: float | None
     flop: int
     matmul_flops: float
     decoded: float | None
@@ -81,7 +81,7 @@ def measure(trainer: Trainer, warmup: int, steps: int) -> Figures:
     return Figures(
         step_seconds,
         {phase: seconds for phase, seconds in phases.items() if seconds},
-        fixed_seconds(trainer, clock, next_step, step_seconds - phases["data"]),
+        fixed_share(trainer, clock, next_step),
         flop,
         product.flop / median(products),
         decoding_rate(trainer, next_step + 1, steps),
@@ -105,30 +105,25 @@ def count_flop(trainer: Trainer, step: int) -> int:
     return counter.get_total_flops()
 
 
-def fixed_seconds(trainer: Trainer, clock: Clock, step: int, seconds: float) -> float | None:
-    """What a step costs whatever its batch: its time as a line through that of a few images and that of all, at none.
-
-    Args:
-        seconds: of a whole step without waiting for images.
-    """
+def fixed_share(trainer: Trainer, clock: Clock, step: int) -> float | None:
+    """The share of a step that any batch costs: a line through the times of a few images and of all, at no image at all."""
     clock.begin("augment")
-    images, masks, crops = trainer.batch(step)
+    batch = images, masks, crops = trainer.batch(step)
     views = trainer.parts.dataset.views
     count, few = len(images) // views, SMALL * trainer.accumulate
     if count < 2 * few:
         return None
-    small = (
-        images[: few * views],
-        masks.of(torch.arange(few * views)),
-        None if crops is None else crops[: few * len(crops) // count],
-    )
+    some = None if crops is None else crops[: few * len(crops) // count]
+    small = images[: few * views], masks.of(torch.arange(few * views)), some
     trainer.step(*small, step)
     clock.read()
-    for _ in range(SMALL_STEPS):
-        clock.begin("augment")
-        trainer.step(*small, step)
-    at_few = median(sum(times.values()) for times in clock.read())
-    return max(0.0, min(seconds, at_few - (seconds - at_few) * few / (count - few)))
+    for _ in range(TURNS):
+        for chosen in (small, batch):
+            clock.begin("other")
+            trainer.step(*chosen, step)
+    seconds = [sum(phases.values()) for phases in clock.read()]
+    at_few, at_all = median(seconds[::2]), median(seconds[1::2])
+    return min(1.0, max(0.0, (at_few * count - at_all * few) / (count - few) / at_all))
 
 
 def decoding_rate(trainer: Trainer, first: int, steps: int) -> float | None:

@@ -32,7 +32,7 @@ class Opened:
     Attributes:
         folder: of the run; config: its own, as it was trained, but for `hardware` and `tracking`, which are the command's.
         checkpoint: the file; step: optimizer steps that it had taken.
-        untrained: the teacher as it was initialised at random.
+        untrained_model: the model as it was initialised at random.
     """
 
     folder: Path
@@ -44,7 +44,12 @@ class Opened:
     model: HJEPA
     sampler: Sampler
     objective: Objective
-    untrained: Encoder
+    untrained_model: HJEPA
+
+    @property
+    def untrained(self) -> Encoder:
+        """The teacher as it was initialised at random."""
+        return self.untrained_model.teacher
 
     @property
     def encoder(self) -> Encoder:
@@ -82,7 +87,7 @@ def open_run(config: Config, checkpoint: str | None, root: str | None) -> Opened
     hardware.prepare(World())
     dataset: Dataset = build(run["dataset"])
     model, sampler, objective = build_model(run)
-    untrained = copy.deepcopy(model.teacher)
+    untrained = copy.deepcopy(model)
     if run["teacher"]["_target_"] == "hjepa.teacher.Shared":
         model.share_teacher()
     state = read(path, hardware.device)

@@ -19,8 +19,8 @@ from torchvision import datasets
 from torchvision.transforms import functional as TF
 
 from hjepa.data.augment import Augment, Draws
-from hjepa.data.files import Corrupt, Files, Listing, list_images
-from hjepa.data.shapes import generate
+from hjepa.data.files import Corrupt, Files, Listing, class_folders, list_images
+from hjepa.data.shapes import generate, patch_parts
 from hjepa.errors import UserError
 from hjepa.rng import generator
 
@@ -164,9 +164,16 @@ class Shapes(Dataset):
         self.sizes, self.data_seed = {"train": train, "test": test}, data_seed
 
     def load(self, split: Literal["train", "test"]) -> Split:
-        seed = 2 * self.data_seed + (split == "test")
-        images, labels = generate(self.sizes[split], self.image_size, seed)
+        images, labels = generate(self.sizes[split], self.image_size, self.seed(split))
         return Split(images, {name: labels[name] for name in ("part", "whole")})
+
+    def seed(self, split: Literal["train", "test"]) -> int:
+        """What a split is drawn from."""
+        return 2 * self.data_seed + (split == "test")
+
+    def patch_parts(self, split: Literal["train", "test"], patch: int, coverage: float) -> Tensor:
+        """What every patch of the split's images shows, int64 [N, patches], see `hjepa.data.shapes.patch_parts`."""
+        return patch_parts(self.sizes[split], self.image_size, self.seed(split), patch, coverage)
 
 
 class Folders(Dataset):
@@ -207,8 +214,20 @@ class Folders(Dataset):
                 raise UserError(f"dataset.{self.option}: {root} is not a folder; give the folder that holds train/<class>/*.jpg.")
 
     def load(self, split: Literal["train", "test"]) -> Split:
+        if split == "test":
+            for root in self.roots:
+                self.refuse_other_classes(root)
         files = self.join([self.listing(root, split) for root in self.roots])
         return self.split(files, self.streams(len(files)))
+
+    def refuse_other_classes(self, root: Path) -> None:
+        """Refuse a test split whose class folders are not those to train on: a class is its folder's place among them."""
+        train, test = (set(class_folders(self.place(root, split))) for split in ("train", "test"))
+        if self.classes is None and train and test and (odd := sorted(train ^ test)):
+            raise UserError(
+                f"dataset.{self.option}: {root} has the class {odd[0]} in its {'train' if odd[0] in train else 'test'} split "
+                f"only ({len(odd)} such classes); the two need the same class folders."
+            )
 
     def train_and_validation(self) -> tuple[Split, Split]:
         listings = [self.listing(root, "train") for root in self.roots]
@@ -222,13 +241,18 @@ class Folders(Dataset):
 
     def listing(self, root: Path, split: Literal["train", "test"]) -> Listing:
         """Paths and class indices of a split of one root."""
+        return list_images(self.place(root, split), self.classes)
+
+    def place(self, root: Path, split: Literal["train", "test"]) -> Path:
+        """The folder of a split of one root."""
         names = ("train",) if split == "train" else self.tests
         there = [root / name for name in names if (root / name).is_dir()]
         if not there and (split == "test" or any((root / name).is_dir() for name in self.tests)):
+            instead = "; add it, or score on the held-out part of the others: task.split=validation" if split == "test" else ""
             raise UserError(
-                f"dataset.{self.option}: {root} has no {' or '.join(f'{name}/' for name in names)} folder of classes."
+                f"dataset.{self.option}: {root} has no {' or '.join(f'{name}/' for name in names)} folder of classes{instead}."
             )
-        return list_images(there[0] if there else root, self.classes)
+        return there[0] if there else root
 
     def join(self, listings: list[Listing]) -> Files:
         """The files of all roots; classes of different roots are different labels."""

@@ -149,9 +149,14 @@ def read_image(path: str, size: int) -> np.ndarray | str:
     return np.array(image)
 
 
+def class_folders(folder: Path) -> list[str]:
+    """The names of the class folders, sorted."""
+    return sorted(p.name for p in folder.iterdir() if p.is_dir())
+
+
 def list_images(folder: Path, chosen: list[str] | None = None) -> Listing:
     """Paths and class indices of every image in the (chosen) class folders, sorted; class -1 outside class folders."""
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    classes = class_folders(folder)
     loose = sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in IMG_EXTENSIONS)
     if chosen is not None:
         if missing := sorted(set(chosen) - set(classes)):

@@ -1,10 +1,14 @@
 """The one entry point: `python launch.py [group=option] [key=value]`, see conf/ and `python launch.py --help`."""
 
 import os
+import sys
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
+
+from hjepa.errors import UserError
+from hjepa.mistakes import corrected
 
 os.environ["HJEPA_ROOT"] = str(Path(__file__).resolve().parent)  # finds conf/, sweeps/ and outputs/ from any folder
 
@@ -13,8 +17,12 @@ os.environ["HJEPA_ROOT"] = str(Path(__file__).resolve().parent)  # finds conf/, 
 def main(cfg: DictConfig) -> float | None:
     from hjepa.run import run
 
-    return run(cfg)
+    try:
+        return run(cfg)
+    except UserError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":
-    main()
+    with corrected():
+        main()

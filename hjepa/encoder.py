@@ -131,7 +131,7 @@ class Encoder(VisionTransformer):
         projection = self.patch_embed.proj
         tokens = F.linear(patches, projection.weight.flatten(1), projection.bias) + positions
         if self.reg_token is not None:
-            tokens = torch.cat([self.reg_token.expand(len(tokens), -1, -1), tokens], dim=1)
+            tokens = torch.cat([self.reg_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         return tokens
 
     def positions(self, grid: int) -> Tensor:

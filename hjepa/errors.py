@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend: Hydra prints its sentence without a stack trace and exits 1."""
+"""The one exception for mistakes a user can mend: its sentence is printed without a stack trace, and the exit code is 1."""
 
 from hydra.errors import CompactHydraException
 

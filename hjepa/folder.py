@@ -29,13 +29,35 @@ LOCK_SECONDS = 2.0  # a look at whether a folder is in use takes its lock, but n
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with whole(path) as (temporary,):
         temporary.write_text(text)
+
+
+@contextlib.contextmanager
+def whole(*paths: Path) -> Iterator[list[Path]]:
+    """Names to write files under that get their own ones if the context ends well, and are removed if it does not."""
+    names = [path.with_name(f".{path.name}.tmp") for path in paths]
+    try:
+        yield names
+        for name, path in zip(names, paths, strict=True):
+            name.replace(path)
+    finally:
+        for name in names:
+            name.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `path` if the context ends well, and is removed if it does not."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
         temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -87,13 +109,13 @@ class LogFile(logging.FileHandler):
             super().close()
 
 
-def refuse_unwritable(path: Path) -> None:
-    """Refuse a place where nothing can be written, before any work."""
+def refuse_unwritable(path: Path, mend: str = "set output_root to a folder that can") -> None:
+    """Refuse a place where nothing can be written, before any work; `mend` says what to do."""
     there = path
     while not there.exists() and there != there.parent:
         there = there.parent
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise UserError(f"The folder {path} cannot be written ({there} is in the way); set output_root to a folder that can.")
+        raise UserError(f"The folder {path} cannot be written ({there} is in the way); {mend}.")
 
 
 class RunFolder:

@@ -22,6 +22,7 @@ from hjepa.losses import Objective
 from hjepa.masks import Sampler
 from hjepa.model import HJEPA
 from hjepa.processes.distributed import World
+from hjepa.stacked import Upper
 from hjepa.weights import refuse_misfit, run_checkpoint
 
 
@@ -32,7 +33,7 @@ class Opened:
     Attributes:
         folder: of the run; config: its own, as it was trained, but for `hardware` and `tracking`, which are the command's.
         checkpoint: the file; step: optimizer steps that it had taken.
-        untrained_model: the model as it was initialised at random.
+        untrained: the teacher as it was initialised at random; untrained_upper: the stacked levels likewise, None for none.
     """
 
     folder: Path
@@ -44,12 +45,8 @@ class Opened:
     model: HJEPA
     sampler: Sampler
     objective: Objective
-    untrained_model: HJEPA
-
-    @property
-    def untrained(self) -> Encoder:
-        """The teacher as it was initialised at random."""
-        return self.untrained_model.teacher
+    untrained: Encoder
+    untrained_upper: Upper | None
 
     @property
     def encoder(self) -> Encoder:
@@ -87,15 +84,15 @@ def open_run(config: Config, checkpoint: str | None, root: str | None) -> Opened
     hardware.prepare(World())
     dataset: Dataset = build(run["dataset"])
     model, sampler, objective = build_model(run)
-    untrained = copy.deepcopy(model)
+    untrained, upper = copy.deepcopy((model.teacher, model.upper))
     if run["teacher"]["_target_"] == "hjepa.teacher.Shared":
         model.share_teacher()
     state = read(path, hardware.device)
     refuse_misfit(model.state_dict(), state["model"], str(path))
     model.load_state_dict(state["model"])
-    model.to(hardware.device).eval()
-    untrained.to(hardware.device).eval()
-    return Opened(folder, run, path, int(state["step"]), hardware, dataset, model, sampler, objective, untrained)
+    for module in (model, untrained, *([upper] if upper else [])):
+        module.to(hardware.device).eval()
+    return Opened(folder, run, path, int(state["step"]), hardware, dataset, model, sampler, objective, untrained, upper)
 
 
 def run_folder(config: Config) -> Path:

@@ -4,20 +4,30 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import subprocess
 from functools import cache
 from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
 
 from hjepa.config import differences
 
 log = logging.getLogger(__name__)
 SWEEP = "HJEPA_SWEEP"  # environment variable: the sweep that a run is tagged with
+COMMAND = "HJEPA_COMMAND"  # environment variable: what was typed to start a run, for the processes that share it
 SUBMITTED = "HJEPA_SUBMITTED"  # environment variable of a SLURM job: the code at its submission
 
 
 def origin() -> dict[str, str]:
     """All tags that tell where a run comes from."""
     return git_state() | ({"sweep": os.environ[SWEEP]} if SWEEP in os.environ else {}) | job_tags()
+
+
+def note_command() -> None:
+    """Keep what Hydra was asked for (of one job, in a sweep) for the summary of the run, in whichever process that is made."""
+    typed = [override for override in HydraConfig.get().overrides.task if not override.startswith("+sweeps=")]
+    os.environ[COMMAND] = shlex.join(["python", "launch.py", *typed])
 
 
 @cache

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from hjepa.config import Config, build, check, resolve, run_path
 from hjepa.faults import told
 from hjepa.folder import UNSENT, RunFolder
+from hjepa.origin import note_command
 from hjepa.processes.ranks import launch
 
 
@@ -19,6 +20,7 @@ def run(cfg: DictConfig) -> float | None:
 
 def perform(config: Config, path: Path) -> float | None:
     """Run the task of a checked config; faults of the machine are told in one sentence."""
+    note_command()
     with told():
         result: float | None = build(config["task"])(config, path)
     return result

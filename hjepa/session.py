@@ -8,17 +8,19 @@ from collections.abc import Iterator
 from hjepa.assemble import assemble
 from hjepa.checkpoint import Checkpoints
 from hjepa.config import Config, build, build_or_none, fingerprint, flatten, identity
+from hjepa.data.dataset import spaced
 from hjepa.errors import UserError
 from hjepa.faults import explain
 from hjepa.folder import Record, RunFolder
+from hjepa.look.curves import plot_curves
+from hjepa.look.shading import plot_masks
 from hjepa.origin import origin
-from hjepa.plots import plot_curves, plot_masks
 from hjepa.rng import generator
 from hjepa.signals import StopFlag, Stopped
 from hjepa.summary import summarise, tell
 from hjepa.tracking.trackers import build_trackers
 from hjepa.trainer import Parts, Trainer
-from hjepa.watch import Watch, spaced
+from hjepa.watch import Watch
 
 log = logging.getLogger("hjepa")
 
@@ -141,7 +143,7 @@ class Session:
         log.info("%d steps of %d images, %d to an epoch", plan.steps, plan.batch_size, plan.steps_of(plan.batch_warmup))
         masks = p.sampler(len(self.preview), generator(p.seed, "preview"))
         picture = self.folder.path / "plots" / "masks.png"
-        plot_masks(self.preview / 255, masks, p.model.levels, p.model.grid, picture)
+        plot_masks(self.preview / 255, masks, p.model, picture)
         self.tracker.artifact(picture, "plots")
 
     def record(self, record: Record) -> None:

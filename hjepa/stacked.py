@@ -107,13 +107,6 @@ class Upper(nn.Module):
         levels = [(self.weight, prediction, target)]
         return levels + (self.upper(told, lambda: self.student(seen), tuple(above)) if self.upper else [])
 
-    def look(self, below: Tensor) -> list[Tensor]:
-        """What the teacher of every level from here upwards says about all cells, [B, n, dim] each, given what the teacher below
-        says, [B, N, input_dim].
-        """
-        told = self.teacher(pool_cells(below, self.grid, self.pool))
-        return [told, *(self.upper.look(told) if self.upper else [])]
-
     def share_teacher(self) -> None:
         """Let every student from here upwards be its own teacher."""
         self.teacher = self.student

@@ -1,10 +1,11 @@
 """The end of a run: summary.json for machines, a few plain sentences for people."""
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hjepa.config import Config
-from hjepa.origin import git_state
+from hjepa.origin import COMMAND, git_state
 from hjepa.trainer import Parts, Trainer
 from hjepa.watch import Watch
 
@@ -33,22 +34,43 @@ def summarise(
         "run_id": run_id,
         "commit": git_state().get("commit"),
         "dirty": git_state().get("dirty"),
+        "command": os.environ.get(COMMAND),
     }
+
+
+class Gain(NamedTuple):
+    """A probe's accuracy beside that of the untrained network."""
+
+    probe: str
+    score: float
+    untrained: float
+
+    @property
+    def words(self) -> str:
+        """The difference in words."""
+        points = round(100 * (self.score - self.untrained), 1)
+        return f"{abs(points):.1f} points {'better' if points > 0 else 'WORSE'}" if points else "no better"
+
+
+def gains(summary: dict[str, Any]) -> list[Gain]:
+    """Every probe of a summary; labels but the main one are named."""
+    found = []
+    for key, score in summary.get("probe", {}).items():
+        kind, _, label = key.partition("_")
+        if kind in PROBES and key in summary["untrained"]:
+            found.append(Gain(PROBES[kind] + (f" ({label})" if label else ""), score, summary["untrained"][key]))
+    return found
 
 
 def tell(summary: dict[str, Any], folder: Path, how_to_look: str | None) -> None:
     """Print what came out in words; the last line names the run folder."""
     if summary["status"] == "collapsed":
         print(f"The run COLLAPSED: {summary['reason']}.")
-    now, before = summary["probe"], summary["untrained"]
-    for key, score in now.items():
-        kind, _, label = key.partition("_")
-        if kind in PROBES:
-            gain = 100 * (score - before[key])
-            print(
-                f"{PROBES[kind] + (f' ({label})' if label else ''):>20}: {score:6.1%} of the validation images right, "
-                f"untrained network {before[key]:6.1%}: {abs(gain):.1f} points {'better' if gain >= 0 else 'WORSE'}"
-            )
+    for gain in gains(summary):
+        print(
+            f"{gain.probe:>20}: {gain.score:6.1%} of the validation images right, "
+            f"untrained network {gain.untrained:6.1%}: {gain.words}"
+        )
     print(
         f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s, "
         f"peak memory {summary['peak_memory_mb']:.0f} MB; probes and collapse watch took {summary['watch_seconds']:.0f} s"

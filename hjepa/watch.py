@@ -5,10 +5,9 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hjepa.collapse import spread, verdict
-from hjepa.data.dataset import Dataset, Split
+from hjepa.data.dataset import Dataset, Split, spaced
 from hjepa.hardware import Hardware
 from hjepa.losses import PredictionLoss
 from hjepa.masks import Sampler
@@ -113,11 +112,6 @@ class Watch:
         """From a checkpoint."""
         for key in STATE:
             setattr(self, key, state[key])
-
-
-def spaced(total: int, count: int) -> Tensor:
-    """At most `count` positions spread evenly over `total`: folders are sorted by class."""
-    return torch.linspace(0, total - 1, min(count, total)).long()
 
 
 def named(prefix: str, figures: Scores) -> Scores:

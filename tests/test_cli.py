@@ -56,8 +56,10 @@ def test_help_lists_the_groups_quickly() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["model=vit_smal"], ["model/vit_smal", "vit_small"]),
-        (["modle=vit_small"], ["modle"]),
+        (["model=vit_smal"], ["model=vit_smal is no option; did you mean vit_small?"]),
+        (["modle=vit_small"], ["modle is no option; did you mean model?"]),
+        (["optimizer.lrr=1"], ["optimizer.lrr is no option; did you mean lr?"]),
+        (["model.encoder={"], ["cannot be read"]),
         (["optimizer.learning_rate=1"], ["optimizer.learning_rate"]),
         (["+optimizer.foo=1"], ["optimizer.foo is no option", "lr"]),
         (["+foo=1"], ["foo", "no option"]),

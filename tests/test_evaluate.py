@@ -1,4 +1,4 @@
-"""An evaluation says of a run what the run said of itself, does nothing twice, and refuses in one sentence what it cannot judge."""
+"""An evaluation says of a run what the run said of itself, does nothing twice, and refuses in one sentence what it cannot do."""
 
 import json
 import shutil
@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -20,7 +19,10 @@ from hjepa.run import run as run_config
 from tests.conftest import compose, tiny
 
 HERE = ("task=evaluate", "hardware=cpu", "hardware.threads=1", "tracking=none")
-QUICK = ("task.finetune.epochs=1", "task.quality.images=10", "task.quality.views=3", "task.fewshot.shares=[0.1]")
+QUICK = (
+    *("task.finetune.epochs=1", "task.quality.images=10", "task.quality.views=3", "task.test_images=200"),
+    *("task.fewshot.shares=[0.1]", "task.fewshot.draws=2", "task.dense.train_images=30", "task.dense.test_images=30"),
+)
 
 
 def evaluate(folder: Path, *options: str) -> float | None:
@@ -80,10 +82,16 @@ def fresh_coloured(coloured: Path, tmp_path: Path) -> Path:
 
 
 def test_on_the_validation_part_the_scores_are_those_of_the_run_itself(fresh: Path) -> None:
-    options = ("task.protocols=[linear,knn,quality]", "task.split=validation", "task.train_images=100", "task.checkpoint=latest")
-    evaluate(fresh, *options, *QUICK)
+    options = (
+        "task.protocols=[linear,knn,quality]",
+        "task.split=validation",
+        "task.train_images=100",
+        "task.checkpoint=latest",
+        "task.quality.images=5",
+    )
+    evaluate(fresh, *options)
     rows, own = found(fresh), read_summary(fresh)
-    for source, scores in (("trained/depth2", own["probe"]), ("untrained/depth2", own["untrained"])):
+    for source, scores in (("trained/block 2", own["probe"]), ("untrained/block 2", own["untrained"])):
         assert rows["linear"][source] == {"part": scores["linear"], "whole": scores["linear_whole"]}
         assert rows["knn"][source] == {"part": scores["knn"], "whole": scores["knn_whole"]}
         assert rows["quality"][source]["rankme"] == scores["rankme"]
@@ -94,11 +102,12 @@ def test_all_protocols_judge_all_sources_and_are_not_done_again(fresh: Path, cap
     rows = found(fresh)
     assert set(rows) == {"linear", "knn", "fewshot", "finetune", "dense", "quality"}
     assert "transfer is left out: " in capsys.readouterr().out
-    rests = {f"{who}/{what}" for who in ("trained", "untrained") for what in ("depth1", "depth2", "stacked1")}
+    rests = {f"{who}/{what}" for who in ("trained", "untrained") for what in ("block 1", "block 2", "stacked 1")}
     assert set(rows["linear"]) == set(rows["knn"]) == rests | {"pixels"}
     assert set(rows["quality"]) == rests
-    assert set(rows["dense"]) == {r for r in rests if "depth" in r} | {"pixels"}
-    assert score == rows["linear"]["trained/depth2"]["part"]
+    assert set(rows["dense"]) == {r for r in rests if "block" in r} | {"pixels"}
+    assert score == rows["linear"]["trained/block 2"]["part"]
+    assert all(rows["quality"][f"trained/{layer}"] != rows["quality"][f"untrained/{layer}"] for layer in ("block 2", "stacked 1"))
     assert all(np.isfinite(v) for sources in rows.values() for columns in sources.values() for v in columns.values())
 
     before = (fresh / "evaluate" / "summary.json").read_text()
@@ -133,7 +142,7 @@ def test_an_interrupted_evaluation_goes_on(fresh: Path, monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr("hjepa.evaluate.probing.knn", interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(UserError, match="Interrupted"):
             evaluate(fresh, "task.protocols=[linear,knn]")
     assert read_summary(fresh / "evaluate")["status"] == "unfinished"
     kept = found(fresh)
@@ -156,7 +165,7 @@ def test_seeds_are_shown_with_mean_and_standard_deviation(seeds: Path, tmp_path:
         values = [rows[source]["whole"] for rows in each]
         assert columns["whole"] == mean(values)
         assert columns["whole std"] == pytest.approx(stdev(values))
-    assert score == mean(rows["trained/depth2"]["part"] for rows in each)
+    assert score == mean(rows["trained/block 2"]["part"] for rows in each)
     text = (tmp_path / "runs" / "evaluate" / "table.txt").read_text()
     assert "seed 0" in text
     assert "seed 1" in text
@@ -189,7 +198,7 @@ def test_transfer_judges_the_same_features_on_other_images(fresh: Path, coloured
     other = ("dataset@task.transfer=image_folder", f"task.transfer.root={tmp_path}/small")
     evaluate(fresh, "task.protocols=[transfer]", *other)
     rows = found(fresh)["transfer"]
-    assert rows["trained/depth2"] == {"class/linear": 1.0, "class/knn": 1.0}
+    assert rows["trained/block 2"] == {"class/linear": 1.0, "class/knn": 1.0}
     assert rows["pixels"]["class/linear"] == 1.0
 
 
@@ -197,7 +206,7 @@ def test_fine_tuning_learns_and_leaves_the_run_as_it_is(fresh_coloured: Path) ->
     before = (fresh_coloured / "checkpoints" / "latest.pt").read_bytes()
     evaluate(fresh_coloured, "task.protocols=[finetune]", "task.finetune.epochs=8", "task.finetune.batch_size=16")
     rows = found(fresh_coloured)["finetune"]
-    assert rows["trained/depth2"]["class"] == 1.0
+    assert rows["trained/block 2"]["class"] == 1.0
     assert (fresh_coloured / "checkpoints" / "latest.pt").read_bytes() == before
 
 
@@ -271,17 +280,3 @@ def test_the_tracker_has_every_score_once(run, tmp_path: Path) -> None:
             assert (point.value, point.step) == (value, 9)
     assert {file.path for file in client.list_artifacts(run_id, "evaluate")} == {"evaluate/summary.json", "evaluate/table.txt"}
     assert json.loads((folder / "evaluate" / "summary.json").read_text())["run_id"] == run_id
-
-
-def test_the_untrained_network_of_a_stacked_run_is_not_the_trained_one(seeds: Path) -> None:
-    from hjepa.config import resolve
-    from hjepa.evaluate.features import encode
-    from hjepa.opened import open_run
-
-    run = open_run(resolve(compose(*HERE[1:], f"run={seeds}/s0")), None, None)
-    images = torch.randn(4, 3, 32, 32)
-    with torch.no_grad():
-        trained, untrained = (encode(model, images, [1, 2]) for model in (run.model, run.untrained_model))
-        assert torch.equal(trained["depth2"], run.encoder.features(images))
-    assert trained.keys() == untrained.keys() == {"depth1", "depth2", "stacked1"}
-    assert all(not torch.equal(trained[name], untrained[name]) for name in trained)

@@ -93,12 +93,12 @@ def test_patches_that_carry_their_label_are_all_right() -> None:
 
 
 def test_tables_show_labels_as_rows_and_spreads_beside_their_means() -> None:
-    rows = {"trained/depth6": {"part/1 per class": 0.5, "part/1 per class std": 0.01, "whole/1 per class": 0.25}}
+    rows = {"trained/block 6": {"part/1 per class": 0.5, "part/1 per class std": 0.01, "whole/1 per class": 0.25}}
     assert [line.split() for line in table("fewshot", "about", rows).splitlines()] == [
         ["about"],
         ["features", "label", "1", "per", "class"],
-        ["trained,", "depth", "6", "part", "50.0%", "+-", "1.0%"],
-        ["trained,", "depth", "6", "whole", "25.0%"],
+        ["trained,", "block", "6", "part", "50.0%", "+-", "1.0%"],
+        ["trained,", "block", "6", "whole", "25.0%"],
     ]
 
 

@@ -209,7 +209,7 @@ def test_a_decoding_process_that_is_killed_is_one_sentence(root: Path) -> None:
     stream.pixels(0)
     for worker in multiprocessing.active_children():
         worker.kill()
-    with pytest.raises(UserError, match=r"decodes images died.*dataset.workers.*continues the run"):
+    with pytest.raises(UserError, match=r"decodes images died.*dataset.workers.*continues a run"):
         list(map(stream.pixels, range(1, stream.steps)))
     stream.close()
 

@@ -198,7 +198,7 @@ def test_failures_show_and_stop_nothing(tmp_path: Path) -> None:
 
 def test_any_rank_that_dies_fails_the_job(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('SLURM_PROCID') == '1':\n    os._exit(3)\n")
-    options = ("tracking=none", f"output_root={tmp_path}", "hydra.launcher.tasks_per_node=2")
+    options = ("tracking=none", f"output_root={tmp_path}", "hydra.launcher.tasks_per_node=2", "hardware.processes=2")
     result = launch(*SUBMIT, *options, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
     assert result.returncode == 1
     assert "ended by SLURM as FAILED" in rows(result.stdout)["0"]
@@ -294,6 +294,11 @@ def test_ctrl_c_leaves_the_jobs_and_names_them(tmp_path: Path) -> None:
     cancel(tmp_path)
 
 
+def queued() -> set[str]:
+    """The ids of the jobs in the queue."""
+    return set(slurm("squeue", "-h", "-r", "-o", "%i").split())
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -301,16 +306,19 @@ def test_ctrl_c_leaves_the_jobs_and_names_them(tmp_path: Path) -> None:
         (["hydra.launcher.timeout_min=long"], "hydra.launcher.timeout_min='long': expected int"),
         (["hydra.launcher.nodes=0"], "hydra.launcher.nodes=0: expected more than 0"),
         (["hydra.launcher.timeout_min=5"], "signal_delay_s=300 is more than half"),
+        (["hardware.processes=2"], "but a job has 1 tasks"),
+        (["hydra.launcher.tasks_per_node=2"], "but a job has 2 tasks"),
         (["--multirun", "hardware=slurm_cpu,slurm_gpu"], "cannot be chosen for a part of its jobs"),
     ],
 )
 def test_mistakes_are_said_in_one_sentence(tmp_path: Path, overrides: list[str], words: str) -> None:
     own = [o for o in SUBMIT if not ("--multirun" in overrides and o.startswith(("hardware=", "hydra.")))]
+    before = queued()  # jobs of an earlier test may still be leaving
     result = launch(*overrides, *own, "tracking=none", f"output_root={tmp_path}")
     assert result.returncode == 1
     assert words in result.stderr + result.stdout
     assert "Traceback" not in result.stderr
-    assert not slurm("squeue", "-h")
+    assert queued() <= before
     assert not (tmp_path / "e").exists()
 
 

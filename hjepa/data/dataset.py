@@ -20,7 +20,7 @@ from torchvision.transforms import functional as TF
 
 from hjepa.data.augment import Augment, Draws
 from hjepa.data.files import Corrupt, Files, Listing, class_folders, list_images
-from hjepa.data.shapes import generate, patch_parts
+from hjepa.data.shapes import PARTS, WHOLES, generate, patch_parts
 from hjepa.errors import UserError
 from hjepa.rng import generator
 
@@ -83,6 +83,15 @@ class Dataset(ABC):
     def load(self, split: Literal["train", "test"]) -> Split:
         """All images of a split."""
 
+    def class_names(self, label: str) -> list[str]:
+        """What the classes of a label are called, by index; empty where they have no names."""
+        return []
+
+    def sample(self, count: int) -> Tensor:
+        """At most `count` training images, evenly spread: uint8 [count, 3, S, S]."""
+        images = self.load("train").images
+        return images[spaced(len(images), count)]
+
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> float32, zero mean and unit variance over the dataset."""
         return self.standardise(unit(images))
@@ -134,6 +143,11 @@ class Dataset(ABC):
         return keep.nonzero().squeeze(1), held
 
 
+def spaced(total: int, count: int) -> Tensor:
+    """At most `count` positions spread evenly over `total`: folders are sorted by class."""
+    return torch.linspace(0, total - 1, min(count, total)).long()
+
+
 def unit(images: Tensor) -> Tensor:
     """uint8 -> float32 pixels in [0, 1]."""
     return images.float().div_(255)
@@ -175,6 +189,9 @@ class Shapes(Dataset):
         """What every patch of the split's images shows, int64 [N, patches], see `hjepa.data.shapes.patch_parts`."""
         return patch_parts(self.sizes[split], self.image_size, self.seed(split), patch, coverage)
 
+    def class_names(self, label: str) -> list[str]:
+        return list({"part": PARTS, "whole": WHOLES}[label])
+
 
 class Folders(Dataset):
     """Image files in one or several folders: decoded into memory when they fit, else streamed through workers.
@@ -209,20 +226,17 @@ class Folders(Dataset):
             raise UserError(f"dataset.workers={workers}: expected at least 0, or null for one per CPU thread of the run.")
         self.roots, self.weights, self.classes = [Path(root).expanduser() for root in roots], weights, classes
         self.max_corrupt, self.memory_limit_gb, self.workers = max_corrupt, memory_limit_gb, workers
-        for root in self.roots:
-            if not root.is_dir():
-                raise UserError(f"dataset.{self.option}: {root} is not a folder; give the folder that holds train/<class>/*.jpg.")
 
     def load(self, split: Literal["train", "test"]) -> Split:
+        files = self.join([self.listing(root, split) for root in self.roots])
         if split == "test":
             for root in self.roots:
                 self.refuse_other_classes(root)
-        files = self.join([self.listing(root, split) for root in self.roots])
         return self.split(files, self.streams(len(files)))
 
     def refuse_other_classes(self, root: Path) -> None:
         """Refuse a test split whose class folders are not those to train on: a class is its folder's place among them."""
-        train, test = (set(class_folders(self.place(root, split))) for split in ("train", "test"))
+        train, test = (set(class_folders(self.folder(root, split), None)) for split in ("train", "test"))
         if self.classes is None and train and test and (odd := sorted(train ^ test)):
             raise UserError(
                 f"dataset.{self.option}: {root} has the class {odd[0]} in its {'train' if odd[0] in train else 'test'} split "
@@ -239,11 +253,20 @@ class Folders(Dataset):
         streamed = self.streams(len(keep) + len(held))
         return self.split(files.part(keep), streamed), self.split(files.part(held), streamed)
 
+    def class_names(self, label: str) -> list[str]:
+        return [name for root in self.roots for name in class_folders(self.folder(root, "train"), self.classes)]
+
+    def sample(self, count: int) -> Tensor:
+        files = self.join([self.listing(root, "train") for root in self.roots])
+        return files.part(spaced(len(files), count))[:]  # only these are decoded
+
     def listing(self, root: Path, split: Literal["train", "test"]) -> Listing:
         """Paths and class indices of a split of one root."""
-        return list_images(self.place(root, split), self.classes)
+        if not root.is_dir():
+            raise UserError(f"dataset.{self.option}: {root} is not a folder; give the folder that holds train/<class>/*.jpg.")
+        return list_images(self.folder(root, split), self.classes)
 
-    def place(self, root: Path, split: Literal["train", "test"]) -> Path:
+    def folder(self, root: Path, split: Literal["train", "test"]) -> Path:
         """The folder of a split of one root."""
         names = ("train",) if split == "train" else self.tests
         there = [root / name for name in names if (root / name).is_dir()]
@@ -361,6 +384,7 @@ class Torchvision(Dataset):
     def __init__(self, name: Literal["CIFAR10", "CIFAR100", "STL10"], root: str, **common: object) -> None:
         super().__init__(**common)  # type: ignore[arg-type]
         self.name, self.root = name, root
+        self.names: list[str] = []  # known once the files are there
 
     def load(self, split: Literal["train", "test"]) -> Split:
         try:
@@ -375,7 +399,11 @@ class Torchvision(Dataset):
                 f"{self.name} could not be downloaded to or read from dataset.root={self.root} ({error}); check the network, "
                 "the folder and its space, or put the archive there by hand."
             ) from error
+        self.names = list(data.classes)
         return Split(resize(pixels.contiguous(), self.image_size), {"class": labels})
+
+    def class_names(self, label: str) -> list[str]:
+        return self.names
 
 
 def resize(images: Tensor, size: int, chunk: int = 1024) -> Tensor:

@@ -33,10 +33,11 @@ class Corrupt:
 
     Args:
         total: files of the split; tolerated: share of them that may be unreadable.
+        group: of the options `max_corrupt` and `workers`; fate: what becomes of an unreadable file's place.
     """
 
-    def __init__(self, total: int, tolerated: float) -> None:
-        self.total, self.tolerated = total, tolerated
+    def __init__(self, total: int, tolerated: float, group: str = "dataset", fate: str = "others take their places") -> None:
+        self.total, self.tolerated, self.group, self.fate = total, tolerated, group, fate
         self.limit = min(int(tolerated * total), total - 1)
         self.names: set[str] = set()
 
@@ -50,10 +51,10 @@ class Corrupt:
         named += f"; and {len(new) - 5} more" if len(new) > 5 else ""
         if len(self.names) > self.limit:
             raise UserError(
-                f"{len(self.names)} of {self.total} images cannot be read, more than dataset.max_corrupt={self.tolerated:g} "
-                f"allows: {named}. Mend or remove them, or raise dataset.max_corrupt."
+                f"{len(self.names)} of {self.total} images cannot be read, more than {self.group}.max_corrupt={self.tolerated:g} "
+                f"allows: {named}. Mend or remove them, or raise {self.group}.max_corrupt."
             )
-        log.warning("%d of %d images cannot be read, others take their places: %s", len(self.names), self.total, named)
+        log.warning("%d of %d images cannot be read, %s: %s", len(self.names), self.total, self.fate, named)
 
 
 class Files:
@@ -149,22 +150,27 @@ def read_image(path: str, size: int) -> np.ndarray | str:
     return np.array(image)
 
 
-def class_folders(folder: Path) -> list[str]:
-    """The names of the class folders, sorted."""
-    return sorted(p.name for p in folder.iterdir() if p.is_dir())
+def walk_images(folder: Path) -> list[str]:
+    """Paths of all images in a folder and the folders in it, however deep, sorted."""
+    folder = folder.absolute()
+    return [path for path, _ in make_dataset(str(folder.parent), {folder.name: 0}, IMG_EXTENSIONS, allow_empty=True)]
+
+
+def class_folders(folder: Path, chosen: list[str] | None) -> list[str]:
+    """Names of the (chosen) class folders, in the order of their indices."""
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    if missing := sorted(set(chosen or ()) - set(classes)):
+        raise UserError(
+            f"dataset.classes: {folder} has no class folder {missing[0]} ({len(missing)} of {len(chosen or ())} are missing); "
+            "give the names of folders that are there."
+        )
+    return classes if chosen is None else sorted(set(chosen))
 
 
 def list_images(folder: Path, chosen: list[str] | None = None) -> Listing:
     """Paths and class indices of every image in the (chosen) class folders, sorted; class -1 outside class folders."""
-    classes = class_folders(folder)
+    classes = class_folders(folder, chosen)
     loose = sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in IMG_EXTENSIONS)
-    if chosen is not None:
-        if missing := sorted(set(chosen) - set(classes)):
-            raise UserError(
-                f"dataset.classes: {folder} has no class folder {missing[0]} ({len(missing)} of {len(chosen)} are missing); "
-                "give the names of folders that are there."
-            )
-        classes = sorted(set(chosen))
     if loose and not classes:
         return loose, [-1] * len(loose)
     if not classes:

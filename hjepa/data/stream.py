@@ -68,8 +68,8 @@ class Stream:
             if self.files.workers == 0 or str(error).startswith("Caught"):  # in our own code, here or in a worker
                 raise
             raise UserError(
-                f"A process that decodes images died ({error}), most likely for want of memory or shared "
-                "memory; set dataset.workers to fewer. The same command continues the run."
+                f"A process that decodes images died ({error}), most likely for want of memory or shared memory; "
+                f"set {self.files.corrupt.group}.workers to fewer and give the same command again, which continues a run."
             ) from error
         self.next = step + 1
         if self.next == self.end:

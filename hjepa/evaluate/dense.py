@@ -2,7 +2,6 @@
 part is known by construction.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +10,11 @@ from tqdm import tqdm
 
 from hjepa.data.dataset import Shapes, unit
 from hjepa.data.shapes import PARTS
-from hjepa.encoder import Encoder, patchify
+from hjepa.encoder import patchify
 from hjepa.errors import UserError
 from hjepa.evaluate.features import Part, Role
 from hjepa.evaluate.study import Rows, Study
+from hjepa.look.network import WHO, Who
 from hjepa.probes import accuracy, logistic, standardise
 
 CLASSES = 1 + len(PARTS)  # the background first
@@ -60,13 +60,14 @@ class Dense:
 
     def __call__(self, study: Study) -> Rows:
         rows: Rows = {}
-        run, depths = study.run, study.features.depths
+        run = study.run
         parts, truths = self.parts(study), self.truths(study)
-        progress = tqdm(total=2 * len(depths) + 1, desc="dense", unit="row", disable=None)
-        for who, encoder in (("trained", run.encoder), ("untrained", run.untrained)):
-            for depth in depths:
-                tokens = {role: patch_tokens(study, encoder, depth, part) for role, part in parts.items()}
-                rows[f"{who}/depth{depth}"] = self.judge(tokens, truths)
+        names = [name for name in study.features.names() if name.startswith("block")]
+        progress = tqdm(total=2 * len(names) + 1, desc="dense", unit="row", disable=None)
+        for who in WHO:
+            for name in names:
+                tokens = {role: patch_tokens(study, who, name, part) for role, part in parts.items()}
+                rows[f"{who}/{name}"] = self.judge(tokens, truths)
                 progress.update()
         size = run.encoder.patch_size
         raw = {role: patchify(unit(part.split.images[part.index]), size).flatten(0, 1) for role, part in parts.items()}
@@ -96,13 +97,11 @@ class Dense:
         return {"accuracy": accuracy(logits, truths["test"]), "miou": mean_iou(logits.argmax(1), truths["test"])}
 
 
-@torch.no_grad()
-def patch_tokens(study: Study, encoder: Encoder, depth: int, part: Part) -> Tensor:
-    """Patch tokens [n * patches, D] of a depth, image by image in raster order."""
-    device = study.run.hardware.device
-    images: Iterator[Tensor] = part.batches(study.features.batch_size, device, f"depth {depth}")
-    states = [encoder(study.run.dataset.normalise(batch), depths=[depth])[0] for batch in images]
-    return torch.cat(states)[:, encoder.summary_tokens :].flatten(0, 1).float()
+def patch_tokens(study: Study, who: Who, layer: str, part: Part) -> Tensor:
+    """Patch tokens [n * patches, D] of a layer, image by image in raster order."""
+    batches = part.batches(study.features.batch_size, study.run.hardware.device, f"{who}, {layer}")
+    network, normalise = study.features.networks[who], study.run.dataset.normalise
+    return torch.cat([network.tokens(normalise(images))[layer].cells for images in batches]).flatten(0, 1).float()
 
 
 def mean_iou(predicted: Tensor, truth: Tensor) -> float:

@@ -1,6 +1,6 @@
 """Features of a run's images: computed once, at all depths in one pass, kept in the run folder, and read from there.
 
-    evaluate/features/CHECKPOINT-DIGITS/depth3.npy      [N, F], a file for every depth of the encoder and every stacked level
+    evaluate/features/CHECKPOINT-DIGITS/block 3.npy     [N, F], a file for every depth of the encoder and every stacked level
 
 The rows of every table are sources of features: the trained teacher and the untrained one at each depth, and the pixels.
 """
@@ -22,14 +22,13 @@ from hjepa.config import NOT_IDENTITY_DATASET, Config, digits
 from hjepa.data.dataset import Dataset, Split, unit
 from hjepa.data.stream import Stream
 from hjepa.errors import UserError
-from hjepa.model import HJEPA
+from hjepa.folder import whole_folder
+from hjepa.look.network import WHO, Who, networks
 from hjepa.opened import Opened
 from hjepa.probes import labelled, standardise
 
 PIXELS = 32  # raw pixels are compared at this side at most: more would be more numbers than images
 Role = Literal["train", "test"]
-Who = Literal["trained", "untrained"]
-WHO: tuple[Who, Who] = ("trained", "untrained")
 ROLES: tuple[Role, Role] = ("train", "test")
 
 
@@ -120,18 +119,6 @@ def refuse_unlabelled(splits: dict[Role, Split]) -> None:
             raise UserError(f"The images to fit on lack {what} of those to score on; the two need the same classes.")
 
 
-def encode(model: HJEPA, images: Tensor, depths: list[int]) -> dict[str, Tensor]:
-    """What the teacher says of normalised images [B, 3, S, S]: pooled features [B, F] by depth and stacked level, as probed."""
-    encoder = model.teacher
-    last = encoder.depth
-    states = dict(zip(wanted := sorted({*depths, last}), encoder(images, depths=wanted), strict=True))
-    rows = {f"depth{depth}": encoder.pooled(states[depth]) for depth in depths}
-    if model.upper:
-        stacked = model.upper.look(states[last][:, encoder.summary_tokens :])
-        rows |= {f"stacked{i}": cells.mean(1) for i, cells in enumerate(stacked, start=1)}
-    return {name: row.float() for name, row in rows.items()}
-
-
 def pixels(images: Tensor) -> Tensor:
     """uint8 [B, 3, S, S] -> float32 [B, F] in [0, 1], larger ones averaged down to 32 pixels a side."""
     small = min(PIXELS, images.shape[-1])
@@ -142,11 +129,13 @@ class Features:
     """The features of a run on a dataset, by source.
 
     Args:
-        folder: where they are kept; depths: of the encoder, ascending; batch_size: images per forward pass.
+        folder: where they are kept; depths: of the encoder, ascending, the last block's included; batch_size: images per forward
+            pass.
     """
 
     def __init__(self, run: Opened, data: Data, folder: Path, depths: list[int], batch_size: int) -> None:
         self.run, self.data, self.folder, self.depths, self.batch_size = run, data, folder, depths, batch_size
+        self.networks = networks(run, depths)
 
     @property
     def key(self) -> dict[str, Any]:
@@ -158,34 +147,29 @@ class Features:
         place = self.folder / f"{self.run.hash}-{digits(self.key | {'who': who, 'role': role})}"
         if not place.exists():
             self.extract(who, role, place)
-        files = sorted(place.glob("*.npy"), key=lambda file: (file.stem.rstrip("0123456789"), len(file.stem), file.stem))
-        return {file.stem: torch.from_numpy(np.load(file, mmap_mode="c")) for file in files}
+        return {name: torch.from_numpy(np.load(place / f"{name}.npy", mmap_mode="c")) for name in self.networks[who].names()}
 
-    def model(self, who: Who) -> HJEPA:
-        """The trained model or the untrained one."""
-        return self.run.model if who == "trained" else self.run.untrained_model
+    def look(self, who: Who, images: Tensor) -> dict[str, Tensor]:
+        """Pooled features [B, F] of normalised images [B, 3, S, S], by layer."""
+        return {name: tokens.pooled.float() for name, tokens in self.networks[who].tokens(images).items()}
 
-    @torch.no_grad()
     def extract(self, who: Who, role: Role, place: Path) -> None:
-        """Compute and write them: into a temporary folder, which is renamed when it is whole."""
-        part, model = self.data.parts[role], self.model(who)
-        temporary = self.folder / f".{place.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        files: dict[str, np.ndarray] = {}
-        first = 0
-        for images in part.batches(self.batch_size, self.run.hardware.device, f"{who} features, {role}"):
-            rows = encode(model, self.run.dataset.normalise(images), self.depths)
-            if not files:
-                files = self.open(temporary, rows, len(part))
-            for name, row in rows.items():
-                files[name][first : first + len(row)] = row.cpu().numpy()
-            first += len(images)
-        for file in files.values():
-            file.flush()  # type: ignore[attr-defined]
-        temporary.rename(place)
+        """Compute and write them: all or none."""
+        part = self.data.parts[role]
+        self.folder.mkdir(exist_ok=True)
+        with whole_folder(place) as temporary:
+            files: dict[str, np.memmap] = {}
+            first = 0
+            for images in part.batches(self.batch_size, self.run.hardware.device, f"{who} features, {role}"):
+                rows = self.look(who, self.run.dataset.normalise(images))
+                files = files or self.open(temporary, rows, len(part))
+                for name, row in rows.items():
+                    files[name][first : first + len(row)] = row.cpu().numpy()
+                first += len(images)
+            for file in files.values():
+                file.flush()
 
-    def open(self, folder: Path, rows: dict[str, Tensor], count: int) -> dict[str, np.ndarray]:
+    def open(self, folder: Path, rows: dict[str, Tensor], count: int) -> dict[str, np.memmap]:
         """A file for the features of every row."""
         size = 4 * count * sum(row.shape[1] for row in rows.values())
         if size > (free := shutil.disk_usage(folder).free):  # a mapped file on a full disk would kill the process
@@ -200,10 +184,9 @@ class Features:
         }
 
     def names(self, last_only: bool = False) -> list[str]:
-        """The rows of one encoder; or its last depth and the stacked levels."""
-        stages = len(self.run.model.upper.stages()) if self.run.model.upper else 0
-        depths = self.depths[-1:] if last_only else self.depths
-        return [*(f"depth{depth}" for depth in depths), *(f"stacked{i}" for i in range(1, stages + 1))]
+        """The layers of a network; or its last block and the stacked levels."""
+        names = self.networks["trained"].names()
+        return [names[0], *(name for name in names if name.startswith("stacked"))] if last_only else names
 
     def pairs(self, last_only: bool = False) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Every row of a table: its name, and what to fit on [N, F] and to score on [M, F], standardised, on the device."""

@@ -60,7 +60,7 @@ class Finetune:
 
     def __call__(self, study: Study) -> Rows:
         encoders = {"trained": study.run.encoder, "untrained": study.run.untrained}
-        return {f"{who}/depth{encoder.depth}": self.tune(study, encoder, who) for who, encoder in encoders.items()}
+        return {f"{who}/block {encoder.depth}": self.tune(study, encoder, who) for who, encoder in encoders.items()}
 
     def tune(self, study: Study, encoder: Encoder, who: str) -> dict[str, float]:
         """Accuracies on the images to score on, by label, of a fine-tuned copy of an encoder."""

@@ -23,6 +23,7 @@ class Linear:
 
     def refuse(self, study: Study) -> None:
         """Any labelled images will do."""
+        study.labels()
 
     def about(self, study: Study) -> str:
         return f"Linear probe, accuracy, {study.data.describe()}"
@@ -53,6 +54,7 @@ class KNN:
 
     def refuse(self, study: Study) -> None:
         """Any labelled images will do."""
+        study.labels()
 
     def about(self, study: Study) -> str:
         neighbours, temperature = self.options(study)

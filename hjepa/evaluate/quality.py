@@ -8,9 +8,9 @@ from torch import Tensor
 from hjepa.collapse import effective_rank, entropy_rank, spread
 from hjepa.data.dataset import unit
 from hjepa.errors import UserError
-from hjepa.evaluate.features import WHO, Part, encode
+from hjepa.evaluate.features import Part
 from hjepa.evaluate.study import Rows, Study
-from hjepa.model import HJEPA
+from hjepa.look.network import WHO, Who
 from hjepa.rng import generator
 
 FIRST, LAST = 11, 100  # eigenvalues that the power law is fitted to, counted from 1, as Agrawal et al. and Stringer et al. do
@@ -32,7 +32,8 @@ class Quality:
             raise UserError(f"task.quality.images={self.images} and views={self.views}: expected at least 2 of each.")
 
     def refuse(self, study: Study) -> None:
-        """Any images will do."""
+        """Any labelled images will do."""
+        study.labels()
 
     def about(self, study: Study) -> str:
         count = len(study.data.parts["test"])
@@ -44,13 +45,12 @@ class Quality:
     def __call__(self, study: Study) -> Rows:
         rows: Rows = {}
         for who in WHO:
-            features, views = study.features(who, "test"), self.augmented(study.features.model(who), study, who)
+            features, views = study.features(who, "test"), self.augmented(study, who)
             for name in study.features.names():
                 rows[f"{who}/{name}"] = figures(features[name]) | {"lidar": lidar(views[name])}
         return rows
 
-    @torch.no_grad()
-    def augmented(self, model: HJEPA, study: Study, who: str) -> dict[str, Tensor]:
+    def augmented(self, study: Study, who: Who) -> dict[str, Tensor]:
         """Features [n, q, F] of q views of n images, by depth and stacked level; the same views for every network."""
         part, dataset, device = study.data.parts["test"], study.run.dataset, study.run.hardware.device
         chosen, found = Part(part.split, part.index[: self.images]), []
@@ -59,7 +59,7 @@ class Quality:
             repeated = unit(images).repeat_interleave(self.views, 0)
             draws = dataset.augment.draw(len(repeated), generator(0, "lidar", i))
             views = dataset.standardise(dataset.augment(repeated, draws))
-            found.append({name: row.cpu() for name, row in encode(model, views, study.features.depths).items()})
+            found.append({name: row.cpu() for name, row in study.features.look(who, views).items()})
         return {name: torch.cat([rows[name] for rows in found]).unflatten(0, (-1, self.views)) for name in found[0]}
 
 

@@ -85,14 +85,11 @@ class Results:
         return table(protocol, self.about(protocol), self.rows(protocol))
 
     def score(self) -> float | None:
-        """The linear accuracy of the trained encoder's last depth, by the main label."""
-        if "linear" not in self.protocols:
-            return None
-        depths = [columns for source, columns in self.rows("linear").items() if source.startswith("trained/depth")]
-        return next(iter(depths[-1].values()))
+        """The linear accuracy of the trained encoder's last block, the first row, by the main label."""
+        return next(iter(next(iter(self.rows("linear").values())).values())) if "linear" in self.protocols else None
 
     def metrics(self) -> dict[str, float]:
-        """Everything that was asked for, as flat names for trackers: evaluate/linear/trained/depth6/class."""
+        """Everything that was asked for, as flat names for trackers: evaluate/linear/trained/block 6/class."""
         return {
             f"evaluate/{protocol}/{source}/{column}": value
             for protocol in self.protocols

@@ -29,7 +29,7 @@ def compare(root: Path, found: dict[Path, Results]) -> None:
         groups.append({"runs": [str(folder) for folder in folders], "means": means})
     if groups:
         place = root / "evaluate"
-        refuse_unwritable(place)
+        refuse_unwritable(place, "make it writable")
         place.mkdir(exist_ok=True)
         write_whole(place / "summary.json", json.dumps({"status": "finished", "groups": groups}, indent=2) + "\n")
         write_whole(place / "table.txt", "\n\n".join(texts) + "\n")

@@ -12,7 +12,7 @@ from hjepa.evaluate.features import Data, Features
 from hjepa.opened import Opened
 from hjepa.probes import Probe
 
-# source -> column -> number; sources are trained/depth3, untrained/stacked1, pixels, ...; a column "X std" is the spread of X
+# source -> column -> number; sources are trained/block 3, untrained/stacked 1, pixels, ...; a column "X std" is the spread of X
 Rows = dict[str, dict[str, float]]
 
 

@@ -10,8 +10,8 @@ PLAIN = ("quality",)  # figures that are no shares
 
 
 def heading(source: str) -> str:
-    """trained/depth6 -> trained, depth 6."""
-    return source.replace("/", ", ").replace("depth", "depth ").replace("stacked", "stacked ")
+    """trained/block 6 -> trained, block 6."""
+    return source.replace("/", ", ")
 
 
 def figure(value: float, plain: bool) -> str:
@@ -29,18 +29,23 @@ def cells(columns: Mapping[str, float], plain: bool) -> dict[str, str]:
 
 
 def table(protocol: str, about: str, rows: Rows) -> str:
-    """One protocol of one run."""
-    return laid_out(protocol, about, {(heading(source),): columns for source, columns in rows.items()}, ["features"])
+    """One protocol of one run as text."""
+    return text(about, grid(protocol, rows))
+
+
+def grid(protocol: str, rows: Rows) -> list[list[str]]:
+    """One protocol of one run as cells, the heads first."""
+    return laid_out(protocol, {(heading(source),): columns for source, columns in rows.items()}, ["features"])
 
 
 def table_of_runs(protocol: str, about: str, runs: Mapping[str, Rows]) -> str:
-    """One protocol of several runs: each, and their mean and standard deviation."""
+    """One protocol of several runs as text: each, and their mean and standard deviation."""
     rows: dict[tuple[str, ...], Mapping[str, float]] = {}
     for source, columns in over_runs(runs).items():
         for name, found in runs.items():
             rows[heading(source), name] = {k: v for k, v in found[source].items() if not k.endswith(" std")}
         rows[heading(source), "mean"] = columns
-    return laid_out(protocol, f"{about}; mean and standard deviation over the runs", rows, ["features", "run"])
+    return text(f"{about}; mean and standard deviation over the runs", laid_out(protocol, rows, ["features", "run"]))
 
 
 def over_runs(runs: Mapping[str, Rows]) -> Rows:
@@ -57,8 +62,8 @@ def over_runs(runs: Mapping[str, Rows]) -> Rows:
     return result
 
 
-def laid_out(protocol: str, about: str, rows: Mapping[tuple[str, ...], Mapping[str, float]], heads: list[str]) -> str:
-    """Title, heads and rows as text; columns "label/score" become a row per label."""
+def laid_out(protocol: str, rows: Mapping[tuple[str, ...], Mapping[str, float]], heads: list[str]) -> list[list[str]]:
+    """Heads and rows as cells; columns "label/score" become a row per label."""
     labels = list(dict.fromkeys(name.partition("/")[0] for columns in rows.values() for name in columns if "/" in name))
     if labels:
         rows = {
@@ -69,5 +74,9 @@ def laid_out(protocol: str, about: str, rows: Mapping[tuple[str, ...], Mapping[s
         heads = [*heads, "label"]
     texts = {head: cells(columns, protocol in PLAIN) for head, columns in rows.items()}
     names = list(dict.fromkeys(name for row in texts.values() for name in row))
-    lines = [[*heads, *names], *([*head, *(row.get(name, "") for name in names)] for head, row in texts.items())]
-    return "\n".join([about, *(f"  {line}" for line in aligned(lines))])
+    return [[*heads, *names], *([*head, *(row.get(name, "") for name in names)] for head, row in texts.items())]
+
+
+def text(about: str, cells: list[list[str]]) -> str:
+    """A title and cells as lines."""
+    return "\n".join([about, *(f"  {line}" for line in aligned(cells))])

@@ -4,19 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
+from hjepa.look.canvas import COLORS, MARKERS, save
 from hjepa.sweep.jobs import Job
 from hjepa.sweep.table import Groups, groups, spread
 
-# Okabe and Ito's colours, which people with any kind of colour vision tell apart; the markers repeat the difference.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
 NAMES = {"probe.linear": "linear probe accuracy", "probe.knn": "k-NN accuracy", "images_per_second": "images per second"}
 Lines = dict[str, dict[str, list[float]]]  # label -> position on the axis -> values of all seeds
 
@@ -45,8 +40,7 @@ def plot(jobs: Sequence[Job], metric: str, title: str, path: Path) -> None:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     if axis.get_legend_handles_labels()[0]:
         figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path)
 
 
 def split(axes: list[str], found: Groups) -> tuple[str, Lines]:

@@ -65,6 +65,15 @@ class Cluster:
                 "would hardly start before it is told to save and queue again; lower the one or raise the other."
             )
 
+    def refuse_other_count(self, processes: int | None) -> None:
+        """Refuse a `hardware.processes` other than the number of tasks: SLURM starts the processes, and tells each to stop."""
+        tasks = self.nodes * self.tasks_per_node
+        if processes not in (None, tasks):
+            raise UserError(
+                f"hardware.processes={processes}, but a job has {tasks} tasks (hydra.launcher.nodes x tasks_per_node), each of "
+                f"which is a process; make them equal, as in hydra.launcher.tasks_per_node={processes}."
+            )
+
     def executor(self, folder: Path) -> submitit.SlurmExecutor:
         """submitit's way to these resources; scripts, pickles and logs go to the folder."""
         try:
@@ -101,17 +110,17 @@ class Task:
     """What a job does, pickled at submission.
 
     Args:
-        config: resolved and checked; path: of its run folder; master: Hydra's, the config of the sweep; code: see `git_state`.
+        config: resolved and checked; path: of its run folder; composed: with Hydra's own part; code: see `git_state`.
     """
 
     config: Config
     path: Path
-    master: DictConfig
+    composed: DictConfig
     code: dict[str, str]
 
     def __call__(self) -> float | None:
-        HydraConfig.instance().set_config(self.master)
-        configure_log(self.master.hydra.job_logging)
+        HydraConfig.instance().set_config(self.composed)
+        configure_log(self.composed.hydra.job_logging)
         logging.getLogger("submitit").propagate = False  # it writes to the log itself
         os.environ[SUBMITTED] = json.dumps(self.code)
         return perform(self.config, self.path)
@@ -138,8 +147,10 @@ def launch(
     executor = cluster.executor(sweep.folder / LOGS)
     jobs = plan_jobs(loader, master, overrides, first)
     waiting = [job for job in jobs if not job.done]
+    for job in waiting:
+        cluster.refuse_other_count(job.config["hardware"]["processes"])
     if waiting:
-        submit(waiting, executor, master)
+        submit(waiting, executor)
         sweep.write(jobs)
         announce(waiting, sweep)
         if not accounting([job.slurm_id for job in waiting]):
@@ -157,14 +168,14 @@ def launch(
     return sweep.returns(jobs)
 
 
-def submit(jobs: list[Job], executor: submitit.SlurmExecutor, master: DictConfig) -> None:
+def submit(jobs: list[Job], executor: submitit.SlurmExecutor) -> None:
     """Submit jobs, as an array if there are several; each learns its id and its log."""
     root = str(Path(__file__).resolve().parents[2])  # a job imports this code, wherever it was submitted from
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     tasks = []
     for job in jobs:
         assert job.folder is not None, "a job without a folder has failed"
-        tasks.append(Task(job.config, job.folder, master, git_state()))
+        tasks.append(Task(job.config, job.folder, job.composed, git_state()))
     try:
         submitted = executor.submit_array(tasks)
     except FailedJobError as error:

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from hjepa.folder import Record
-from hjepa.tracking.trackers import Tracker, require
+from hjepa.packages import require
+from hjepa.tracking.trackers import Tracker
 
 
 class TensorBoard(Tracker):
     """TensorBoard's event files; nothing is sent anywhere."""
 
     def __init__(self) -> None:
-        require("tensorboard", "tensorboard")
+        require("tensorboard", "tracking=tensorboard", "use tracking=none")
         self.folder = Path()
         self.writer: Any = None
 

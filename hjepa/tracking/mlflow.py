@@ -18,8 +18,9 @@ from typing import Any
 
 from hjepa.faults import first_line
 from hjepa.folder import Record, read_records, write_whole
+from hjepa.packages import require
 from hjepa.tracking.stale import close_dead_runs, end_run, machine
-from hjepa.tracking.trackers import Tracker, require
+from hjepa.tracking.trackers import Tracker
 
 log = logging.getLogger(__name__)
 BATCH = 500  # metrics per request; MLflow allows 1000
@@ -50,7 +51,7 @@ class MLflow(Tracker):
         self.system_metrics = system_metrics
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
-        self.mlflow = require("mlflow", "mlflow")
+        self.mlflow = require("mlflow", "tracking=mlflow", "use tracking=none")
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         for name in ("mlflow.system_metrics", "urllib3.connectionpool"):  # we say ourselves, once, that a server is gone
             logging.getLogger(name).setLevel(logging.CRITICAL)

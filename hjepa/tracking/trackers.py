@@ -6,12 +6,10 @@ take twice. A tracking fault never stops training: the user is told once. A trac
 
 import logging
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from hjepa.config import Config, build
-from hjepa.errors import UserError
 from hjepa.folder import Record
 
 log = logging.getLogger(__name__)
@@ -113,12 +111,3 @@ class Trackers(Tracker):
 def build_trackers(options: Config) -> Trackers:
     """The trackers of the config's `tracking` node, one per option chosen."""
     return Trackers({name: build(node) for name, node in options.items()})
-
-
-def require(package: str, option: str) -> Any:
-    """Import the package of a tracker; refuses, before any work, where it is not installed."""
-    try:
-        return import_module(package)
-    except ImportError:
-        name = package.partition(".")[0]
-        raise UserError(f"tracking={option} needs the package {name}; pip install {name}, or use tracking=none.") from None

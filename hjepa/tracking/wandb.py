@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hjepa.folder import Record, write_whole
-from hjepa.tracking.trackers import Tracker, require
+from hjepa.packages import require
+from hjepa.tracking.trackers import Tracker
 
 
 class Wandb(Tracker):
@@ -20,7 +21,7 @@ class Wandb(Tracker):
 
     def __init__(self, mode: Literal["online", "offline"], project: str | None, system_metrics: bool) -> None:
         self.mode, self.project, self.system_metrics = mode, project, system_metrics
-        self.wandb = require("wandb", "wandb")
+        self.wandb = require("wandb", "tracking=wandb", "use tracking=none")
         self.run: Any = None
         self.folder = Path()
         self.first = 0  # records before this step are there already

@@ -39,6 +39,7 @@ GROUPS = (
 )
 # What may differ between two starts of one run: it changes where and how a run computes, not what.
 NOT_IDENTITY = ("name", "experiment_name", "output_root", "run", "overwrite", "tracking", "checkpoint", "task", "hardware")
+BENCHMARK = "hjepa.measure.benchmark.benchmark"
 NOT_IDENTITY_DATASET = ("memory_limit_gb", "workers")
 KNOWN_TYPES = {"Literal": Literal, "Sequence": Sequence, "Callable": Callable, "Any": Any, "None": None}
 TARGET = re.compile(r"\b_target_:\s*([\w.]+)")
@@ -159,9 +160,11 @@ def arguments(function: ast.FunctionDef) -> Signature:
 
 
 def identity(config: Config) -> Config:
-    """The part of a config that changes the result of a run."""
+    """The part of a config that changes the result of a run; that of a benchmark depends on where and how it computes."""
     kept = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
     dataset = {key: value for key, value in config["dataset"].items() if key not in NOT_IDENTITY_DATASET}
+    if config["task"]["_target_"] == BENCHMARK:
+        return kept | {"dataset": config["dataset"], "hardware": config["hardware"], "task": config["task"]}
     return kept | {"dataset": dataset, "hardware": {"precision": config["hardware"]["precision"]}}
 
 
@@ -170,7 +173,7 @@ def fingerprint(config: Config) -> str:
     return digits(identity(config))
 
 
-def digits(value: Config) -> str:
+def digits(value: Any) -> str:
     """8 hexadecimal digits of plain data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -178,9 +181,8 @@ def digits(value: Config) -> str:
 def run_path(config: Config, choices: dict[str, str]) -> Path:
     """The absolute folder of the run: output_root / experiment_name / name, the name made from the choices by default."""
     parts = [choices[group] for group in ("dataset", "model", "levels", "masking", "loss")]
-    if choices["task"] == "benchmark":  # what it measures depends on where and how it computes
-        mark = digits(identity(config) | {"hardware": config["hardware"], "task": config["task"]})
-        name = "benchmark-" + (config["name"] or "-".join([*parts, mark]))
+    if config["task"]["_target_"] == BENCHMARK:
+        name = "benchmark-" + (config["name"] or "-".join([*parts, fingerprint(config)]))
     else:
         name = config["name"] or "-".join([*parts, f"s{config['seed']}", fingerprint(config)])
     return Path(config["output_root"]).expanduser().absolute() / config["experiment_name"] / name

@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import os
+import sys
 from collections.abc import Iterator
 
 from hjepa.errors import UserError
@@ -12,9 +14,15 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory",
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """What the machine is to blame for is raised as a `UserError`, anything else as it is."""
+    """What the machine is to blame for is raised as a `UserError`, a Ctrl-C ends the process with a word, anything else is
+    raised as it is.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("Interrupted; nothing of what was begun is left half-written.", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     except Exception as error:
         sentence = explain(error)
         if sentence:

@@ -213,7 +213,7 @@ def test_a_class_without_a_readable_image_borrows_one(tmp_path: Path) -> None:
 
 def test_bad_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a folder"):
-        folder(tmp_path / "nowhere")
+        folder(tmp_path / "nowhere").load("train")
     with pytest.raises(UserError, match="neither images nor class folders"):
         folder(tmp_path).load("train")
     Image.new("RGB", (16, 16)).save(tmp_path / "loose.png")

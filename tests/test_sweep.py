@@ -63,7 +63,7 @@ def check_shown_anew(sweep: Path) -> None:
     assert (sweep / "sweep.png").stat().st_size > 5000
     show("task=sweep", f"task.folder={sweep}", "task.metric=probe.rankme")
     assert "probe.rankme" in (sweep / "table.txt").read_text()
-    with pytest.raises(UserError, match=r"task\.metric=probe\.knnn: no job of this sweep has it; expected one of .*probe\.knn,"):
+    with pytest.raises(UserError, match=r"task\.metric=probe\.knnn: none of the runs has it; expected one of .*probe\.knn,"):
         show("task=sweep", f"task.folder={sweep}", "task.metric=probe.knnn")
 
 
@@ -83,7 +83,7 @@ def test_jobs_that_are_one_run_are_refused_and_a_mistyped_option_starts_nothing(
     assert "1 of 2 jobs did not finish (number 1)" in same.stderr
     typo = launch("--multirun", *TINY, f"output_root={tmp_path}/typo", "levels=flat,piramid")
     assert typo.returncode == 1
-    assert "levels/piramid" in typo.stderr
+    assert "levels=piramid is no option" in typo.stderr
     assert "Traceback" not in typo.stderr
     assert not list((tmp_path / "typo").glob("default/*"))
 
@@ -105,7 +105,7 @@ def test_seeds_are_the_spread_and_never_an_axis(tmp_path: Path) -> None:
     Sweep(tmp_path).refresh(jobs)
     assert varied(jobs) == ["loss", "seed"]
     assert groups(jobs, "probe.linear") == (["loss"], {("a",): [0.2, 0.4], ("b",): [0.6, 0.6]})
-    text = table(jobs, "probe.linear", tmp_path)
+    text = table(jobs, "probe.linear", "Sweep", tmp_path)
     assert "30.0%" in text, "mean of a"
     assert "+- 14.1%" in text, "its sample deviation"
     assert "same" not in text
@@ -127,7 +127,7 @@ def test_a_failure_stays_one_until_its_run_is_continued(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", READY)
 def test_ready_sweep(name: str, tmp_path: Path) -> None:
-    small = ["debug=small", "dataset.train=60", "dataset.test=10", "hardware=cpu", "hardware.threads=1", "tracking=none"]
+    small = ["debug=small", "dataset.train=160", "dataset.test=10", "hardware=cpu", "hardware.threads=1", "tracking=none"]
     small += [f"output_root={tmp_path}", f"+sweeps={name}"]
     compose(*small)
     choices = {key: str(value).split(",") for key, value in HydraConfig.get().sweeper.params.items()}
@@ -135,7 +135,7 @@ def test_ready_sweep(name: str, tmp_path: Path) -> None:
         [f"{key}={value}" for key, value in zip(choices, chosen, strict=True)] for chosen in itertools.product(*choices.values())
     ]
     assert len({prepare(compose(*small, *overrides))[1] for overrides in jobs}) == len(jobs), "every job is a run of its own"
-    one = compose(*small, *jobs[-1], *(["task.steps=2"] if name == "sizes" else []))
+    one = compose(*small, *jobs[0], *(["task.steps=2"] if name.startswith("speed") else []))
     run(one)
     _, folder = prepare(one)
     assert json.loads((folder / "summary.json").read_text())["status"] in ("finished", "collapsed")

@@ -65,7 +65,7 @@ class Stream:
         try:
             images, bad = next(self.batches)
         except (RuntimeError, OSError, EOFError) as error:
-            if self.files.workers == 0 or str(error).startswith("Caught"):  # in our own code, here or in a worker
+            if self.workers == 0 or str(error).startswith("Caught"):  # in our own code, here or in a worker
                 raise
             raise UserError(
                 f"A process that decodes images died ({error}), most likely for want of memory or shared memory; "
@@ -81,13 +81,18 @@ class Stream:
         """Let the workers go; the next batch starts others."""
         self.batches, self.next = iter(()), -1
 
+    @property
+    def workers(self) -> int:
+        """Processes that decode; 0 for this one."""
+        return min(8, torch.get_num_threads()) if self.files.workers is None else self.files.workers
+
     def start(self, step: int) -> Iterator[Batch]:
         """Batches from a step on."""
         loader: DataLoader[Batch] = DataLoader(
             Batches(self.files),
             batch_size=None,
             sampler=Steps(self.indices, step, self.end),
-            num_workers=min(8, torch.get_num_threads()) if self.files.workers is None else self.files.workers,
+            num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=leave_signals,
             generator=torch.Generator(),  # else the loader would draw from the global one

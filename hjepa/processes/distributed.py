@@ -53,6 +53,14 @@ class World:
         dist.all_reduce(values)
         return values / self.size
 
+    def every(self, thing: T) -> list[T]:
+        """What all processes have, by rank; waits for them."""
+        if self.size == 1:
+            return [thing]
+        things: list[Any] = [None] * self.size
+        dist.all_gather_object(things, thing, group=self.side)
+        return things
+
     def told(self, thing: T) -> T:
         """What the main process has, for all of them; waits for it."""
         if self.size == 1:

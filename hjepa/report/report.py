@@ -12,7 +12,7 @@ from hjepa.opened import run_folder
 from hjepa.report.about_run import about_run
 from hjepa.report.about_sweep import about_sweep
 from hjepa.report.page import render
-from hjepa.sweep.sweep import Sweep
+from hjepa.sweep.sweep import Sweep, track
 from hjepa.tracking.given import give
 
 
@@ -38,7 +38,7 @@ def report(config: Config, path: Path, sweep: str | None) -> None:
     its.refresh(jobs)
     write(its.folder, "sweep.html", about_sweep(its.folder, jobs))
     if config["tracking"]:
-        its.track(jobs, [its.folder / "report.html"])
+        track(jobs, [its.folder / "report.html"], "sweep", {"sweep": its.folder.name})
 
 
 def write(folder: Path, template: str, facts: dict[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""The plot of a sweep: the metric by what was varied, every run a dot, the mean over seeds with its spread."""
+"""The plot of a sweep or a comparison: results by what was varied, every run a dot, the mean over seeds with its spread."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,37 +10,68 @@ from matplotlib.ticker import PercentFormatter
 
 from hjepa.look.canvas import COLORS, MARKERS, save
 from hjepa.sweep.jobs import Job
-from hjepa.sweep.table import Groups, groups, spread
+from hjepa.sweep.table import SHARES, Groups, groups, members, spread
 
-NAMES = {"probe.linear": "linear probe accuracy", "probe.knn": "k-NN accuracy", "images_per_second": "images per second"}
+NAMES = {
+    "probe.linear": "Linear probe accuracy",
+    "probe.knn": "k-NN accuracy",
+    "probe.rankme": "RankMe (effective rank)",
+    "images_per_second": "Images per second",
+    "utilisation": "Share of the machine's matmul rate",
+    "peak_memory_mb": "Peak memory in MB",
+}
+PROBED = ("probe.linear", "probe.knn", "probe.rankme", "images_per_second")
+TIMED = ("images_per_second", "utilisation", "peak_memory_mb")
+READABLE = 3  # varied options that fit axis and legend
 Lines = dict[str, dict[str, list[float]]]  # label -> position on the axis -> values of all seeds
 
 
 def plot(jobs: Sequence[Job], metric: str, title: str, path: Path) -> None:
-    """The option with the most values is the axis, every combination of the others a line; probes are drawn beside the
-    untrained network's.
+    """The metric, and what else is worth a look, each in a panel.
+
+    The option with the most values is the axis, every combination of the others a line; probes are drawn beside the untrained
+    network's.
     """
+    several = TIMED if metric == "images_per_second" else PROBED
+    metrics = [key for key in dict.fromkeys([metric, *several]) if groups(jobs, key)[1]]
+    rows = 1 if len(metrics) < 4 else 2
+    width = min(9.0, 4.2 + 0.5 * len(members(jobs)[1]))
+    across = -(-len(metrics) // rows)
+    figure, axes = plt.subplots(rows, across, figsize=(width * across, 4.0 * rows), layout="constrained", squeeze=False)
+    for axis, key in zip(axes.flat, metrics, strict=False):
+        panel(axis, jobs, key)
+    for axis in axes.flat[len(metrics) :]:
+        axis.set_visible(False)
+    repeated = any(len(runs) > 1 for runs in members(jobs)[1].values())
+    note = "mean and standard deviation over seeds; dots are runs" if repeated else "one run each"
+    figure.suptitle(f"{title}\n{note}", fontsize=10)
+    labels = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if labels:
+        fit = max(1, int(13 * width * across / (max(map(len, labels)) + 8)))  # columns
+        figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=fit, fontsize=8)
+    save(figure, path)
+
+
+def panel(axis: Axes, jobs: Sequence[Job], metric: str) -> None:
+    """One metric by what was varied."""
     axes, found = groups(jobs, metric)
-    across, lines = split(axes, found)
+    across, lines = split(axes, found) if len(axes) <= READABLE else by_number(jobs, found)
     ticks = list(dict.fromkeys(tick for points in lines.values() for tick in points))
-    figure, axis = plt.subplots(figsize=(min(14.0, 5.5 + 0.7 * len(ticks)), 4.2), layout="constrained")
     for number, (label, points) in enumerate(lines.items()):
         shift = 0.4 * ((number + 0.5) / len(lines) - 0.5)
         draw(axis, number, {ticks.index(tick) + shift: values for tick, values in points.items()}, label)
-    if metric.startswith("probe.") and (before := groups(jobs, metric.replace("probe", "untrained"))[1]):
+    before = groups(jobs, metric.replace("probe", "untrained"))[1] if metric.startswith("probe.") else {}
+    if before:
         untrained = mean(value for values in before.values() for value in values)
         axis.axhline(untrained, color="0.5", linestyle=":", label="untrained network")
     name = NAMES.get(metric, metric)
-    axis.set_xticks(range(len(ticks)), ticks, rotation=0 if max(map(len, ticks)) < 14 else 20)
-    note = "mean and standard deviation over seeds; dots are runs" if any(len(values) > 1 for values in found.values()) else ""
-    axis.set(xlim=(-0.5, len(ticks) - 0.5), xlabel=f"{across}\n{note}".strip(), ylabel=name)
-    axis.set_title(f"{name[0].upper()}{name[1:]} in sweep {title}", fontsize=10)
+    long = max(map(len, ticks)) * len(ticks) > 40
+    axis.set_xticks(range(len(ticks)), [tick or "(none)" for tick in ticks], rotation=20 if long else 0)
+    axis.set(xlim=(-0.5, len(ticks) - 0.5), xlabel=across)
+    axis.set_title(name, fontsize=10)
     axis.grid(axis="y", alpha=0.3)
-    if "accuracy" in name:
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-    if axis.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside right upper", fontsize=8)
-    save(figure, path)
+    if metric.endswith(SHARES):
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def split(axes: list[str], found: Groups) -> tuple[str, Lines]:
@@ -53,6 +84,12 @@ def split(axes: list[str], found: Groups) -> tuple[str, Lines]:
         label = ", ".join(f"{key}={value}" for key, value in zip(axes, chosen, strict=True) if key != axes[across])
         lines.setdefault(label, {})[chosen[across]] = values
     return axes[across], lines
+
+
+def by_number(jobs: Sequence[Job], found: Groups) -> tuple[str, Lines]:
+    """Every combination of options by the numbers of its runs, where there are too many options to name."""
+    runs = members(jobs)[1]
+    return "number in the table", {"": {", ".join(str(j.number) for j in runs[c]): values for c, values in found.items()}}
 
 
 def draw(axis: Axes, number: int, points: dict[float, list[float]], label: str) -> None:

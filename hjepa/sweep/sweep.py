@@ -110,9 +110,7 @@ class Sweep:
             summary = json.loads(file.read_text())
             if job.state == "FAILED" and file.stat().st_mtime <= self.file.stat().st_mtime:
                 continue
-            job.summary = summary
-            job.state = {"failed": "FAILED"}.get(summary["status"], summary["status"])
-            job.reason = summary.get("reason") or ""
+            job.learn(summary)
 
     def end(self, jobs: list[Job], metric: str | None = None) -> None:
         """Print the table, draw the plot, and give both to the runs' trackers.
@@ -124,7 +122,7 @@ class Sweep:
         self.refresh(jobs)
         self.write(jobs)
         metric = metric or default_metric(jobs)
-        text = table(jobs, metric, self.folder)
+        text = table(jobs, metric, f"Sweep {self.folder.name}", self.folder)
         print(f"\n{text}", flush=True)
         files = [self.folder / "table.txt"]
         files[0].write_text(text + "\n")
@@ -132,20 +130,10 @@ class Sweep:
             from hjepa.sweep.plot import plot
 
             files.append(self.folder / "sweep.png")
-            plot(jobs, metric, self.folder.name, files[1])
+            plot(jobs, metric, f"Sweep {self.folder.name}", files[1])
             print(f"Plot: {files[1]}")
-        self.track(jobs, files)
+        track(jobs, files, "sweep", {"sweep": self.folder.name})
         print(f"Sweep folder: {self.folder}", flush=True)
-
-    def track(self, jobs: list[Job], files: list[Path]) -> None:
-        """Tag every tracked run with this sweep and give it the files."""
-        trackers: dict[str, Any] = {}
-        for job in jobs:
-            if job.folder and job.summary.get("run_id"):
-                options = read_config(job.folder)["tracking"]
-                key = json.dumps(options)
-                trackers[key] = trackers.get(key) or build_trackers(options)
-                trackers[key].add(job.summary["run_id"], {"sweep": self.folder.name, "job": str(job.number)}, files, "sweep")
 
     def returns(self, jobs: list[Job]) -> list[JobReturn]:
         """What Hydra's sweeper gets.
@@ -153,7 +141,7 @@ class Sweep:
         Raises:
             UserError: jobs failed or were stopped.
         """
-        failed = [str(job.number) for job in jobs if job.state not in ("finished", "collapsed")]
+        failed = [str(job.number) for job in jobs if not job.whole]
         if failed:
             raise UserError(
                 f"{len(failed)} of {len(jobs)} jobs did not finish (number {', '.join(failed)}): the table says why; "
@@ -176,6 +164,25 @@ class SweepStart(Callback):
         os.environ[SWEEP] = folder.name
 
 
+def track(jobs: list[Job], files: list[Path], folder: str, tags: dict[str, str]) -> None:
+    """Give every tracked run the files, into a folder of its artifacts, and the tags; with tags also its number."""
+    trackers: dict[str, Any] = {}
+    for job in jobs:
+        if job.folder and job.summary.get("run_id"):
+            options = read_config(job.folder)["tracking"]
+            key = json.dumps(options)
+            trackers[key] = trackers.get(key) or build_trackers(options)
+            own = tags | {"job": str(job.number)} if tags else {}
+            trackers[key].add(job.summary["run_id"], own, files, folder)
+
+
+def refuse_absent(jobs: list[Job], metric: str | None) -> None:
+    """Refuse a metric that no job has."""
+    if metric and all(lookup(job.summary, metric) is None for job in jobs):
+        numbers = ", ".join(sorted({key for job in jobs for key in flatten(job.summary) if lookup(job.summary, key) is not None}))
+        raise UserError(f"task.metric={metric}: none of the runs has it; expected one of {numbers or 'none yet'}.")
+
+
 def show(config: Config, path: Path, folder: str, metric: str | None) -> None:
     """`task=sweep`: table and plot of a sweep anew, from its run folders as they are now.
 
@@ -186,7 +193,5 @@ def show(config: Config, path: Path, folder: str, metric: str | None) -> None:
     refuse_unwritable(sweep.folder)
     jobs = sweep.read()
     sweep.refresh(jobs)
-    if metric and all(lookup(job.summary, metric) is None for job in jobs):
-        numbers = ", ".join(sorted({key for job in jobs for key in flatten(job.summary) if lookup(job.summary, key) is not None}))
-        raise UserError(f"task.metric={metric}: no job of this sweep has it; expected one of {numbers or 'none yet'}.")
+    refuse_absent(jobs, metric)
     sweep.end(jobs, metric)

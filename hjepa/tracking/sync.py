@@ -3,11 +3,12 @@
 What a tracker has already it does not get again, so the command can be repeated.
 """
 
+import json
 from pathlib import Path
 
 from hjepa.config import Config, fingerprint, flatten
 from hjepa.errors import UserError
-from hjepa.folder import UNSENT, read_config, read_records, read_summary, unheld
+from hjepa.folder import UNSENT, read_config, read_records, read_summary, unheld, write_whole
 from hjepa.tracking.trackers import ENDS, build_trackers
 
 
@@ -36,24 +37,35 @@ def send(config: Config, folder: Path) -> bool:
         if not free:
             print(f"{folder} is running and sends for itself.")
             return True
-        run, summary, records = read_config(folder), read_summary(folder), read_records(folder)
-        tracker = build_trackers({name: without_system_metrics(node) for name, node in config["tracking"].items()})
-        tags = {key: str(summary[key]) for key in ("commit", "dirty") if summary.get(key) is not None}
-        tracker.start(
-            folder,
-            run["experiment_name"],
-            flatten(run) | flatten(summary.get("parameters", {}), "parameters"),
-            tags | {"config": fingerprint(run)},
-            records,
-        )
-        tracker.artifact(folder / "config.yaml")
-        tracker.artifact(folder / "summary.json")
-        for plot in sorted((folder / "plots").glob("*.png")):
-            tracker.artifact(plot, "plots")
-        arrived = tracker.finish(ENDS.get(summary.get("status", ""), "KILLED"))
+        arrived = deliver(config, folder)
+    if arrived:
+        print(f"{folder} is sent.")
+    return arrived
+
+
+def deliver(config: Config, folder: Path) -> bool:
+    """Send what is in a run folder that nobody works in; returns whether everything arrived. A summary that names no tracked
+    run names it from then on.
+    """
+    run, summary, records = read_config(folder), read_summary(folder), read_records(folder)
+    tracker = build_trackers({name: without_system_metrics(node) for name, node in config["tracking"].items()})
+    tags = {key: str(summary[key]) for key in ("commit", "dirty") if summary.get(key) is not None}
+    run_id = tracker.start(
+        folder,
+        run["experiment_name"],
+        flatten(run) | flatten(summary.get("parameters", {}), "parameters"),
+        tags | {"config": fingerprint(run)},
+        records,
+    )
+    if run_id and summary and not summary.get("run_id"):
+        write_whole(folder / "summary.json", json.dumps(summary | {"run_id": run_id}, indent=2) + "\n")
+    tracker.artifact(folder / "config.yaml")
+    tracker.artifact(folder / "summary.json")
+    for plot in sorted((folder / "plots").glob("*.png")):
+        tracker.artifact(plot, "plots")
+    arrived = tracker.finish(ENDS.get(summary.get("status", ""), "KILLED"))
     if arrived:
         (folder / UNSENT).unlink(missing_ok=True)
-        print(f"{folder} is sent: {len(records)} records.")
     return arrived
 
 

@@ -12,8 +12,12 @@ from torch import Tensor
 
 def effective_rank(features: Tensor) -> float:
     """RankMe (Garrido et al. 2023, eq. 3): exp of the entropy of the singular values of [N, D], from 1 to min(N, D)."""
-    singular = torch.linalg.svdvals(features.cpu().double())  # Apple GPUs have no float64
-    share = singular / singular.sum().clamp(min=1e-12) + 1e-7
+    return entropy_rank(torch.linalg.svdvals(features.cpu().double()))  # Apple GPUs have no float64
+
+
+def entropy_rank(values: Tensor) -> float:
+    """exp of the entropy of the shares of non-negative values [D] in their sum."""
+    share = values / values.sum().clamp(min=1e-12) + 1e-7
     return torch.exp(-(share * share.log()).sum()).item()
 
 

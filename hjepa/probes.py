@@ -17,6 +17,8 @@ from hjepa.encoder import Encoder
 from hjepa.errors import UserError
 from hjepa.rng import generator
 
+CURVATURE = 0.1  # about that of the cross-entropy, p (1 - p), with ten classes
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -77,8 +79,13 @@ class Probe:
 
 def subset(split: Split, count: int) -> Split:
     """At most `count` labelled images of a split, in a fixed random order."""
+    return split[labelled(split, count)]
+
+
+def labelled(split: Split, count: int | None) -> Tensor:
+    """Positions of at most `count` labelled images (None: of all) in a fixed random order."""
     known = (next(iter(split.labels.values())) >= 0).nonzero().squeeze(1)
-    return split[known[torch.randperm(len(known), generator=generator(0, "probe"))[:count]]]
+    return known[torch.randperm(len(known), generator=generator(0, "probe"))[:count]]
 
 
 @torch.no_grad()
@@ -104,20 +111,44 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def logistic(x: Tensor, labels: Tensor, classes: int, penalty: float) -> Callable[[Tensor], Tensor]:
-    """Multinomial logistic regression with an L2 penalty on the weights, by L-BFGS: a function from features to logits."""
+    """Multinomial logistic regression with an L2 penalty on the weights, by L-BFGS: a function from features to logits.
+
+    Features are far from isotropic, so the solver works along their principal axes, each scaled by what the curvature of the
+    loss is about there: the optimum is the same and comes in tens of steps instead of hundreds.
+    """
     labels = labels.to(x.device)
-    weight = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
+    axes, variance = principal_axes(x)
+    scale = (CURVATURE * variance + penalty).rsqrt()
+    axes = axes * scale
+    coordinates = x @ axes
+    weight = torch.zeros(len(scale), classes, device=x.device, requires_grad=True)
     bias = torch.zeros(classes, device=x.device, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=100, tolerance_change=1e-6, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS([weight, bias], max_iter=1000, tolerance_change=1e-6, line_search_fn="strong_wolfe")
 
     def objective() -> Tensor:
         solver.zero_grad()
-        loss = F.cross_entropy(x @ weight + bias, labels) + penalty / 2 * weight.square().sum()
+        loss = F.cross_entropy(coordinates @ weight + bias, labels)
+        loss = loss + penalty / 2 * (scale[:, None] * weight).square().sum()
         loss.backward()
         return loss
 
     solver.step(objective)
-    return lambda features: features @ weight.detach() + bias.detach()
+    solution, offset = axes @ weight.detach(), bias.detach()
+    return lambda features: features @ solution + offset
+
+
+def principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal axes [D, R] of x [N, D] about 0 and the mean square along each [R]; R is the smaller of N and D at most."""
+    n, width = x.shape
+    if width <= n:
+        values, vectors = torch.linalg.eigh((x.T @ x / n).cpu().double())  # Apple GPUs can neither
+    else:
+        rows = x.cpu().double()
+        values, vectors = torch.linalg.eigh(rows @ rows.T / n)
+        there = values > values[-1] * 1e-12  # below it is rounding
+        values = values[there]
+        vectors = rows.T @ vectors[:, there] / (n * values).sqrt()
+    return vectors.to(x), values.clamp(min=0).to(x)
 
 
 def knn(x: Tensor, labels: Tensor, y: Tensor, neighbours: int, temperature: float, chunk: int = 1024) -> Tensor:

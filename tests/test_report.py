@@ -86,7 +86,7 @@ def test_a_run_in_a_browser(trained: Path, browser: Any) -> None:
     assert any(words in text for words in ("points better", "points WORSE", "no better"))
     assert "Not drawn yet: predictions, neighbours, scatter." in text
     assert f"task=visualize run={trained}" in text
-    assert "0.4321" in text, "the evaluation"
+    assert "43.2%" in text, "the evaluation"
     assert summary["command"] in text
     assert f"{summary['steps']}" in text
     assert browser.execute_script("return document.images.length") == 4, "curves, masks, pca, attention"

@@ -20,7 +20,7 @@ from torchvision.transforms import functional as TF
 
 from hjepa.data.augment import Augment, Draws
 from hjepa.data.files import Corrupt, Files, Listing, class_folders, list_images
-from hjepa.data.shapes import PARTS, WHOLES, generate
+from hjepa.data.shapes import PARTS, WHOLES, generate, patch_parts
 from hjepa.errors import UserError
 from hjepa.rng import generator
 
@@ -178,9 +178,16 @@ class Shapes(Dataset):
         self.sizes, self.data_seed = {"train": train, "test": test}, data_seed
 
     def load(self, split: Literal["train", "test"]) -> Split:
-        seed = 2 * self.data_seed + (split == "test")
-        images, labels = generate(self.sizes[split], self.image_size, seed)
+        images, labels = generate(self.sizes[split], self.image_size, self.seed(split))
         return Split(images, {name: labels[name] for name in ("part", "whole")})
+
+    def seed(self, split: Literal["train", "test"]) -> int:
+        """What a split is drawn from."""
+        return 2 * self.data_seed + (split == "test")
+
+    def patch_parts(self, split: Literal["train", "test"], patch: int, coverage: float) -> Tensor:
+        """What every patch of the split's images shows, int64 [N, patches], see `hjepa.data.shapes.patch_parts`."""
+        return patch_parts(self.sizes[split], self.image_size, self.seed(split), patch, coverage)
 
     def class_names(self, label: str) -> list[str]:
         return list({"part": PARTS, "whole": WHOLES}[label])
@@ -222,7 +229,19 @@ class Folders(Dataset):
 
     def load(self, split: Literal["train", "test"]) -> Split:
         files = self.join([self.listing(root, split) for root in self.roots])
+        if split == "test":
+            for root in self.roots:
+                self.refuse_other_classes(root)
         return self.split(files, self.streams(len(files)))
+
+    def refuse_other_classes(self, root: Path) -> None:
+        """Refuse a test split whose class folders are not those to train on: a class is its folder's place among them."""
+        train, test = (set(class_folders(self.folder(root, split), None)) for split in ("train", "test"))
+        if self.classes is None and train and test and (odd := sorted(train ^ test)):
+            raise UserError(
+                f"dataset.{self.option}: {root} has the class {odd[0]} in its {'train' if odd[0] in train else 'test'} split "
+                f"only ({len(odd)} such classes); the two need the same class folders."
+            )
 
     def train_and_validation(self) -> tuple[Split, Split]:
         listings = [self.listing(root, "train") for root in self.roots]
@@ -252,8 +271,9 @@ class Folders(Dataset):
         names = ("train",) if split == "train" else self.tests
         there = [root / name for name in names if (root / name).is_dir()]
         if not there and (split == "test" or any((root / name).is_dir() for name in self.tests)):
+            instead = "; add it, or score on the held-out part of the others: task.split=validation" if split == "test" else ""
             raise UserError(
-                f"dataset.{self.option}: {root} has no {' or '.join(f'{name}/' for name in names)} folder of classes."
+                f"dataset.{self.option}: {root} has no {' or '.join(f'{name}/' for name in names)} folder of classes{instead}."
             )
         return there[0] if there else root
 

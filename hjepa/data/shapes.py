@@ -13,7 +13,7 @@ the same scenes at any size, and masks of single parts can be had from the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -243,6 +243,15 @@ def _paint(scenes: _Scenes, cover: Array, rng: np.random.Generator) -> npt.NDArr
     return pixels
 
 
+def _rendered(scenes: _Scenes, size: int) -> Iterator[tuple[slice, _Scenes, Array]]:
+    """The scenes in chunks that bound the memory: where they are, the scenes, and the coverage of their elements."""
+    step = max(1, _CHUNK_PIXELS // size**2)
+    for start in range(0, len(scenes), step):
+        rows = slice(start, start + step)
+        chunk = scenes.take(rows)
+        yield rows, chunk, _coverage(chunk, size)
+
+
 def generate(count: int, size: int = 32, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
     """Make `count` labelled images from `seed` alone.
 
@@ -264,9 +273,26 @@ def generate(count: int, size: int = 32, seed: int = 0) -> tuple[Tensor, dict[st
     scenes = _draw_scenes(count, seed)
     images = np.empty((count, 3, size, size), np.uint8)
     noise = np.random.default_rng([seed, 1])  # apart from the scenes, which must not depend on the size
-    step = max(1, _CHUNK_PIXELS // size**2)
-    for start in range(0, count, step):
-        chunk = scenes.take(slice(start, start + step))
-        images[start : start + step] = _paint(chunk, _coverage(chunk, size), noise)
+    for rows, chunk, cover in _rendered(scenes, size):
+        images[rows] = _paint(chunk, cover, noise)
     labels = {"whole": torch.from_numpy(scenes.whole), "part": torch.from_numpy(scenes.part)}
     return torch.from_numpy(images), labels
+
+
+def patch_parts(count: int, size: int, seed: int, patch: int, coverage: float) -> Tensor:
+    """What the patches of the images of `generate` show.
+
+    Args:
+        count, size, seed: as for `generate`; patch: side of a patch in pixels, which divides the size.
+        coverage: share of a patch that a part must cover for the patch to show it.
+
+    Returns:
+        int64 [N, (size / patch)^2] in raster order: 0 for the background, 1 + index into `PARTS` for a part.
+    """
+    scenes = _draw_scenes(count, seed)
+    side = size // patch
+    shown = np.empty((count, side * side), np.int64)
+    for rows, chunk, cover in _rendered(scenes, size):
+        share = cover.max(1).reshape(-1, side, patch, side, patch).mean((2, 4)).reshape(-1, side * side)
+        shown[rows] = np.where(share >= coverage, 1 + chunk.part[:, None], 0)
+    return torch.from_numpy(shown)

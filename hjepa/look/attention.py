@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hjepa.look.canvas import Cell, Scale, gallery
-from hjepa.look.scene import KINDS, Scene
+from hjepa.look.network import WHO, Who
+from hjepa.look.scene import Scene
 
 
 def draw_attention(scene: Scene) -> list[Path]:
@@ -20,11 +21,11 @@ def draw_attention(scene: Scene) -> list[Path]:
 def draw_layer(scene: Scene, layer: str) -> Path:
     """The picture of one layer."""
     columns, pictures = ["image"], [[Cell(image) for image in scene.images]]
-    maps = {kind: attention_maps(scene, kind, layer) for kind in KINDS}
+    maps = {kind: attention_maps(scene, kind, layer) for kind in WHO}
     for i, what in enumerate(("attention", "rollout")):
-        most = torch.cat([maps[kind][i].flatten() for kind in KINDS]).quantile(0.99).item()
+        most = torch.cat([maps[kind][i].flatten() for kind in WHO]).quantile(0.99).item()
         scale = Scale(f"{what}, 1 = evenly spread", 0.0, max(most, 1.0))
-        for kind in KINDS:
+        for kind in WHO:
             columns.append(f"{what}\n{kind}")
             pictures.append([Cell(picture, scale) for picture in maps[kind][i]])
     who = "summary tokens" if scene.networks["trained"].blocks(layer)[1] else "mean patch"
@@ -39,7 +40,7 @@ def draw_layer(scene: Scene, layer: str) -> Path:
     return path
 
 
-def attention_maps(scene: Scene, kind: str, layer: str) -> tuple[Tensor, Tensor]:
+def attention_maps(scene: Scene, kind: Who, layer: str) -> tuple[Tensor, Tensor]:
     """Attention and rollout [B, side, side] of the summary tokens or the mean patch, where 1 is evenly spread attention."""
     network = scene.networks[kind]
     blocks, summary = network.blocks(layer)

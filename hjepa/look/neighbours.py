@@ -7,7 +7,8 @@ from torch import Tensor
 
 from hjepa.data.dataset import unit
 from hjepa.look.canvas import COLORS, Cell, gallery
-from hjepa.look.scene import KINDS, Scene
+from hjepa.look.network import WHO
+from hjepa.look.scene import Scene
 
 NEAREST = 4
 
@@ -20,7 +21,7 @@ def draw_neighbours(scene: Scene) -> list[Path]:
 def draw_layer(scene: Scene, layer: str) -> Path:
     """The picture of one layer."""
     images, label = unit(scene.pixels), scene.label
-    kinds = {kind: scene.features[kind][layer] for kind in KINDS} | {"pixels": images.flatten(1)}
+    kinds = {kind: scene.features[kind][layer] for kind in WHO} | {"pixels": images.flatten(1)}
     columns, rows = ["image"], [[Cell(image)] for image in scene.images]
     for kind, features in kinds.items():
         found = nearest(features, NEAREST)

@@ -1,14 +1,18 @@
 """What of a model is looked at: the teacher's features at the depth of every level, and those of the levels stacked on it."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hjepa.encoder import Encoder
 from hjepa.levels import pool_cells
+from hjepa.opened import Opened
 from hjepa.stacked import Upper
+
+Who = Literal["trained", "untrained"]
+WHO: tuple[Who, Who] = ("trained", "untrained")
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,13 @@ class Network:
         """The layers, the encoder's last block first, then its other depths, then the stacked levels."""
         return [*(f"block {d}" for d in reversed(self.depths)), *(f"stacked {i + 1}" for i in range(len(self.stages)))]
 
-    @torch.no_grad()
     def look(self, images: Tensor) -> dict[str, Tokens]:
         """All layers' tokens of float images [B, 3, S, S], by name, on the CPU."""
+        return {name: Tokens(t.cells.float().cpu(), t.pooled.float().cpu()) for name, t in self.tokens(images).items()}
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> dict[str, Tokens]:
+        """The same where the images are."""
         states = dict(zip(self.depths, self.encoder(images, depths=self.depths), strict=True))
         s = self.encoder.summary_tokens
         layers = {d: Tokens(states[d][:, s:], self.encoder.pooled(states[d])) for d in reversed(self.depths)}
@@ -45,8 +53,7 @@ class Network:
         for stage in self.stages:
             below = stage.teacher(pool_cells(below, stage.grid, stage.pool))
             found.append(Tokens(below, below.mean(1)))
-        named = zip(self.names(), found, strict=True)
-        return {name: Tokens(t.cells.float().cpu(), t.pooled.float().cpu()) for name, t in named}
+        return dict(zip(self.names(), found, strict=True))
 
     def blocks(self, name: str) -> tuple[list[Any], int]:
         """The transformer blocks that lead to a layer, and how many summary tokens pass through them with its cells."""
@@ -54,3 +61,9 @@ class Network:
         if kind == "block":
             return list(self.encoder.blocks)[: int(number)], self.encoder.summary_tokens
         return list(self.stages[int(number) - 1].teacher.blocks), 0
+
+
+def networks(run: Opened, depths: list[int]) -> dict[Who, Network]:
+    """The trained and the untrained network of a run, to be looked at at these depths."""
+    pairs = ((run.encoder, run.model.upper), (run.untrained, run.untrained_upper))
+    return {who: Network(*pair, depths) for who, pair in zip(WHO, pairs, strict=True)}

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hjepa.errors import UserError
 from hjepa.look.canvas import COLORS, MARKERS, save
-from hjepa.look.scene import KINDS, Scene
+from hjepa.look.network import WHO
+from hjepa.look.scene import Scene
 from hjepa.probes import standardise
 
 CLASSES = 10  # at most so many are drawn, as more colours cannot be told apart
@@ -26,7 +27,7 @@ def draw_scatter(scene: Scene) -> list[Path]:
     layers = scene.layers
     figure, axes = plt.subplots(len(layers), 2, figsize=(10.5, 4.4 * len(layers)), layout="constrained", squeeze=False)
     for row, layer in zip(axes, layers, strict=True):
-        for axis, kind in zip(row, KINDS, strict=True):
+        for axis, kind in zip(row, WHO, strict=True):
             scatter(axis, arrange(scene.features[kind][layer][keep]), label, names(scene, label))
             axis.set_title(f"{layer}, {kind}", fontsize=10)
     if label is not None:

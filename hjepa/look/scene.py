@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from hjepa.data.dataset import Split, spaced, unit
-from hjepa.look.network import Network, Tokens
+from hjepa.look.network import Network, Tokens, Who, networks
 from hjepa.opened import Opened
 from hjepa.probes import subset
 
 PART = 64  # images per forward pass
-KINDS = ("trained", "untrained")
 Pooled = dict[str, dict[str, Tensor]]  # trained, untrained -> layer -> [N, F]
 
 
@@ -32,11 +31,9 @@ class Scene:
     shown: int
 
     @cached_property
-    def networks(self) -> dict[str, Network]:
+    def networks(self) -> dict[Who, Network]:
         """The trained and the untrained network."""
-        run, depths = self.run, self.run.model.depths
-        pairs = ((run.encoder, run.model.upper), (run.untrained, run.untrained_upper))
-        return {kind: Network(*pair, depths) for kind, pair in zip(KINDS, pairs, strict=True)}
+        return networks(self.run, self.run.model.depths)
 
     @property
     def layers(self) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from hjepa.config import Config, flatten
+from hjepa.evaluate.tables import grid
 from hjepa.folder import Record, read_config, read_records, read_summary
 from hjepa.look.captions import CAPTIONS
 from hjepa.report.page import Picture, Table, tables
@@ -86,7 +87,11 @@ def evaluation(folder: Path) -> list[Table]:
         return []
     found = json.loads(file.read_text())
     latest = found.get("checkpoints", {}).get(found.get("checkpoint"), found)
-    return list(tables(latest.get("results", latest)))
+    results = latest.get("results", latest)
+    if not all(isinstance(result, dict) and {"about", "rows"} <= result.keys() for result in results.values()):
+        return list(tables(results))  # of another version
+    grids = {result["about"]: grid(protocol, result["rows"]) for protocol, result in results.items()}
+    return [Table(about, heads, rows) for about, (heads, *rows) in grids.items()]
 
 
 def cost(summary: Record) -> list[tuple[str, str]]:

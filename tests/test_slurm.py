@@ -160,6 +160,7 @@ def test_failures_show_and_stop_nothing(tmp_path: Path) -> None:
         "--multirun",
         *SUBMIT,
         *LONG,
+        "train.epochs=12",  # the last job is still in its middle when the one before has been killed
         "tracking=mlflow",
         "output_root=out",
         "optimizer.lr=1e-3,x,1e30,2e-3,3e-3",

@@ -17,16 +17,15 @@ CURVES = "curves.png"
 def about_sweep(folder: Path, jobs: Sequence[Job]) -> dict[str, Any]:
     """The facts of a sweep's page."""
     metric = default_metric(jobs)
-    scored = [job for job in jobs if lookup(job.summary, metric) is not None]
+    scored = [job for job in jobs if job.whole and lookup(job.summary, metric) is not None]
     best = max(scored, key=lambda job: lookup(job.summary, metric) or 0.0, default=None)
-    unfinished = [job for job in jobs if job.state not in ("finished", "collapsed")]
+    unfinished = [job for job in jobs if not job.whole]
     return {
         "title": f"Sweep {folder.name}",
         "folder": str(folder),
         "count": len(jobs),
         "unfinished": [(job.number, job.state, job.reason) for job in unfinished],
-        "best": best
-        and {"name": naming(jobs, best) or f"job {best.number}", "number": best.number, "gains": gains(best.summary)},
+        "best": best and {"name": naming(jobs, best) or f"job {best.number}", "gains": gains(best.summary)},
         "metric": NAMES.get(metric, metric),
         "score": best and figure(lookup(best.summary, metric), metric),
         "plot": [Picture(file) for file in [folder / "sweep.png"] if file.exists()],

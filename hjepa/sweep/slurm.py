@@ -152,13 +152,14 @@ def launch(
     if waiting:
         submit(waiting, executor)
         sweep.write(jobs)
-        announce(waiting, sweep)
-        if not accounting([job.slurm_id for job in waiting]):
-            log.warning("sacct does not answer here: what becomes of the jobs is learned from squeue and the run folders")
-    if waiting and not cluster.wait:
-        return []
-    queue = Queue(waiting, executor.folder, cluster.nodes * cluster.tasks_per_node)
     try:
+        if waiting:
+            announce(waiting, sweep)
+            if not accounting([job.slurm_id for job in waiting]):
+                log.warning("sacct does not answer here: what becomes of the jobs is learned from squeue and the run folders")
+        if waiting and not cluster.wait:
+            return []
+        queue = Queue(waiting, executor.folder, cluster.nodes * cluster.tasks_per_node)
         queue.follow(cluster.poll_seconds, changed=lambda: sweep.write(jobs))
     except KeyboardInterrupt:
         print("\nInterrupted. The jobs go on without this command.", file=sys.stderr)

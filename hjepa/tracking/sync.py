@@ -39,7 +39,7 @@ def send(config: Config, folder: Path) -> bool:
             return True
         arrived = deliver(config, folder)
     if arrived:
-        print(f"{folder} is sent.")
+        print(f"{folder} is sent: {len(read_records(folder))} records.")
     return arrived
 
 

@@ -102,7 +102,7 @@ def extract(encoder: Encoder, images: Tensor, normalise: Callable[[Tensor], Tens
 def standardise(train: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Both with the training features' mean and standard deviation per dimension taken out."""
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
-    return (train - mean) / std, (other - mean) / std
+    return (train - mean).div_(std), (other - mean).div_(std)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -119,12 +119,6 @@ def refuse_unlabelled(splits: dict[Role, Split]) -> None:
             raise UserError(f"The images to fit on lack {what} of those to score on; the two need the same classes.")
 
 
-def pixels(images: Tensor) -> Tensor:
-    """uint8 [B, 3, S, S] -> float32 [B, F] in [0, 1], larger ones averaged down to 32 pixels a side."""
-    small = min(PIXELS, images.shape[-1])
-    return F.adaptive_avg_pool2d(unit(images), small).flatten(1)
-
-
 class Features:
     """The features of a run on a dataset, by source.
 
@@ -196,12 +190,18 @@ class Features:
                 train, test = (self(who, role)[name].to(device) for role in ROLES)
                 yield (f"{who}/{name}", *standardise(train, test))
         train, test = (self.pixels(role).to(device) for role in ROLES)
-        yield ("pixels", *standardise(train, test))
+        train, test = standardise(train, test)  # lets the raw ones go, which may be large
+        yield "pixels", train, test
 
     def pixels(self, role: Role) -> Tensor:
-        """The images themselves, float32 [N, F]."""
-        cpu = torch.device("cpu")
-        return torch.cat([pixels(images) for images in self.data.parts[role].batches(1024, cpu, f"pixels, {role}")])
+        """The images themselves in [0, 1], float32 [N, F], larger ones averaged down to 32 pixels a side."""
+        part, side = self.data.parts[role], min(PIXELS, self.run.encoder.image_size)
+        rows = torch.empty(len(part), 3 * side**2)
+        first = 0
+        for images in part.batches(1024, torch.device("cpu"), f"pixels, {role}"):
+            rows[first : first + len(images)] = F.adaptive_avg_pool2d(unit(images), side).flatten(1)
+            first += len(images)
+        return rows
 
     def count(self, last_only: bool = False) -> int:
         """How many rows there are."""

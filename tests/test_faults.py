@@ -25,7 +25,7 @@ from tests.test_resume import LONG, metrics, weights
 from tests.test_stream import options
 from tests.test_tracking import check_complete, client
 
-KILLS = int(os.environ.get("HJEPA_KILLS", "6"))
+KILLS = int(os.environ.get("HJEPA_KILLS", "2"))
 
 
 def check_same(a: Path, b: Path) -> None:

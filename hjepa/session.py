@@ -18,7 +18,7 @@ from hjepa.origin import origin
 from hjepa.rng import generator
 from hjepa.signals import StopFlag, Stopped
 from hjepa.summary import summarise, tell
-from hjepa.tracking.trackers import build_trackers
+from hjepa.tracking.trackers import ENDS, build_trackers
 from hjepa.trainer import Parts, Trainer
 from hjepa.watch import Watch
 
@@ -84,7 +84,8 @@ class Session:
         try:
             yield
         except (Stopped, KeyboardInterrupt) as reason:
-            self.finish("requeued" if stop.requeue else "stopped", str(reason) or "interrupted", "KILLED")
+            status = "requeued" if stop.requeue else "stopped"
+            self.finish(status, str(reason) or "interrupted", ENDS[status])
             print(f"Stopped ({reason}). The same command continues this run.", file=sys.stderr, flush=True)
             try:
                 stop.leave()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from tests.cluster import job_fields, poll, process_of, slurm
 from tests.conftest import ROOT, TINY, launch
@@ -94,6 +95,8 @@ def disturb(kind: str, job: str, folder: Path) -> None:
         poll(lambda: job_fields(job)["Restarts"] == "1", 60, "back in the queue")
         slurm("scontrol", "update", f"jobid={job}", "timelimit=60")
         assert summary(folder)["status"] == "requeued"
+        run = MlflowClient(f"sqlite:///{folder.parents[1]}/mlflow.db").get_run((folder / "run_id").read_text())
+        assert run.info.status == "SCHEDULED"
     elif kind == "usr2":
         slurm("scancel", "--signal=USR2", job)
         os.kill(pid, signal.SIGCONT)
@@ -189,9 +192,7 @@ def test_failures_show_and_stop_nothing(tmp_path: Path) -> None:
     poll(lambda: job_fields(failing["slurm_id"])["JobState"] == "FAILED", 30, "SLURM counts the job as failed")
     assert summary(Path(cancelled["folder"]))["status"] == "stopped"
 
-    import mlflow
-
-    client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
+    client = MlflowClient(f"sqlite:///{root}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("e").experiment_id])
     states = {run.info.run_name: run.info.status for run in runs}
     assert [states[Path(job["folder"]).name] for job in (fine, failing, cancelled)] == ["FINISHED", "FAILED", "KILLED"]

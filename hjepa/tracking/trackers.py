@@ -14,7 +14,7 @@ from hjepa.folder import Record
 
 log = logging.getLogger(__name__)
 # What a tracker calls the end of a run whose summary.json has this status; without one it was killed.
-ENDS = {"finished": "FINISHED", "collapsed": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "requeued": "KILLED"}
+ENDS = {"finished": "FINISHED", "collapsed": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "requeued": "SCHEDULED"}
 
 
 class Tracker:
@@ -37,7 +37,7 @@ class Tracker:
         """Send a file."""
 
     def finish(self, status: str) -> bool:
-        """End the run as "FINISHED", "FAILED" or "KILLED" after everything was sent; returns whether it was."""
+        """End the run as one of `ENDS` after everything was sent; returns whether it was."""
         return True
 
     def add(

@@ -5,6 +5,7 @@ The state dict is timm's own, so `timm.create_model` loads an exported encoder.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hjepa.errors import UserError
 from hjepa.positions import grid_centres, sincos
+from hjepa.stem import embedding, hide
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -67,6 +69,7 @@ class Encoder(VisionTransformer):
         summary_tokens: learned tokens that travel with every subset of patches.
         positions: "sincos" (fixed, 2-D) or "learned".
         drop_path: stochastic depth rate; layer_scale: initial value of timm's LayerScale, None for none.
+        stem: what makes tokens of patches: "patch", a linear map of each, or "conv", see `hjepa.stem`.
     """
 
     pos_embed: nn.Parameter  # timm allows for none, we always have one
@@ -83,6 +86,7 @@ class Encoder(VisionTransformer):
         positions: str = "sincos",
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        stem: Literal["patch", "conv"] = "patch",
     ) -> None:
         if image_size % patch_size:
             divisors = [p for p in range(2, image_size) if image_size % p == 0]
@@ -96,7 +100,7 @@ class Encoder(VisionTransformer):
             raise UserError(f"model.encoder.positions={positions} is unknown; expected sincos or learned.")
         super().__init__(
             img_size=image_size,
-            patch_size=patch_size,
+            **embedding(stem, patch_size, dim),
             embed_dim=dim,
             depth=depth,
             num_heads=heads,
@@ -113,7 +117,7 @@ class Encoder(VisionTransformer):
         )
         self.image_size, self.patch_size = image_size, patch_size
         self.grid = image_size // patch_size
-        self.depth, self.summary_tokens = depth, summary_tokens
+        self.depth, self.summary_tokens, self.stem = depth, summary_tokens, stem
         self.activation_checkpointing = False
         self.apply(init_xavier)
         if self.reg_token is not None:
@@ -124,15 +128,27 @@ class Encoder(VisionTransformer):
 
     def embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
         """Embed all patches ([B, S+N, D]) or only the kept ones ([B*C, S+K, D]), summary tokens first."""
-        patches, positions = patchify(images, self.patch_size), self.positions(images.shape[-1] // self.patch_size)
+        positions = self.positions(images.shape[-1] // self.patch_size)
         if keep is not None:
-            patches = gather_tokens(patches, keep).flatten(0, 1)
             positions = positions[keep.flatten(0, 1)]
-        projection = self.patch_embed.proj
-        tokens = F.linear(patches, projection.weight.flatten(1), projection.bias) + positions
+        tokens = (self.map_patches if self.stem == "patch" else self.convolve)(images, keep) + positions
         if self.reg_token is not None:
             tokens = torch.cat([self.reg_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         return tokens
+
+    def map_patches(self, images: Tensor, keep: Tensor | None) -> Tensor:
+        """Every patch, or only the kept ones, linearly mapped."""
+        patches, projection = patchify(images, self.patch_size), self.patch_embed.proj
+        if keep is not None:
+            patches = gather_tokens(patches, keep).flatten(0, 1)
+        return F.linear(patches, projection.weight.flatten(1), projection.bias)
+
+    def convolve(self, images: Tensor, keep: Tensor | None) -> Tensor:
+        """The convolutions' output at every patch, or only at the kept ones, where they see zeros in place of the others."""
+        if keep is not None:
+            images = hide(images, keep, self.patch_size).flatten(0, 1)
+        tokens = self.patch_embed.backbone(images).flatten(2).transpose(1, 2)
+        return tokens if keep is None else gather_tokens(tokens, keep.flatten(0, 1))
 
     def positions(self, grid: int) -> Tensor:
         """Position embeddings [grid^2, D]; for a grid other than the encoder's own they are resampled."""

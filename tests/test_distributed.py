@@ -23,7 +23,14 @@ COMMON = ("schedule.lr.warmup_epochs=0", "optimizer.eps=1e-3", "train.clip_norm=
 CONFIGS = {
     "default": (),
     "accumulated": ("train.accumulate=3", "levels=depth", "regularizer.levels=[1,0.5]", "projector=mlp"),
-    "views": ("dataset.views=2", "dataset.local_views=2", "regularizer=sigreg", "projector=mlp", "masking=block"),
+    "views": (
+        "model.encoder.stem=conv",
+        "dataset.views=2",
+        "dataset.local_views=2",
+        "regularizer=sigreg",
+        "projector=mlp",
+        "masking=block",
+    ),
     "regularizer only": ("levels=none", "masking=none", "regularizer=sigreg", "teacher=none", "dataset.views=2"),
     "stacked": ("levels=stacked", "dataset.image_size=32", "levels.upper.detach=false", "masking=multiblock"),
     "sharded": ("train.accumulate=2", "projector=mlp"),

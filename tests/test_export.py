@@ -117,18 +117,26 @@ def test_the_summary_tells_what_was_compared(exported: Path, opened: Opened) -> 
     assert not [path for path in exported.parent.iterdir() if path.name.endswith(".tmp")]
 
 
-def test_a_run_without_summary_tokens_exports(opened: Opened, tmp_path: Path, run) -> None:
+def test_a_run_with_convolutions_and_without_summary_tokens_exports(tmp_path: Path, run, monkeypatch) -> None:
     run(
         "levels=flat",
         "name=flat",
+        "model.encoder.stem=conv",
         "train.epochs=null",
         "train.steps=1",
         "dataset.train=60",
         "probe.train_images=20",
         "model.encoder.positions=learned",
     )
-    task("export", tmp_path / "default" / "flat", "task.formats=[timm,torchscript]")
-    assert read_summary(tmp_path / "default" / "flat" / "export")["feature_dim"] == 32
+    flat = tmp_path / "default" / "flat"
+    task("export", flat, ALL)
+    assert read_summary(flat / "export")["feature_dim"] == 32
+    monkeypatch.chdir(flat / "export")
+    scope: dict = {}
+    exec(codes(flat / "export")["encoder.safetensors"], scope)
+    encoder, images = open_run(resolve(compose(f"run={flat}", *COMMAND)), None, None).encoder, torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(scope["model"](images), encoder.features(images), atol=1e-5, rtol=0)
 
 
 def test_what_is_not_faithful_is_refused_and_what_was_there_stays(exported: Path, trained: Path) -> None:

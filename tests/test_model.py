@@ -87,6 +87,32 @@ def test_patchify_matches_the_convolution() -> None:
     assert torch.allclose(ours, encoder.patch_embed(images), atol=1e-5)
 
 
+# -- the convolutional stem --------------------------------------------------------------------------------------------
+
+
+def test_convolutions_see_nothing_of_dropped_patches() -> None:
+    encoder, images = small_encoder(stem="conv"), torch.randn(2, 3, 32, 32)
+    keep = torch.stack([torch.randperm(64)[:20] for _ in range(4)]).view(2, 2, 20)
+    before = encoder(images, keep=keep)[-1].view(2, 2, 20, 32)
+    dropped = torch.ones(64).scatter(0, keep[0, 1], 0).view(1, 8, 8)  # by the second context of the first image
+    pixels = dropped.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    after = encoder(images + 10 * torch.randn(2, 3, 32, 32) * pixels, keep=keep)[-1].view(2, 2, 20, 32)
+    assert torch.equal(before[0, 1], after[0, 1])
+    assert not torch.allclose(before[0, 0], after[0, 0], atol=0.1)
+
+
+def test_convolutions_that_keep_all_patches_see_all() -> None:
+    encoder, images = small_encoder(stem="conv", summary_tokens=2), torch.randn(3, 3, 32, 32)
+    everything = torch.arange(64).expand(3, 1, 64)
+    assert torch.allclose(encoder(images, keep=everything)[-1], encoder(images)[-1], atol=1e-5)
+    assert encoder(images[:, :, :16, :16])[-1].shape == (3, 2 + 16, 32), "also of smaller crops"
+
+
+def test_convolutions_that_cannot_end_at_a_patch_are_refused() -> None:
+    with pytest.raises(UserError, match=r"model\.patch_size=6 must be a power of two"):
+        small_encoder(stem="conv", image_size=36, patch_size=6)
+
+
 @pytest.mark.parametrize("option", ["flat", "pyramid", "summary"])
 def test_teacher_equals_student_at_start_bit_for_bit(option: str) -> None:
     model = assemble(f"levels={option}").model

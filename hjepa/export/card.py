@@ -7,7 +7,7 @@ from typing import Any
 TIMM = """## timm
 
 ```python
-import timm
+{imports}import timm
 
 model = timm.create_model(
     {arguments}
@@ -17,6 +17,17 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 `model(images)` is the mean patch token [B, {dim}]; `model.forward_features(images)` are all tokens [B, {count}, {dim}]{first}.
 """
+CONV_IMPORTS = """from functools import partial
+
+from timm.layers import HybridEmbed, LayerNorm2d
+from timm.models.vision_transformer_hybrid import ConvStem
+from torch import nn
+"""
+CONV = """partial(
+        HybridEmbed,
+        backbone=ConvStem(3, {depth}, {channels}, {kernel_size}, {stride}, norm_layer=LayerNorm2d, act_layer=nn.GELU),
+        proj=False,
+    )"""
 OTHERS = {
     "onnx": """## ONNX
 
@@ -72,6 +83,9 @@ def card(summary: dict[str, Any], preprocess: dict[str, Any], folder: Path) -> s
 
 def timm_text(folder: Path, dim: int, count: int, first: str) -> str:
     """How to make timm's model, by the very call of timm.json."""
-    call = json.loads((folder / "timm.json").read_text())
-    arguments = "\n    ".join(f"{key}={value!r}," for key, value in call.items())
-    return TIMM.format(arguments=arguments, dim=dim, count=count, first=first)
+    call, imports = json.loads((folder / "timm.json").read_text()), ""
+    written = {key: repr(value) for key, value in call.items()}
+    if "embed_layer" in call:
+        imports, written["embed_layer"] = CONV_IMPORTS, CONV.format(**call["embed_layer"])
+    arguments = "\n    ".join(f"{key}={value}," for key, value in written.items())
+    return TIMM.format(imports=imports, arguments=arguments, dim=dim, count=count, first=first)

@@ -19,6 +19,7 @@ from torch.export import Dim
 from hjepa.encoder import Encoder
 from hjepa.opened import Opened
 from hjepa.packages import require
+from hjepa.stem import conv_embed, convolutions
 
 Result = tuple[Tensor, Tensor]
 Function = Callable[[Tensor], Result]
@@ -63,12 +64,17 @@ class Timm(Format):
 
     def read(self, folder: Path) -> Function:
         with contextlib.chdir(folder):  # the call names its file relative to itself
-            model = timm.create_model(**json.loads(Path("timm.json").read_text())).eval()
+            call = json.loads(Path("timm.json").read_text())
+            if "embed_layer" in call:
+                call["embed_layer"] = conv_embed(**call["embed_layer"])
+            model = timm.create_model(**call).eval()
         return lambda images: timm_outputs(model, images)
 
 
 def timm_call(run: Opened) -> dict[str, Any]:
-    """The arguments of `timm.create_model` that make the encoder of a run from encoder.safetensors."""
+    """The arguments of `timm.create_model` that make the encoder of a run from encoder.safetensors; of `embed_layer`, those of
+    `conv_embed`.
+    """
     encoder, options, data = run.encoder, run.config["model"]["encoder"], run.config["dataset"]
     return {
         "model_name": "vit_base_patch16_224",  # a plain ViT, which the arguments make the run's
@@ -84,7 +90,7 @@ def timm_call(run: Opened) -> dict[str, Any]:
             "crop_pct": 1.0,
         },
         "img_size": encoder.image_size,
-        "patch_size": encoder.patch_size,
+        **stem_call(encoder),
         "embed_dim": options["dim"],
         "depth": options["depth"],
         "num_heads": options["heads"],
@@ -97,6 +103,13 @@ def timm_call(run: Opened) -> dict[str, Any]:
         "fc_norm": False,
         "num_classes": 0,
     }
+
+
+def stem_call(encoder: Encoder) -> dict[str, Any]:
+    """Those arguments that make its stem."""
+    if encoder.stem == "patch":
+        return {"patch_size": encoder.patch_size}
+    return {"patch_size": 1, "embed_layer": convolutions(encoder.patch_size, encoder.embed_dim)}
 
 
 def timm_outputs(model: Any, images: Tensor) -> Result:

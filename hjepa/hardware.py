@@ -2,10 +2,14 @@
 
 import ctypes
 import sys
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from hjepa.errors import UserError
 from hjepa.machine import cores
@@ -24,6 +28,13 @@ def available(device: str) -> bool:
     return device == "cpu" or (device == "mps" and torch.backends.mps.is_available())
 
 
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether this machine's device has instructions for it; x86 processors without them take several times as long in it."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def keep_memory() -> None:
     """Let glibc reuse freed memory instead of returning it to the system: activations are large, and mapping them anew in
     every step costs more than computing them on some machines. Elsewhere (musl, macOS) nothing happens.
@@ -34,12 +45,24 @@ def keep_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
+class FloatAttention(TorchFunctionMode):
+    """Attention in float32: on a CPU its backward pass takes several times as long in bfloat16."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        with torch.autocast("cpu", enabled=False):
+            return func(*(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args), **(kwargs or {}))
+
+
 class Hardware:
     """A device and how to use it.
 
     Args:
         device: "auto" takes the first of cuda, mps, cpu that is there.
-        precision: "auto" is bfloat16 autocast on CUDA devices that have it, float32 elsewhere.
+        precision: "auto" is bfloat16 autocast where the device multiplies in it (`multiplies_bfloat16`), float32 elsewhere.
         threads: CPU threads of a process; None shares the cores that this process may run on among all processes here.
         processes: that share every batch (data parallel), None for one per GPU; see `hjepa.processes.ranks`.
         shard: divide the model among the processes instead of giving each a copy (FSDP2), see `hjepa.processes.spread`.
@@ -68,7 +91,7 @@ class Hardware:
                 "use hardware=auto or hardware=cpu."
             )
         if precision == "auto":
-            precision = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+            precision = "bfloat16" if multiplies_bfloat16(device) else "float32"
         if precision == "float16" and device == "cpu":
             raise UserError("hardware.precision=float16 needs a GPU; use float32 or bfloat16 on a CPU.")
         if threads is not None and threads < 1:
@@ -90,10 +113,13 @@ class Hardware:
             keep_memory()
         torch.set_float32_matmul_precision("high" if self.device.type == "cuda" else "highest")
 
-    def autocast(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
         """The precision of the forward pass."""
-        dtype = PRECISIONS[self.precision]
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+        dtype, device = PRECISIONS[self.precision], self.device.type
+        slow = device == "cpu" and dtype == torch.bfloat16
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32), FloatAttention() if slow else nullcontext():
+            yield
 
     def scaler(self) -> torch.amp.GradScaler:
         """Loss scaling, active for float16 only."""

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hjepa.errors import UserError
 from hjepa.meter import Meter
@@ -193,3 +194,17 @@ def test_every_group_option_takes_a_step() -> None:
         t = trainer(override)
         terms = t.step(*t.batch(1), 1)
         assert all(value.isfinite() for value in terms.values()), override
+
+
+def test_bfloat16_on_a_cpu_is_near_float32_and_attends_in_float32() -> None:
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        t = trainer(f"hardware.precision={precision}")
+        losses[precision] = [t.step(*t.batch(step), step)["loss"].item() for step in range(3)]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+    assert losses["bfloat16"] != losses["float32"]
+    x = torch.randn(2, 3, 4, 8)
+    with t.parts.hardware.autocast():
+        assert F.linear(x, torch.randn(8, 8)).dtype == torch.bfloat16
+        attended = F.scaled_dot_product_attention(x, x, x)
+    assert torch.equal(attended, F.scaled_dot_product_attention(x, x, x))

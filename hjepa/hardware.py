@@ -3,13 +3,15 @@
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from hjepa.errors import UserError
 from hjepa.machine import cores
@@ -116,10 +118,13 @@ class Hardware:
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """The precision of the forward pass."""
-        dtype, device = PRECISIONS[self.precision], self.device.type
-        slow = device == "cpu" and dtype == torch.bfloat16
-        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32), FloatAttention() if slow else nullcontext():
+        dtype = PRECISIONS[self.precision]
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32), self.attention():
             yield
+
+    def attention(self) -> AbstractContextManager[Any]:
+        """The precision of attention, where it is another one."""
+        return FloatAttention() if self.device.type == "cpu" and self.precision == "bfloat16" else nullcontext()
 
     def scaler(self) -> torch.amp.GradScaler:
         """Loss scaling, active for float16 only."""
@@ -128,7 +133,10 @@ class Hardware:
     def place(self, model: "HJEPA") -> None:
         """Move the model here and switch on what was asked for."""
         model.to(self.device)
-        model.student.activation_checkpointing = self.activation_checkpointing
+        if self.activation_checkpointing:
+            model.student.checkpoint = partial(
+                checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), self.attention())
+            )
         if self.compile:
             for block in model.blocks():
                 block.compile(dynamic=True)

@@ -4,7 +4,7 @@ The student encodes only the context patches (dropped patches are never computed
 The state dict is timm's own, so `timm.create_model` loads an exported encoder.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hjepa.errors import UserError
 from hjepa.positions import grid_centres, sincos
+from hjepa.recompute import Recomputing
 from hjepa.stem import embedding, hide
 
 
@@ -60,7 +61,7 @@ class LeanMlp(Mlp):
         return self.fc2(self.act(hidden))
 
 
-class Encoder(VisionTransformer):
+class Encoder(Recomputing, VisionTransformer):
     """A ViT over square images without class token, with `summary_tokens` extra tokens (timm's register tokens).
 
     Args:
@@ -118,7 +119,6 @@ class Encoder(VisionTransformer):
         self.image_size, self.patch_size = image_size, patch_size
         self.grid = image_size // patch_size
         self.depth, self.summary_tokens, self.stem = depth, summary_tokens, stem
-        self.checkpoint: Callable[..., Tensor] | None = None  # calls a block and keeps none of its activations
         self.apply(init_xavier)
         if self.reg_token is not None:
             nn.init.normal_(self.reg_token, std=0.02)  # timm's 1e-6 leaves all summary tokens the same for long
@@ -174,7 +174,7 @@ class Encoder(VisionTransformer):
         states: list[Tensor] = []
         x = self.embed(images, keep)
         for count, block in enumerate(self.blocks[: max(wanted)], start=1):
-            x = self.checkpoint(block, x) if self.checkpoint and torch.is_grad_enabled() else block(x)
+            x = self.run(block, x)
             if count in wanted:
                 states.append(self.norm(x) if count == self.depth else x)
         return states

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from hjepa.errors import UserError
 from hjepa.machine import cores
 from hjepa.processes.distributed import World
+from hjepa.recompute import Recomputing
 
 if TYPE_CHECKING:
     from hjepa.model import HJEPA
@@ -70,7 +71,7 @@ class Hardware:
         shard: divide the model among the processes instead of giving each a copy (FSDP2), see `hjepa.processes.spread`.
         slots: jobs of a sweep that run on this machine at a time; see `hjepa.sweep.slots`.
         compile: compile the transformer blocks with torch.compile.
-        activation_checkpointing: recompute the student's blocks in the backward pass to save memory.
+        activation_checkpointing: recompute all blocks in the backward pass to save memory.
     """
 
     def __init__(
@@ -134,9 +135,10 @@ class Hardware:
         """Move the model here and switch on what was asked for."""
         model.to(self.device)
         if self.activation_checkpointing:
-            model.student.checkpoint = partial(
-                checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), self.attention())
-            )
+            recompute = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), self.attention()))
+            for part in model.modules():
+                if isinstance(part, Recomputing):
+                    part.checkpoint = recompute
         if self.compile:
             for block in model.blocks():
                 block.compile(dynamic=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hjepa.encoder import LeanMlp, init_xavier
 from hjepa.errors import UserError
 from hjepa.positions import grid_centres, sincos
+from hjepa.recompute import Recomputing
 
 
 class CrossBlock(nn.Module):
@@ -44,7 +45,7 @@ class CrossBlock(nn.Module):
         return queries + mixed
 
 
-class Predictor(nn.Module):
+class Predictor(Recomputing):
     """Predicts target cells of all levels.
 
     Args:
@@ -116,11 +117,11 @@ class Predictor(nn.Module):
         """One pass: context [M, K, dim] and queries [M, T, dim] -> [M, T, dim]."""
         if self.cross:
             for block in self.blocks:
-                queries = block(queries, context)
+                queries = self.run(block, queries, context)
             return self.norm(queries)
         x = torch.cat([context, queries], dim=1)
         for block in self.blocks:
-            x = block(x)
+            x = self.run(block, x)
         return self.norm(x[:, context.shape[1] :])
 
     def answer_each(self, context: Tensor, queries: Tensor) -> Tensor:

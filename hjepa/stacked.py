@@ -17,9 +17,10 @@ from hjepa.levels import pool_cells
 from hjepa.masks import Masks, Sampler
 from hjepa.positions import grid_centres, sincos
 from hjepa.predictor import Predictor
+from hjepa.recompute import Recomputing
 
 
-class CellEncoder(nn.Module):
+class CellEncoder(Recomputing):
     """A small transformer over the cells of a grid.
 
     Args:
@@ -40,7 +41,7 @@ class CellEncoder(nn.Module):
         if keep is not None:
             x = gather_tokens(x, keep).flatten(0, 1)
         for block in self.blocks:
-            x = block(x)
+            x = self.run(block, x)
         normed: Tensor = self.norm(x)
         return normed
 

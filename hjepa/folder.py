@@ -73,6 +73,11 @@ def read_summary(folder: Path) -> Record:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
+def runs_below(folder: Path) -> list[Path]:
+    """The folder, if it is a run's, and all run folders in it, in order; runs that have recorded nothing are none."""
+    return sorted(file.parent for file in folder.rglob("metrics.jsonl"))
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The config of a run folder as plain data; nothing in it is resolved or instantiated."""
     file = folder / "config.yaml"

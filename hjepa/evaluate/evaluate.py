@@ -26,6 +26,7 @@ from hjepa.evaluate.study import Judge, Study
 from hjepa.evaluate.transfer import Transfer
 from hjepa.folder import refuse_unwritable, unheld
 from hjepa.tracking.given import give
+from hjepa.tracking.trackers import Addition
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def evaluate_run(config: Config, folder: Path, scope: Scope, judges: dict[str, J
         judge(config["task"], study, results, judges, chosen, skip)
         results.end()
     files = [place / "summary.json", place / "table.txt"]
-    give(config, folder, files, "evaluate", results.metrics(), study.run.step)
+    give(config, folder, Addition(files, "evaluate", metrics=results.metrics(), step=study.run.step))
     print(f"\nEvaluation: {place}/summary.json and table.txt; features/ beside them can be removed at any time.", flush=True)
     return results
 

@@ -1,10 +1,11 @@
 """Which runs an evaluation is about: one run folder, all below a folder, or the runs of a sweep."""
 
-import json
 import logging
 from pathlib import Path
 
 from hjepa.errors import UserError
+from hjepa.folder import runs_below
+from hjepa.sweep.sweep import Sweep
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ def run_folders(run: str | None) -> list[Path]:
     root = Path(run).expanduser().absolute()
     if (root / "config.yaml").exists():
         return [root]
-    folders = sweep_folders(root) if (root / "sweep.json").exists() else sorted(f.parent for f in root.rglob("metrics.jsonl"))
+    folders = [job.folder for job in Sweep(root).read() if job.folder] if (root / "sweep.json").exists() else runs_below(root)
     if not folders:
         raise UserError(f"run={root} is no run folder and holds none; give the folder of a run, of several runs, or of a sweep.")
     whole = [folder for folder in folders if any((folder / "checkpoints").glob("*.pt"))]
@@ -30,9 +31,3 @@ def run_folders(run: str | None) -> list[Path]:
     if not whole:
         raise UserError(f"None of the {len(folders)} runs of run={root} has a checkpoint; let one of them finish first.")
     return whole
-
-
-def sweep_folders(folder: Path) -> list[Path]:
-    """The run folders of a sweep's jobs."""
-    jobs = json.loads((folder / "sweep.json").read_text())["jobs"]
-    return [Path(job["folder"]) for job in jobs if job["folder"]]

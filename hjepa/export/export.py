@@ -24,6 +24,7 @@ from hjepa.origin import git_state
 from hjepa.rng import generator
 from hjepa.signals import StopFlag
 from hjepa.tracking.given import give
+from hjepa.tracking.trackers import Addition
 
 log = logging.getLogger(__name__)
 BATCHES = (1, 3, 8)  # sizes that are compared
@@ -66,7 +67,7 @@ def export(
         (temporary / "preprocess.json").write_text(json.dumps(preprocessing(run), indent=2) + "\n")
         (temporary / "README.md").write_text(card(summary, preprocessing(run), temporary))
         (temporary / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    give(config, run.folder, sorted(folder.iterdir()), "export")
+    give(config, run.folder, Addition(sorted(folder.iterdir()), "export"))
     tell(summary, folder)
 
 

@@ -22,6 +22,7 @@ from hjepa.look.shading import plot_masks
 from hjepa.opened import open_run, run_folder
 from hjepa.rng import generator
 from hjepa.tracking.given import give
+from hjepa.tracking.trackers import Addition
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def visualize(
         "images": len(scene.held_out),
     }
     write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    give(config, run.folder, drawn, "visualize")
+    give(config, run.folder, Addition(drawn, "visualize"))
     for file in drawn:
         print(f"{file.stem:>22}: {CAPTIONS[file.stem.partition('-')[0]]}")
     print(f"Pictures of step {run.step}: {folder}")

@@ -14,6 +14,7 @@ from hjepa.report.about_sweep import about_sweep
 from hjepa.report.page import render
 from hjepa.sweep.sweep import Sweep, track
 from hjepa.tracking.given import give
+from hjepa.tracking.trackers import Addition
 
 
 def report(config: Config, path: Path, sweep: str | None) -> None:
@@ -31,7 +32,7 @@ def report(config: Config, path: Path, sweep: str | None) -> None:
     if sweep is None:
         folder = run_folder(config)
         write(folder, "run.html", about_run(folder))
-        give(config, folder, [folder / "report.html"], "report")
+        give(config, folder, Addition([folder / "report.html"], "report"))
         return
     its = Sweep(Path(sweep).expanduser().absolute())
     jobs = its.read()

@@ -27,7 +27,7 @@ from hjepa.origin import SWEEP
 from hjepa.run import prepare
 from hjepa.sweep.jobs import Job
 from hjepa.sweep.table import default_metric, groups, lookup, results, table
-from hjepa.tracking.trackers import build_trackers
+from hjepa.tracking.trackers import Addition, build_trackers
 
 KEPT = ("number", "overrides", "folder", "log", "state", "reason", "slurm_id")
 
@@ -173,7 +173,7 @@ def track(jobs: list[Job], files: list[Path], folder: str, tags: dict[str, str])
             key = json.dumps(options)
             trackers[key] = trackers.get(key) or build_trackers(options)
             own = tags | {"job": str(job.number)} if tags else {}
-            trackers[key].add(job.summary["run_id"], own, files, folder)
+            trackers[key].add(job.summary["run_id"], Addition(files, folder, own))
 
 
 def refuse_absent(jobs: list[Job], metric: str | None) -> None:

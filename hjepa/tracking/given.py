@@ -4,17 +4,15 @@ from pathlib import Path
 
 from hjepa.config import Config
 from hjepa.folder import read_config, read_summary
-from hjepa.tracking.trackers import build_trackers
+from hjepa.tracking.trackers import Addition, build_trackers
 
 
-def give(
-    config: Config, run: Path, files: list[Path], place: str, metrics: dict[str, float] | None = None, step: int = 0
-) -> None:
-    """Give files to the run's own trackers, to a folder `place` there; nothing where either the run or this command has none.
+def give(config: Config, run: Path, addition: Addition) -> None:
+    """Give something to the run's own trackers; nothing where either the run or this command has none.
 
     Args:
-        config: of this command; run: the run's folder; metrics: of its step `step`.
+        config: of this command; run: the run's folder.
     """
     run_id = read_summary(run).get("run_id")
     if run_id and config["tracking"]:
-        build_trackers(read_config(run)["tracking"]).add(run_id, {}, files, place, metrics, step)
+        build_trackers(read_config(run)["tracking"]).add(run_id, addition)

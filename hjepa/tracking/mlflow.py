@@ -20,7 +20,7 @@ from hjepa.faults import first_line
 from hjepa.folder import Record, read_records, write_whole
 from hjepa.packages import require
 from hjepa.tracking.stale import close_dead_runs, end_run, machine
-from hjepa.tracking.trackers import Tracker
+from hjepa.tracking.trackers import Addition, Tracker
 
 log = logging.getLogger(__name__)
 BATCH = 500  # metrics per request; MLflow allows 1000
@@ -106,28 +106,20 @@ class MLflow(Tracker):
         self.thread.shutdown(wait=True)
         return self.failed_at is None
 
-    def add(
-        self,
-        run_id: str,
-        tags: dict[str, str],
-        files: list[Path],
-        folder: str,
-        metrics: dict[str, float] | None = None,
-        step: int = 0,
-    ) -> None:
+    def add(self, run_id: str, addition: Addition) -> None:
         client = self.mlflow.MlflowClient(self.uri)
-        for key, value in tags.items():
+        for key, value in addition.tags.items():
             client.set_tag(run_id, key, value)
-        there = client.get_run(run_id).data.metrics if metrics else {}
+        there = client.get_run(run_id).data.metrics if addition.metrics else {}
         new = [
-            self.mlflow.entities.Metric(key, value, now(), step)
-            for key, value in (metrics or {}).items()
+            self.mlflow.entities.Metric(key, value, now(), addition.step)
+            for key, value in addition.metrics.items()
             if there.get(key) != value
         ]
         for i in range(0, len(new), BATCH):
             client.log_batch(run_id, metrics=new[i : i + BATCH])
-        for file in files:
-            client.log_artifact(run_id, str(file), folder)
+        for file in addition.files:
+            client.log_artifact(run_id, str(file), addition.folder)
 
     def how_to_look(self) -> str | None:
         if not self.uri.startswith("sqlite"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hjepa.config import Config, fingerprint, flatten
 from hjepa.errors import UserError
-from hjepa.folder import UNSENT, read_config, read_records, read_summary, unheld, write_whole
+from hjepa.folder import UNSENT, read_config, read_records, read_summary, runs_below, unheld, write_whole
 from hjepa.tracking.trackers import ENDS, build_trackers
 
 
@@ -23,7 +23,7 @@ def sync(config: Config, path: Path) -> None:
     if not config["tracking"]:
         raise UserError("task=sync with tracking=none has nothing to send to; choose trackers, as in tracking=mlflow.")
     root = Path(config["run"]).expanduser().absolute()
-    folders = sorted(file.parent for file in root.rglob("metrics.jsonl"))
+    folders = runs_below(root)
     if not folders:
         raise UserError(f"run={root} holds no run (no metrics.jsonl in it or below it); give the folder of a run.")
     failed = [str(folder) for folder in folders if not send(config, folder)]

@@ -6,6 +6,7 @@ take twice. A tracking fault never stops training: the user is told once. A trac
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,17 @@ from hjepa.folder import Record
 log = logging.getLogger(__name__)
 # What a tracker calls the end of a run whose summary.json has this status; without one it was killed.
 ENDS = {"finished": "FINISHED", "collapsed": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "requeued": "SCHEDULED"}
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What a run is given after its end: files, for a folder of its artifacts, tags, and metrics of one of its steps."""
+
+    files: list[Path]
+    folder: str
+    tags: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    step: int = 0
 
 
 class Tracker:
@@ -40,16 +52,8 @@ class Tracker:
         """End the run as one of `ENDS` after everything was sent; returns whether it was."""
         return True
 
-    def add(
-        self,
-        run_id: str,
-        tags: dict[str, str],
-        files: list[Path],
-        folder: str,
-        metrics: dict[str, float] | None = None,
-        step: int = 0,
-    ) -> None:
-        """Give tags, files and metrics (of a step) to a run that has ended; what it has already is not there twice."""
+    def add(self, run_id: str, addition: Addition) -> None:
+        """Give something to a run that has ended; what it has already is not there twice."""
 
     def how_to_look(self) -> str | None:
         """The command that shows the run, or None."""
@@ -93,16 +97,8 @@ class Trackers(Tracker):
     def finish(self, status: str) -> bool:
         return all(self.each(lambda tracker: tracker.finish(status)))
 
-    def add(
-        self,
-        run_id: str,
-        tags: dict[str, str],
-        files: list[Path],
-        folder: str,
-        metrics: dict[str, float] | None = None,
-        step: int = 0,
-    ) -> None:
-        self.each(lambda tracker: tracker.add(run_id, tags, files, folder, metrics, step))
+    def add(self, run_id: str, addition: Addition) -> None:
+        self.each(lambda tracker: tracker.add(run_id, addition))
 
     def how_to_look(self) -> str | None:
         return "\n  or ".join(command for command in self.each(lambda tracker: tracker.how_to_look()) if command) or None

@@ -9,7 +9,7 @@ from hjepa.masks import Sampler
 from hjepa.model import HJEPA
 from hjepa.processes.distributed import join
 from hjepa.processes.spread import Copies, Shards
-from hjepa.rng import seed_global
+from hjepa.rng import generator, seed_global
 from hjepa.stacked import StackedSampler
 from hjepa.teacher import Teacher
 from hjepa.trainer import Parts
@@ -24,6 +24,7 @@ def assemble(config: Config) -> Parts:
     dataset: Dataset = build(config["dataset"])
     refuse_pointless(config, dataset)
     model, sampler, objective = build_model(config)
+    refuse_incomparable(objective, dataset, sampler)
     if config["init_from"]:
         load_model(model, config["init_from"])
     teacher: Teacher = build(config["teacher"])
@@ -68,3 +69,13 @@ def refuse_pointless(config: Config, dataset: Dataset) -> None:
         raise UserError(f"dataset.local_views={dataset.local_views} serves a regularizer only; choose one, or set it to 0.")
     if dataset.local_views and dataset.local_size % patch:
         raise UserError(f"dataset.local_size={dataset.local_size} is no multiple of model.patch_size={patch}; make it one.")
+
+
+def refuse_incomparable(objective: Objective, dataset: Dataset, sampler: Sampler) -> None:
+    """Refuse a regularizer that compares views where an image has one alone."""
+    regularizer, contexts = objective.regularizer, sampler(1, generator(0)).context.shape[1]
+    if regularizer and regularizer.compares and dataset.views * contexts + dataset.local_views < 2:
+        raise UserError(
+            f"{type(regularizer).__name__} compares views of an image, and there is one: set dataset.views=2 or more, "
+            "dataset.local_views, or masking.contexts=2 or more."
+        )

@@ -4,6 +4,7 @@ Each is added to any prediction loss, or is the whole objective with `levels=non
 here and one YAML in conf/regularizer.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ class Regularizer(ABC):
         levels: factor of each level, the first level first; levels beyond the list are left alone. A level's features are the
             student's hidden state at the level's depth, pooled over the patches it sees.
     """
+
+    compares = False  # whether there is nothing for it to do with one view and context per image
 
     def __init__(self, weights: dict[str, float], levels: list[float]) -> None:
         if min(weights.values()) < 0 or not levels or min(levels) < 0:
@@ -98,6 +101,28 @@ class SIGReg(Regularizer):
         return found
 
 
+class InfoNCE(Regularizer):
+    """InfoNCE (van den Oord et al. 2018) over the views of a batch, as SimCLR's NT-Xent (Chen et al. 2020) for any number of
+    views: a view shall be nearer, in angle, to each other whole view of its image than to the whole views of all other images.
+
+    Args:
+        contrast: weight of the term; there is none with one view and context per image.
+        temperature: of the similarities; the lower, the more the nearest of the other images count.
+        levels: see `Regularizer`.
+    """
+
+    compares = True
+
+    def __init__(self, contrast: float, temperature: float, levels: list[float]) -> None:
+        super().__init__({"contrast": contrast}, levels)
+        if temperature <= 0:
+            raise UserError(f"regularizer.temperature={temperature} must be positive.")
+        self.temperature = temperature
+
+    def terms(self, features: Tensor, whole: int) -> dict[str, Tensor]:
+        return {"contrast": contrast(features, whole, self.temperature)} if features.shape[1] > 1 else {}
+
+
 def hinge_variance(features: Tensor) -> Tensor:
     """Mean over views and dimensions of how far the standard deviation of [B, V, D] over the batch is below 1."""
     return F.relu(1 - (features.var(0) + 1e-4).sqrt()).mean()
@@ -114,6 +139,21 @@ def redundancy(features: Tensor) -> Tensor:
 def disagreement(features: Tensor) -> Tensor:
     """Mean squared difference between two views of an image, over all pairs of the V views of [B, V, D]."""
     return 2 * features.var(1).mean()
+
+
+def contrast(features: Tensor, whole: int, temperature: float) -> Tensor:
+    """-log(e^p / (e^p + sum of e^n)) of features [B, V, D], the mean over all p, the cosine of a view with another whole view
+    of its image over the temperature; n are those of the view with the whole views of the other images.
+    """
+    count, views = features.shape[:2]
+    unit = F.normalize(features, dim=-1)
+    similar = (unit.flatten(0, 1) @ unit[:, :whole].flatten(0, 1).mT / temperature).view(count, views, count, whole)
+    same = torch.eye(count, dtype=torch.bool, device=features.device).view(count, 1, count, 1)
+    negatives = similar.masked_fill(same, -math.inf).flatten(2).logsumexp(-1, keepdim=True)
+    positives = similar.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [B, V, whole]
+    costs = F.softplus(negatives - positives)
+    others = ~torch.eye(views, whole, dtype=torch.bool, device=features.device)
+    return (costs * others).sum() / (count * others.sum())
 
 
 def epps_pulley(samples: Tensor, knots: int, reach: float) -> Tensor:

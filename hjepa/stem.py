@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from timm.layers.hybrid_embed import HybridEmbed
-from timm.layers.norm import LayerNorm2d
+from timm.layers.norm import GroupNorm1
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 
@@ -20,8 +20,9 @@ def embedding(stem: str, patch_size: int, dim: int) -> dict[str, Any]:
 
 
 def convolutions(patch_size: int, dim: int) -> dict[str, Any]:
-    """The convolutions of Xiao et al. 2021 ("Early Convolutions Help Transformers See Better"): of 3x3 pixels, each halves the
-    image and doubles the channels, until there is one position for each patch; then a linear map to `dim` channels.
+    """The convolutions, after Xiao et al. 2021 ("Early Convolutions Help Transformers See Better"): of 3x3 pixels, the first at
+    full resolution, each other halving the image and doubling the channels until there is one position for each patch; then
+    a linear map to `dim` channels.
     """
     halvings = patch_size.bit_length() - 1
     if patch_size != 2**halvings or halvings < 1 or dim % 2**halvings:
@@ -30,18 +31,18 @@ def convolutions(patch_size: int, dim: int) -> dict[str, Any]:
             f"power of two, and model.encoder.dim={dim} a multiple of it; change these, or use model.encoder.stem=patch."
         )
     return {
-        "depth": halvings + 1,
-        "channels": [*(dim // 2 ** (halvings - i) for i in range(halvings)), dim],
-        "kernel_size": [*[3] * halvings, 1],
-        "stride": [*[2] * halvings, 1],
+        "depth": halvings + 2,
+        "channels": [*(dim // 2 ** (halvings - i) for i in range(halvings + 1)), dim],
+        "kernel_size": [*[3] * (halvings + 1), 1],
+        "stride": [1, *[2] * halvings, 1],
     }
 
 
 def conv_embed(depth: int, channels: list[int], kernel_size: list[int], stride: list[int]) -> Any:
-    """timm's `embed_layer` of such convolutions, with GELU and, as the student's images are full of holes, layer norms where
-    Xiao et al. have batch norms.
+    """timm's `embed_layer` of such convolutions, with GELU and, where Xiao et al. have batch norms, one group norm over each
+    image: the student's images are full of holes, and the teacher has no statistics of its own.
     """
-    convs = ConvStem(3, depth, tuple(channels), tuple(kernel_size), tuple(stride), norm_layer=LayerNorm2d, act_layer=nn.GELU)
+    convs = ConvStem(3, depth, tuple(channels), tuple(kernel_size), tuple(stride), norm_layer=GroupNorm1, act_layer=nn.GELU)
     return partial(HybridEmbed, backbone=convs, proj=False)
 
 

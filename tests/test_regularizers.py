@@ -1,5 +1,6 @@
 """Regularizers against their formulas written out the long way, and what each is for: reviving collapsed features."""
 
+import itertools
 import math
 from functools import cache
 
@@ -9,8 +10,8 @@ import torch
 from hjepa.collapse import effective_rank
 from hjepa.errors import UserError
 from hjepa.model import Output
-from hjepa.regularizers import Regularizer, SIGReg, VICReg, epps_pulley
-from tests.conftest import trainer
+from hjepa.regularizers import InfoNCE, Regularizer, SIGReg, VICReg, epps_pulley
+from tests.conftest import assemble, trainer
 
 
 def features(*shape: int) -> torch.Tensor:
@@ -74,6 +75,27 @@ def test_sigreg_pulls_views_to_the_mean_of_the_whole_ones() -> None:
     assert torch.allclose(terms["invariance"], expected)
 
 
+def test_infonce_written_out() -> None:
+    """Every pair of a view with another whole view of its image, against the whole views of the other images, one by one."""
+    z = features(4, 3, 5)
+    total, terms = InfoNCE(contrast=2.0, temperature=0.5, levels=[1.0])(Output([], [z], whole=2))
+    costs = []
+    for i, v, w in itertools.product(range(4), range(3), range(2)):
+        if v != w:
+            near = {(j, k): math.exp(torch.cosine_similarity(z[i, v], z[j, k], 0) / 0.5) for j in range(4) for k in range(2)}
+            others = sum(value for (j, _), value in near.items() if j != i)
+            costs.append(-math.log(near[i, w] / (near[i, w] + others)))
+    assert terms["contrast"].item() == pytest.approx(sum(costs) / len(costs), rel=1e-5)
+    assert total.item() == pytest.approx(2 * sum(costs) / len(costs), rel=1e-5)
+
+
+def test_infonce_with_one_view_is_refused_before_the_run() -> None:
+    with pytest.raises(UserError, match=r"InfoNCE compares views of an image, and there is one: set dataset\.views=2"):
+        assemble("regularizer=infonce", "masking=multiblock")
+    assemble("regularizer=infonce", "masking=multiblock", "dataset.local_views=1")
+    assemble("regularizer=infonce", "masking=random", "masking.contexts=2")
+
+
 @pytest.mark.parametrize("regularizer", [VICReg(1.0, 1.0, 0.04, [1.0]), SIGReg(1.0, 1.0, 64, 17, 3.0, [1.0])])
 def test_each_revives_collapsed_features(regularizer: Regularizer) -> None:
     """Gradient descent on the regularizer alone spreads nearly identical features over all dimensions."""
@@ -121,3 +143,5 @@ def test_negative_weights_are_refused() -> None:
         VICReg(1.0, 1.0, -1, [1.0])
     with pytest.raises(UserError, match="directions=0"):
         SIGReg(1.0, 1.0, 0, 17, 3.0, [1.0])
+    with pytest.raises(UserError, match="temperature=0"):
+        InfoNCE(1.0, 0, [1.0])

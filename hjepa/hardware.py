@@ -38,13 +38,16 @@ def multiplies_bfloat16(device: str) -> bool:
     return device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def keep_memory() -> None:
+def keep_memory(largest: int) -> None:
     """Let glibc reuse freed memory instead of returning it to the system: activations are large, and mapping them anew in
     every step costs more than computing them on some machines. Elsewhere (musl, macOS) nothing happens.
+
+    Args:
+        largest: bytes that a tensor is kept up to. What is kept is in pieces, and the larger they are, the more lies idle.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold = -1, -3
-        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(mmap_threshold, largest)
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
@@ -113,7 +116,7 @@ class Hardware:
         self.threads = self.threads or max(1, cores() // (world.local_size * self.slots))
         torch.set_num_threads(self.threads)
         if self.device.type == "cpu":
-            keep_memory()
+            keep_memory(2**23 if self.activation_checkpointing else 2**30)
         torch.set_float32_matmul_precision("high" if self.device.type == "cuda" else "highest")
 
     @contextmanager

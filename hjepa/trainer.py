@@ -182,7 +182,7 @@ class Trainer:
             UserError: a loss was not finite, or the run collapsed and `stop_on_collapse` is set.
         """
         if self.done == 0:
-            record({"step": 0, **(watch.begin() if self.parts.spread.measures() else {})})
+            record({"step": 0, "seconds": 0.0, **(watch.begin() if self.parts.spread.measures() else {})})
             self.save(watch, checkpoints)
         self.model.train()
         vote, quiet = Vote(self.world), None if self.world.main else True
@@ -224,6 +224,7 @@ class Trainer:
             "weight_decay": self.weight_decay[step],
             **self.parts.teacher.rates(step),
             "images_per_second": speed,
+            "seconds": self.seconds,
             "peak_memory_mb": self.parts.hardware.peak_memory_mb(),
         }
         record({"step": self.done, **{f"train/{name}": value for name, value in losses.items()}, **rates})
@@ -239,7 +240,7 @@ class Trainer:
         measured = watch.epoch(probe_now) if self.parts.spread.measures() else {}
         watch.collapsed = self.world.told(watch.collapsed)
         means = {f"epoch/{name}": value for name, value in self.meter.epoch().items()}
-        record({"step": self.done, "epoch": epoch, **means, **measured})
+        record({"step": self.done, "epoch": epoch, "seconds": self.seconds, **means, **measured})
         self.save(watch, checkpoints, epoch, watch.latest.get("linear") if probe_now else None)
         scores = ", ".join(f"{name} {watch.latest[name]:.1%}" for name in ("linear", "knn") if probe_now and name in watch.latest)
         held_out = f", held-out {measured['validation/loss']:.4f}" if "validation/loss" in measured else ""

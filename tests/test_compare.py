@@ -16,6 +16,7 @@ from hjepa.folder import read_summary
 from hjepa.run import run as run_config
 from hjepa.sweep.compare import differing
 from hjepa.sweep.jobs import Job
+from hjepa.sweep.progress import course
 from hjepa.sweep.sweep import Sweep
 from hjepa.sweep.table import difference
 from tests.conftest import compose, tiny
@@ -70,6 +71,15 @@ def test_a_comparison_holds_the_mean_the_spread_and_the_differences_seed_by_seed
     assert "Along with levels.pool differ: levels.depth, levels.weight." in text
     assert "One seed" not in text
     assert (tmp_path / "comparisons" / "c" / "compare.png").stat().st_size > 10000
+    assert (tmp_path / "comparisons" / "c" / "progress.png").stat().st_size > 10000
+
+
+def test_a_probe_goes_from_the_untrained_network_to_the_end_over_the_seconds_of_training(trained: Path) -> None:
+    summary = read_summary(trained / "flat1")
+    points = course(trained / "flat1", "probe/linear")
+    assert points[0] == (0, summary["untrained"]["linear"])
+    assert points[-1] == (summary["seconds"], summary["probe"]["linear"])
+    assert [seconds for seconds, _ in points] == sorted(seconds for seconds, _ in points)
 
 
 def test_a_sweep_and_its_runs_compare_alike(trained: Path, compare, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics(folder: Path) -> list[dict]:
-    timing = ("images_per_second", "peak_memory_mb")
+    timing = ("images_per_second", "seconds", "peak_memory_mb")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if k not in timing} for r in records]
 

@@ -18,6 +18,7 @@ from hjepa.sweep.table import groups, table, varied
 from tests.conftest import ROOT, TINY, compose, launch
 
 READY = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml"))
+SHOWN = ("table.txt", "sweep.png", "progress.png")
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
@@ -47,7 +48,7 @@ def test_jobs_of_a_sweep_equal_the_same_jobs_alone_bit_for_bit_and_are_tracked(t
         assert "mlflow.parentRunId" not in r.data.tags
         assert len(client.get_metric_history(r.info.run_id, "train/loss")) == 9, "no metric of another job"
         assert r.data.params["seed"] == r.info.run_name.split("-s")[-1][0]
-        assert {a.path for a in client.list_artifacts(r.info.run_id, "sweep")} == {"sweep/table.txt", "sweep/sweep.png"}
+        assert {a.path for a in client.list_artifacts(r.info.run_id, "sweep")} == {f"sweep/{name}" for name in SHOWN}
     check_shown_anew(sweep)
 
 
@@ -56,11 +57,11 @@ def check_shown_anew(sweep: Path) -> None:
     before = (sweep / "table.txt").read_text()
     assert before.count("finished") == 4
     assert all(f"{levels}  " in before for levels in ("flat", "pyramid"))
-    for name in ("table.txt", "sweep.png"):
+    for name in SHOWN:
         (sweep / name).unlink()
     show("task=sweep", f"task.folder={sweep}")
     assert (sweep / "table.txt").read_text() == before
-    assert (sweep / "sweep.png").stat().st_size > 5000
+    assert all((sweep / name).stat().st_size > 5000 for name in ("sweep.png", "progress.png"))
     show("task=sweep", f"task.folder={sweep}", "task.metric=steps")
     assert "  steps  " in (sweep / "table.txt").read_text()
     with pytest.raises(UserError, match=r"task\.metric=probe\.knnn: none of the runs has it; expected one of .*probe\.knn,"):

@@ -28,7 +28,7 @@ def about_sweep(folder: Path, jobs: Sequence[Job]) -> dict[str, Any]:
         "best": best and {"name": naming(jobs, best) or f"job {best.number}", "gains": gains(best.summary)},
         "metric": NAMES.get(metric, metric),
         "score": best and figure(lookup(best.summary, metric), metric),
-        "plot": [Picture(file) for file in [folder / "sweep.png"] if file.exists()],
+        "plot": [Picture(file) for file in (folder / "sweep.png", folder / "progress.png") if file.exists()],
         "jobs": job_table(jobs),
         "means": mean_table(jobs, metric),
         "curves": [(job.number, naming(jobs, job), Picture(file)) for job, file in curves(jobs)],

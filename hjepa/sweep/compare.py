@@ -3,7 +3,7 @@
 Runs become the jobs of a sweep that was never started, so that table, plot and differences between runs of the same seed are
 those of a sweep.
 
-    table.txt, compare.png   for people        compare.json   for machines
+    table.txt, compare.png, progress.png   for people        compare.json   for machines
 """
 
 import json
@@ -55,6 +55,7 @@ def compare(config: Config, path: Path, runs: list[str], sweep: str | None, metr
 def write(folder: Path, jobs: list[Job], metric: str, notes: list[str]) -> list[Path]:
     """Table, picture and JSON; returns their files."""
     from hjepa.sweep.plot import plot
+    from hjepa.sweep.progress import plot_progress
 
     near = Path(os.path.commonpath([job.folder.parent for job in jobs if job.folder]))
     text = "\n".join([table(jobs, metric, f"Comparison of {len(jobs)} runs in {near}", near), *notes])
@@ -63,7 +64,9 @@ def write(folder: Path, jobs: list[Job], metric: str, notes: list[str]) -> list[
     write_whole(files[0], text + "\n")
     write_whole(files[1], json.dumps(figures(jobs, metric), indent=2) + "\n")
     plot(jobs, metric, f"Comparison of {len(jobs)} runs", files[2])
-    print(f"Plot: {files[2]}")
+    if plot_progress(jobs, f"Comparison of {len(jobs)} runs", folder / "progress.png"):
+        files.append(folder / "progress.png")
+    print(f"Plots: {', '.join(str(file) for file in files[2:])}")
     return files
 
 

@@ -3,7 +3,7 @@
 A launcher plans the jobs, runs them wherever it does, calls `write` whenever a job's state changes, and `end` at last. All
 results come from the run folders, so the table and the plot can be made anew at any time (`task=sweep`).
 
-    sweep.json   the jobs, their states and results        table.txt, sweep.png   for people
+    sweep.json   the jobs, their states and results        table.txt, sweep.png, progress.png   for people
     N.log        what job N said
 """
 
@@ -128,10 +128,13 @@ class Sweep:
         files[0].write_text(text + "\n")
         if groups(jobs, metric)[1]:
             from hjepa.sweep.plot import plot
+            from hjepa.sweep.progress import plot_progress
 
             files.append(self.folder / "sweep.png")
             plot(jobs, metric, f"Sweep {self.folder.name}", files[1])
-            print(f"Plot: {files[1]}")
+            if plot_progress(jobs, f"Sweep {self.folder.name}", self.folder / "progress.png"):
+                files.append(self.folder / "progress.png")
+            print(f"Plots: {', '.join(str(file) for file in files[1:])}")
         track(jobs, files, "sweep", {"sweep": self.folder.name})
         print(f"Sweep folder: {self.folder}", flush=True)
 

@@ -31,7 +31,7 @@ CONFIGS = {
         "projector=mlp",
         "masking=block",
     ),
-    "regularizer only": ("levels=none", "masking=none", "regularizer=sigreg", "teacher=none", "dataset.views=2"),
+    "regularizer only": ("levels=none", "masking=none", "regularizer=infonce", "teacher=none", "dataset.views=2"),
     "stacked": ("levels=stacked", "dataset.image_size=32", "levels.upper.detach=false", "masking=multiblock"),
     "sharded": ("train.accumulate=2", "projector=mlp"),
     "sharded views": ("dataset.views=2", "dataset.local_views=2", "regularizer=sigreg", "levels=stacked", "teacher=refresh"),

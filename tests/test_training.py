@@ -184,7 +184,7 @@ def test_impossible_lengths_are_refused(override: str, word: str) -> None:
 def test_every_group_option_takes_a_step() -> None:
     for override in (
         *(f"levels={x}" for x in ("flat", "pyramid", "depth", "summary", "pyramid_summary")),
-        *(f"regularizer={x}" for x in ("none", "vicreg", "sigreg")),
+        *(f"regularizer={x}" for x in ("none", "vicreg", "sigreg", "infonce")),
         *(f"teacher={x}" for x in ("ema", "refresh", "none")),
         "projector=mlp",
         *(f"masking={x}" for x in ("multiblock", "block", "random", "hierarchical", "partition")),

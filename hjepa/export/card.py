@@ -19,13 +19,13 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 """
 CONV_IMPORTS = """from functools import partial
 
-from timm.layers import HybridEmbed, LayerNorm2d
+from timm.layers import HybridEmbed, GroupNorm1
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 """
 CONV = """partial(
         HybridEmbed,
-        backbone=ConvStem(3, {depth}, {channels}, {kernel_size}, {stride}, norm_layer=LayerNorm2d, act_layer=nn.GELU),
+        backbone=ConvStem(3, {depth}, {channels}, {kernel_size}, {stride}, norm_layer=GroupNorm1, act_layer=nn.GELU),
         proj=False,
     )"""
 OTHERS = {

@@ -237,6 +237,11 @@ def nothing(folder: Path) -> None:
         (nothing, ("task.protocols=[lineer]",), r"lineer.*expected some of linear, knn"),
         (nothing, ("task.protocols=[dense]",), "dense is for runs on dataset=shapes"),
         (nothing, ("task.protocols=[transfer]",), r"dataset@task.transfer=cifar100"),
+        (
+            nothing,
+            ("task.protocols=[transfer]", "dataset@task.transfer=image_folder", "task.transfer.root=nowhere"),
+            r"In task\.transfer, dataset\.root.*nowhere",
+        ),
         (nothing, ("task.depths=[3]",), "encoder of 2 blocks"),
         (nothing, ("task.train_images=0",), "task.train_images=0"),
         (nothing, ("task.protocols=[fewshot]", "task.fewshot.shots=[17]"), "only 16 images to draw from"),

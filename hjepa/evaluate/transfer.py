@@ -25,8 +25,12 @@ class Transfer:
     knn: KNN
 
     def refuse(self, study: Study) -> None:
-        """Refuse to transfer to nothing, and to images without labels."""
-        self.there(study).data.parts  # noqa: B018  # loads them
+        """Refuse to transfer to nothing, and to images that cannot be read or have no labels."""
+        there = self.there(study)
+        try:
+            there.data.parts  # noqa: B018  # loads them
+        except UserError as error:
+            raise UserError(f"In task.transfer, {error}") from error
 
     def there(self, study: Study) -> Study:
         """The same run on the other dataset."""

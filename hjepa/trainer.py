@@ -224,7 +224,6 @@ class Trainer:
             "weight_decay": self.weight_decay[step],
             **self.parts.teacher.rates(step),
             "images_per_second": speed,
-            "seconds": self.seconds,
             "peak_memory_mb": self.parts.hardware.peak_memory_mb(),
         }
         record({"step": self.done, **{f"train/{name}": value for name, value in losses.items()}, **rates})

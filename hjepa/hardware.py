@@ -116,7 +116,7 @@ class Hardware:
         self.threads = self.threads or max(1, cores() // (world.local_size * self.slots))
         torch.set_num_threads(self.threads)
         if self.device.type == "cpu":
-            keep_memory(2**23 if self.activation_checkpointing else 2**30)
+            keep_memory(2**24 if self.activation_checkpointing else 2**30)
         torch.set_float32_matmul_precision("high" if self.device.type == "cuda" else "highest")
 
     @contextmanager

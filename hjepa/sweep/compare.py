@@ -64,8 +64,7 @@ def write(folder: Path, jobs: list[Job], metric: str, notes: list[str]) -> list[
     write_whole(files[0], text + "\n")
     write_whole(files[1], json.dumps(figures(jobs, metric), indent=2) + "\n")
     plot(jobs, metric, f"Comparison of {len(jobs)} runs", files[2])
-    if plot_progress(jobs, f"Comparison of {len(jobs)} runs", folder / "progress.png"):
-        files.append(folder / "progress.png")
+    files += plot_progress(jobs, f"Comparison of {len(jobs)} runs", folder / "progress.png")
     print(f"Plots: {', '.join(str(file) for file in files[2:])}")
     return files
 

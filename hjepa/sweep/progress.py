@@ -16,17 +16,17 @@ from hjepa.sweep.table import Group, members
 Course = list[tuple[float, float]]  # seconds of training, accuracy
 
 
-def plot_progress(jobs: Sequence[Job], title: str, path: Path) -> bool:
+def plot_progress(jobs: Sequence[Job], title: str, path: Path) -> list[Path]:
     """A panel for each probe, a line for each run, a colour for each combination of options; seeds share theirs.
 
     Returns:
-        Whether there was anything to draw: runs that were probed at more than one time.
+        The picture; none where no run was probed at more than one time.
     """
     axes, found = members(jobs)
     panels = {key: courses(found, key) for key in ("probe.linear", "probe.knn")}
     panels = {key: lines for key, lines in panels.items() if any(lines.values())}
     if not panels:
-        return False
+        return []
     figure, drawn = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.2), layout="constrained", squeeze=False)
     for axis, (key, lines) in zip(drawn.flat, panels.items(), strict=True):
         for (chosen, runs), color, marker in zip(lines.items(), cycle(COLORS), cycle(MARKERS), strict=False):
@@ -41,7 +41,7 @@ def plot_progress(jobs: Sequence[Job], title: str, path: Path) -> bool:
     figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=max(1, 110 // (max(map(len, labels)) + 8)))
     figure.suptitle(f"{title}: accuracy over time\na line is a run, from the untrained network on", fontsize=10)
     save(figure, path)
-    return True
+    return [path]
 
 
 def courses(found: dict[Group, list[Job]], key: str) -> dict[Group, list[Course]]:

@@ -132,8 +132,7 @@ class Sweep:
 
             files.append(self.folder / "sweep.png")
             plot(jobs, metric, f"Sweep {self.folder.name}", files[1])
-            if plot_progress(jobs, f"Sweep {self.folder.name}", self.folder / "progress.png"):
-                files.append(self.folder / "progress.png")
+            files += plot_progress(jobs, f"Sweep {self.folder.name}", self.folder / "progress.png")
             print(f"Plots: {', '.join(str(file) for file in files[1:])}")
         track(jobs, files, "sweep", {"sweep": self.folder.name})
         print(f"Sweep folder: {self.folder}", flush=True)

@@ -27,7 +27,8 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_jobs_of_a_sweep_equal_the_same_jobs_alone_bit_for_bit_and_are_tracked(tmp_path: Path) -> None:
     options = [*TINY, "tracking=mlflow", "experiment_name=e", "model.encoder.drop_path=0.2"]
-    ready = ["+sweeps=levels", "hydra.sweeper.params.levels='flat,pyramid'", f"hardware.slots={min(2, cores())}"]
+    small = ["hydra.sweeper.params.levels='flat,pyramid'", "hydra.sweeper.params.seed='0,1'"]
+    ready = ["+sweeps=levels", *small, f"hardware.slots={min(2, cores())}"]
     swept = launch(*ready, *options, f"output_root={tmp_path}/sweep")
     assert swept.returncode == 0, swept.stderr
     folders = sorted((tmp_path / "sweep" / "e").iterdir())

@@ -4,9 +4,7 @@ The schema of a config node is the signature of its `_target_`, read from the so
 found in under a second, and a new class needs no second declaration.
 """
 
-import ast
 import hashlib
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from hjepa.errors import UserError
+from hjepa.signatures import Signature, signature_of
 
 Config = dict[str, Any]
-Signature = dict[str, str | None]  # option -> annotation
 
 TOP_LEVEL: Signature = {
     "seed": "int",
@@ -122,41 +120,6 @@ def check_type(path: str, value: Any, annotation: str | None) -> None:
         TypeAdapter(expected, config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError as error:
         raise UserError(f"{path}={value!r}: expected {annotation} ({error.errors()[0]['msg'].lower()}).") from None
-
-
-@cache
-def signature_of(target: str) -> Signature:
-    """The options of a function or class of this package, by its dotted path, without importing it."""
-    module, _, name = target.rpartition(".")
-    if importlib.util.find_spec(module) is None or name not in (tree := definitions(module)):
-        raise UserError(f"_target_: {target} does not exist.")
-    definition = tree[name]
-    if isinstance(definition, ast.FunctionDef):
-        return arguments(definition)
-    body = {n.name: n for n in definition.body if isinstance(n, ast.FunctionDef)}
-    bases = [f"{module}.{b.id}" for b in definition.bases if isinstance(b, ast.Name) and b.id in tree]
-    inherited = {k: v for base in bases for k, v in signature_of(base).items()}
-    if "__init__" in body:
-        own = arguments(body["__init__"])
-        return own | inherited if body["__init__"].args.kwarg else own
-    fields = [n for n in definition.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
-    return inherited | {n.target.id: ast.unparse(n.annotation) for n in fields}  # type: ignore[union-attr]
-
-
-@cache
-def definitions(module: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
-    """Classes and functions of a module by name."""
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    assert spec.origin is not None
-    tree = ast.parse(Path(spec.origin).read_text())
-    return {n.name: n for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
-
-
-def arguments(function: ast.FunctionDef) -> Signature:
-    """Named arguments of a function, without self."""
-    named = [*function.args.args, *function.args.kwonlyargs]
-    return {a.arg: ast.unparse(a.annotation) if a.annotation else None for a in named if a.arg != "self"}
 
 
 def identity(config: Config) -> Config:

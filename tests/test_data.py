@@ -17,7 +17,10 @@ from PIL import Image
 from torchvision import datasets
 
 from hjepa.data.augment import Augment
-from hjepa.data.dataset import ImageFolder, ImageNet, Mixture, Shapes, Torchvision, stratified
+from hjepa.data.dataset import stratified
+from hjepa.data.downloaded import Torchvision
+from hjepa.data.embedded import Shapes
+from hjepa.data.folders import ImageFolder, ImageNet, Mixture
 from hjepa.errors import UserError
 
 COMMON = {

@@ -173,7 +173,7 @@ def test_seeds_are_shown_with_mean_and_standard_deviation(seeds: Path, tmp_path:
 
 def test_linear_and_knn_agree_with_scikit_learn_on_the_same_features(fresh: Path) -> None:
     from hjepa.config import resolve
-    from hjepa.data.dataset import Shapes
+    from hjepa.data.embedded import Shapes
     from hjepa.evaluate.features import Data, Features
     from hjepa.opened import open_run
 

@@ -8,7 +8,7 @@ import pytest
 from torchvision import datasets
 
 from hjepa.config import build, check, resolve, targets
-from hjepa.data.dataset import Torchvision
+from hjepa.data.downloaded import Torchvision
 from hjepa.errors import UserError
 from hjepa.folder import RunFolder
 from tests.conftest import compose

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hjepa.data.dataset import Shapes, unit
+from hjepa.data.dataset import unit
+from hjepa.data.embedded import Shapes
 from hjepa.data.shapes import PARTS
 from hjepa.encoder import patchify
 from hjepa.errors import UserError

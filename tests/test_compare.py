@@ -16,7 +16,7 @@ from hjepa.folder import read_summary
 from hjepa.run import run as run_config
 from hjepa.sweep.compare import differing
 from hjepa.sweep.jobs import Job
-from hjepa.sweep.progress import course
+from hjepa.sweep.progress import course, label
 from hjepa.sweep.sweep import Sweep
 from hjepa.sweep.table import difference
 from tests.conftest import compose, tiny
@@ -72,6 +72,13 @@ def test_a_comparison_holds_the_mean_the_spread_and_the_differences_seed_by_seed
     assert "One seed" not in text
     assert (tmp_path / "comparisons" / "c" / "compare.png").stat().st_size > 10000
     assert (tmp_path / "comparisons" / "c" / "progress.png").stat().st_size > 10000
+
+
+@given(st.integers(1, 40), st.integers(1, 3))
+def test_what_a_line_is_called_fits_the_picture_however_much_varies(varied: int, seeds: int) -> None:
+    axes, chosen = [f"model.encoder.option{i}" for i in range(varied)], ("value",) * varied
+    runs = [Job(number, [], Path("runs") / f"{'a-long-name-' * 4}{number}") for number in range(seeds)]
+    assert 0 < len(label(axes, chosen, runs)) <= 110
 
 
 def test_a_probe_goes_from_the_untrained_network_to_the_end_over_the_seconds_of_training(trained: Path) -> None:

@@ -17,7 +17,6 @@ class Torchvision(Dataset):
 
     Args:
         name: the class in torchvision.datasets; root: where the download goes.
-        label: what the labels are called.
     """
 
     def __init__(self, name: Literal["CIFAR10", "CIFAR100", "STL10"], root: str, **common: object) -> None:

@@ -7,15 +7,14 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from hjepa.errors import UserError
-from hjepa.mistakes import corrected
+from hjepa.config.errors import UserError, corrected
 
 os.environ["HJEPA_ROOT"] = str(Path(__file__).resolve().parent)  # finds conf/, sweeps/ and outputs/ from any folder
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
-    from hjepa.run import run
+    from hjepa.config.run import run
 
     try:
         return run(cfg)

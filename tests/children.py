@@ -8,10 +8,10 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from hjepa.errors import UserError
+from hjepa.config.errors import UserError
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["hjepa.session", "hjepa.tracking.mlflow", "mlflow", "tests.conftest"])
+server.set_forkserver_preload(["hjepa.tasks.train", "hjepa.tracking.mlflow", "mlflow", "tests.conftest"])
 
 
 def begin(target: Any, *args: Any) -> ForkServerProcess:
@@ -30,7 +30,7 @@ def run_config(overrides: list[str], said: Path, memory: int | None = None) -> N
     with said.open("a", buffering=1) as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
-    from hjepa.run import run
+    from hjepa.config.run import run
     from tests.conftest import compose
 
     cfg = compose(*overrides)

@@ -15,7 +15,7 @@ from kornia.color import rgb_to_grayscale
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
-from hjepa.data import colour
+from hjepa.data import color as colour
 
 RADIUS = 6  # pixels of the blur
 THRESHOLD = 0.5

@@ -81,7 +81,7 @@ def compose(*overrides: str) -> Any:
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., float | None]:
     """Run a tiny config with further overrides in this process, under `tmp_path`."""
-    from hjepa.run import run as run_config
+    from hjepa.config.run import run as run_config
 
     def run_tiny(*overrides: str) -> float | None:
         return run_config(compose(f"output_root={tmp_path}", *tiny(*overrides)))
@@ -104,8 +104,8 @@ def launch(*overrides: str, cwd: Path = ROOT, timeout: float = 500, **env: str) 
 
 def assemble(*overrides: str) -> Any:
     """The parts of a tiny run."""
-    from hjepa.assemble import assemble as assemble_config
-    from hjepa.config import check, resolve
+    from hjepa.config.schema import check, resolve
+    from hjepa.training.build import assemble as assemble_config
 
     config = resolve(compose(*tiny(*overrides)))
     check(config)
@@ -114,8 +114,9 @@ def assemble(*overrides: str) -> Any:
 
 def trainer(*overrides: str) -> Any:
     """The trainer of a tiny run, with its images loaded."""
-    from hjepa.assemble import assemble as assemble_config
-    from hjepa.config import build, check, resolve
+    from hjepa.config.instantiate import build
+    from hjepa.config.schema import check, resolve
+    from hjepa.training.build import assemble as assemble_config
 
     config = resolve(compose(*tiny(*overrides)))
     check(config)
@@ -126,6 +127,6 @@ def trainer(*overrides: str) -> Any:
 
 def plan(steps: int, steps_per_epoch: int) -> Any:
     """A plan of even epochs."""
-    from hjepa.plan import Plan
+    from hjepa.optim.step_plan import Plan
 
     return Plan(images=steps_per_epoch, epochs=None, length=steps, batch_size=1)

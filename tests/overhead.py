@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hjepa.config import check, resolve
-from hjepa.folder import RunFolder
+from hjepa.config.schema import check, resolve
+from hjepa.tracking.run_folder import RunFolder
 from tests.conftest import compose
 
 
@@ -39,8 +39,8 @@ class Clock:
 
 def main(*overrides: str) -> None:
     """Run, and print the shares."""
-    from hjepa.session import Session
-    from hjepa.signals import StopFlag
+    from hjepa.tasks.train import Session
+    from hjepa.training.signals import StopFlag
 
     with tempfile.TemporaryDirectory() as root:
         config = resolve(compose("probe=none", "tracking=mlflow", f"output_root={root}", *overrides))

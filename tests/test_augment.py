@@ -5,9 +5,9 @@ import torch
 from torch import Generator, Tensor
 from torchvision.transforms import functional as TF
 
-from hjepa.data import colour
+from hjepa.config.errors import UserError
+from hjepa.data import color as colour
 from hjepa.data.augment import Augment
-from hjepa.errors import UserError
 
 EVERYTHING = {"jitter": 0.8, "grayscale": 0.3, "blur": 0.5, "solarize": 0.3}
 

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hjepa.errors import UserError
-from hjepa.faults import told
-from hjepa.measure.clock import Clock, watch_phases
+from hjepa.config.errors import UserError, told
+from hjepa.tasks.benchmark.phase_timer import Clock, watch_phases
 from tests.conftest import trainer
 
 Run = Callable[..., float | None]

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from hjepa.errors import UserError
+from hjepa.config.errors import UserError
 from tests.conftest import ROOT, TINY, compose, launch
 
 GROUPS = (
@@ -39,7 +39,7 @@ def options(group: str) -> list[str]:
 
 @pytest.mark.parametrize("override", [f"{group}={option}" for group in GROUPS for option in options(group)])
 def test_every_option_composes_and_checks(override: str) -> None:
-    from hjepa.config import check, resolve
+    from hjepa.config.schema import check, resolve
 
     missing = OmegaConf.missing_keys(compose(override))
     check(resolve(compose(override, *(f"{key}=[x]" if key.endswith("roots") else f"{key}=x" for key in missing))))
@@ -153,7 +153,7 @@ def test_unlabelled_folder_trains_without_probes_and_is_refused_with_them(run, t
         Image.new("RGB", (32, 32), (i * 4, 255 - i * 4, (i * 37) % 256)).save(folder / f"{i}.png")
     data = ("dataset=image_folder", f"dataset.root={folder}")
     strip = [o for o in TINY if not o.startswith(("dataset.", "probe."))] + [f"output_root={tmp_path}/out"]
-    from hjepa.run import run as run_config
+    from hjepa.config.run import run as run_config
 
     with pytest.raises(UserError, match="no labels, which the probes need"):
         run_config(compose(*strip, *data))
@@ -207,5 +207,5 @@ def test_missing_mlflow_is_named(tmp_path: Path) -> None:
 
 
 def test_import_of_the_package_is_light() -> None:
-    code = "import sys, hjepa.run, hjepa.sweep.sweep; assert not {'torch', 'mlflow', 'timm'} & set(sys.modules)"
+    code = "import sys, hjepa.config.run, hjepa.tasks.sweep; assert not {'torch', 'mlflow', 'timm'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ), check=False).returncode == 0

@@ -11,14 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hjepa.errors import UserError
-from hjepa.folder import read_summary
-from hjepa.run import run as run_config
-from hjepa.sweep.compare import differing
-from hjepa.sweep.jobs import Job
-from hjepa.sweep.progress import course, label
-from hjepa.sweep.sweep import Sweep
-from hjepa.sweep.table import difference
+from hjepa.config.errors import UserError
+from hjepa.config.run import run as run_config
+from hjepa.sweeps.job import Job
+from hjepa.sweeps.plots import course
+from hjepa.sweeps.plots import line_label as label
+from hjepa.sweeps.sweep import Sweep
+from hjepa.sweeps.tables import difference
+from hjepa.tasks.compare import differing
+from hjepa.tracking.run_folder import read_summary
 from tests.conftest import compose, tiny
 
 SHORT = ("train.epochs=null", "train.steps=2", "dataset.train=60", "probe.train_images=40")

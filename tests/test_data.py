@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
+from hjepa.config.errors import UserError
 from hjepa.data.augment import Augment
-from hjepa.data.dataset import stratified
-from hjepa.data.downloaded import Torchvision
-from hjepa.data.embedded import Shapes
-from hjepa.data.folders import ImageFolder, ImageNet, Mixture
-from hjepa.errors import UserError
+from hjepa.data.datamodule import stratified
+from hjepa.data.image_folder import ImageFolder, ImageNet, Mixture
+from hjepa.data.shapes import Shapes
+from hjepa.data.torchvision_datasets import Torchvision
 
 COMMON = {
     "image_size": 16,

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import start_processes
 
-from hjepa.processes.distributed import World
-from hjepa.processes.ranks import free_port
+from hjepa.distributed.launch import free_port
+from hjepa.distributed.process_group import World
 from tests.conftest import ROOT, TINY, launch, trainer
 
 STEPS = 3

@@ -13,9 +13,9 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from hjepa.errors import UserError
-from hjepa.folder import read_summary
-from hjepa.run import run as run_config
+from hjepa.config.errors import UserError
+from hjepa.config.run import run as run_config
+from hjepa.tracking.run_folder import read_summary
 from tests.conftest import compose, tiny
 
 HERE = ("task=evaluate", "hardware=cpu", "hardware.threads=1", "tracking=none")
@@ -141,14 +141,14 @@ def test_an_interrupted_evaluation_goes_on(fresh: Path, monkeypatch) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hjepa.evaluate.probing.knn", interrupt)
+        patch.setattr("hjepa.tasks.evaluate.linear_knn.knn", interrupt)
         with pytest.raises(UserError, match="Interrupted"):
             evaluate(fresh, "task.protocols=[linear,knn]")
     assert read_summary(fresh / "evaluate")["status"] == "unfinished"
     kept = found(fresh)
     assert set(kept) == {"linear"}
     with monkeypatch.context() as patch:
-        patch.setattr("hjepa.probes.logistic", interrupt)
+        patch.setattr("hjepa.metrics.probes.logistic", interrupt)
         evaluate(fresh, "task.protocols=[linear,knn]")
     assert read_summary(fresh / "evaluate")["status"] == "finished"
     assert found(fresh)["linear"] == kept["linear"]
@@ -172,10 +172,10 @@ def test_seeds_are_shown_with_mean_and_standard_deviation(seeds: Path, tmp_path:
 
 
 def test_linear_and_knn_agree_with_scikit_learn_on_the_same_features(fresh: Path) -> None:
-    from hjepa.config import resolve
-    from hjepa.data.embedded import Shapes
-    from hjepa.evaluate.features import Data, Features
-    from hjepa.opened import open_run
+    from hjepa.config.schema import resolve
+    from hjepa.data.shapes import Shapes
+    from hjepa.tasks.evaluate.features import Data, Features
+    from hjepa.tasks.trained_run import open_run
 
     evaluate(fresh, "task.protocols=[linear,knn]", "task.linear.penalties=[0.01]")
     run = open_run(resolve(compose(*HERE[1:], f"run={fresh}")), None, None)

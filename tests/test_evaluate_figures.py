@@ -5,12 +5,12 @@ import torch
 from sklearn.metrics import jaccard_score
 
 from hjepa.data.shapes import PARTS, generate, patch_parts
-from hjepa.evaluate.dense import CLASSES, Dense, mean_iou
-from hjepa.evaluate.fewshot import draw
-from hjepa.evaluate.quality import alpha_req, figures, lidar
-from hjepa.evaluate.tables import over_runs, table
-from hjepa.probes import logistic
-from hjepa.rng import generator
+from hjepa.distributed.seeding import generator
+from hjepa.metrics.probes import logistic
+from hjepa.metrics.spectrum import alpha_req, figures, lidar
+from hjepa.tasks.evaluate.dense import CLASSES, Dense, mean_iou
+from hjepa.tasks.evaluate.few_shot import draw
+from hjepa.tasks.evaluate.tables import over_runs, table
 
 
 def test_lidar_written_out() -> None:

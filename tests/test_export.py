@@ -11,17 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from hjepa.config import resolve
-from hjepa.data.files import Corrupt, Files, read_image, walk_images
-from hjepa.errors import UserError
-from hjepa.export.export import difference
-from hjepa.export.features import write
-from hjepa.export.formats import FORMATS, Outputs
-from hjepa.export.stores import GROUP, STORES, listing
-from hjepa.folder import read_summary, whole_folder
-from hjepa.opened import Opened, open_run
-from hjepa.run import run as run_config
-from hjepa.signals import StopFlag
+from hjepa.config.errors import UserError
+from hjepa.config.run import run as run_config
+from hjepa.config.schema import resolve
+from hjepa.data.image_files import Corrupt, Files, read_image, walk_images
+from hjepa.tasks.export.export import difference
+from hjepa.tasks.export.features import write
+from hjepa.tasks.export.formats import FORMATS, Outputs
+from hjepa.tasks.export.writers import GROUP, STORES, listing
+from hjepa.tasks.trained_run import Opened, open_run
+from hjepa.tracking.run_folder import read_summary, whole_folder
+from hjepa.training.signals import StopFlag
 from tests.conftest import compose, tiny
 
 ALL = f"task.formats=[{','.join(FORMATS)}]"

@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hjepa.errors import UserError
-from hjepa.faults import explain
+from hjepa.config.errors import UserError, explain
 from tests.children import begin, run_config
 from tests.conftest import tiny, trainer
 from tests.test_data import make_folder

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hjepa.errors import UserError
-from hjepa.levels import Levels, pool_cells
+from hjepa.config.errors import UserError
+from hjepa.models.levels import Levels, pool_cells
 from tests.conftest import assemble
 
 

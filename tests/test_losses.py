@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from hjepa.errors import UserError
-from hjepa.losses import MSE, Cosine, Objective, PredictionLoss, SmoothL1
-from hjepa.model import LevelOutput, Output
-from hjepa.regularizers import VICReg
+from hjepa.config.errors import UserError
+from hjepa.losses import MSE, Cosine, Objective, PredictionLoss, SmoothL1, VICReg
+from hjepa.models.hjepa import LevelOutput, Output
 
 
 def output() -> Output:

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hjepa.errors import UserError
-from hjepa.masks import Block, Hierarchical, Masks, Multiblock, Partition, Random, cells_to_patches
+from hjepa.config.errors import UserError
+from hjepa.masking import Block, Hierarchical, Masks, Multiblock, Partition, Random, cells_to_patches
 
 SAMPLERS = {
     "multiblock": lambda g, p: Multiblock(g, p, [0.05, 0.2], [0.75, 1.5], [0.85, 1.0], 2),

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from hjepa.encoder import Encoder, LeanMlp, patchify
-from hjepa.errors import UserError
-from hjepa.fusion import Fusion
-from hjepa.masks import Partition
-from hjepa.predictor import CrossBlock
+from hjepa.config.errors import UserError
+from hjepa.masking import Partition
+from hjepa.models.layers import CrossBlock, LeanMlp, patchify
+from hjepa.models.predictor import Fusion
+from hjepa.models.vit import Encoder
 from tests.conftest import assemble
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hjepa.checkpoint import read
-from hjepa.config import resolve
-from hjepa.errors import UserError
-from hjepa.opened import Opened, open_run
+from hjepa.config.errors import UserError
+from hjepa.config.schema import resolve
+from hjepa.models.pretrained import read
+from hjepa.tasks.trained_run import Opened, open_run
 from tests.conftest import compose, launch, tiny
 
 
@@ -37,8 +37,8 @@ def test_the_model_is_that_of_the_checkpoint(trained: Path, name: str | None) ->
 
 
 def test_the_probe_of_an_opened_run_and_of_its_untrained_network_are_the_runs_own(trained: Path) -> None:
-    from hjepa.config import build
-    from hjepa.folder import read_summary
+    from hjepa.config.instantiate import build
+    from hjepa.tracking.run_folder import read_summary
 
     run, summary = opened(trained, "latest"), read_summary(trained)
     probe = build(run.config["probe"])

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hjepa.errors import UserError
-from hjepa.optim import Combined, layers_above, set_rates
-from hjepa.soap import SOAP, project, project_back
+from hjepa.config.errors import UserError
+from hjepa.optim.optimizers import Combined, layers_above, set_rates
+from hjepa.optim.soap import SOAP, project, project_back
 from tests.conftest import assemble, trainer
 
 OPTIMIZERS = ("adamw", "soap", "muon", "lars")
@@ -416,10 +416,10 @@ def test_weight_decay_spares_the_same_parameters_at_any_rates() -> None:
 
 
 def test_every_level_follows_a_schedule_of_its_own() -> None:
-    own = "schedule.parts.{}={{_target_: hjepa.schedules.Linear, start: {}, end: 0.0}}"
+    own = "schedule.parts.{}={{_target_: hjepa.optim.schedules.Linear, start: {}, end: 0.0}}"
     t = trainer(
         *("levels=stacked", "dataset.image_size=64", "schedule=constant", "schedule.lr.warmup_epochs=0", "levels.upper.pool=2"),
-        "levels.upper.upper={_target_: hjepa.stacked.Upper, _partial_: true, pool: 2, dim: 32, depth: 1, heads: 2, "
+        "levels.upper.upper={_target_: hjepa.models.stacked.Upper, _partial_: true, pool: 2, dim: 32, depth: 1, heads: 2, "
         "predictor: ${levels.upper.predictor}, masking: ${levels.upper.masking}, weight: 1.0, detach: true, upper: null}",
         *(f"+{own.format('stacked1', 0.5)}", f"+{own.format('stacked2', 0.25)}"),
     )
@@ -430,7 +430,7 @@ def test_every_level_follows_a_schedule_of_its_own() -> None:
 
 def test_a_schedule_of_a_part_that_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match=r"schedule\.parts\.stacked1 names no trained part; there are predictor, student"):
-        trainer("+schedule.parts.stacked1={_target_: hjepa.schedules.Linear, start: 1.0, end: 0.0}")
+        trainer("+schedule.parts.stacked1={_target_: hjepa.optim.schedules.Linear, start: 1.0, end: 0.0}")
 
 
 def test_layers_are_counted_from_the_top() -> None:

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hjepa.errors import UserError
-from hjepa.plan import Plan
+from hjepa.config.errors import UserError
+from hjepa.optim.step_plan import Plan
 from tests.conftest import trainer
 
 

@@ -6,11 +6,11 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from hjepa.collapse import effective_rank, spread, verdict
-from hjepa.data.dataset import Split
-from hjepa.errors import UserError
+from hjepa.config.errors import UserError
+from hjepa.data.datamodule import Split
 from hjepa.losses import MSE
-from hjepa.probes import Probe, accuracy, knn, logistic, standardise, subset
+from hjepa.metrics.collapse import effective_rank, spread, verdict
+from hjepa.metrics.probes import Probe, accuracy, knn, logistic, standardise, subset
 
 
 def blobs(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

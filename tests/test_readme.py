@@ -5,7 +5,7 @@ import re
 import torch
 import yaml
 
-from hjepa import masks
+from hjepa import masking as masks
 from tests.conftest import ROOT
 from tests.test_masks import check_contract
 
@@ -21,7 +21,7 @@ def test_the_example_strategy_works_as_written() -> None:
     code = dict(vars(masks))
     exec(block("python", "class Checkerboard"), code)
     options = yaml.safe_load(block("yaml", "Checkerboard"))
-    assert options.pop("_target_") == "hjepa.masks.Checkerboard"
+    assert options.pop("_target_") == "hjepa.masking.Checkerboard"
     for pools in ([1], [1, 2]):
         sampler = code["Checkerboard"](8, pools, **options)
         check_contract(sampler(3, torch.Generator()), 8, pools, 3)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hjepa.run import run
+from hjepa.config.run import run
 from tests.conftest import ROOT, compose
 
 RECIPES = sorted(p.stem for p in (ROOT / "conf" / "experiment").glob("*.yaml"))

@@ -7,10 +7,10 @@ from functools import cache
 import pytest
 import torch
 
-from hjepa.collapse import effective_rank
-from hjepa.errors import UserError
-from hjepa.model import Output
-from hjepa.regularizers import InfoNCE, Regularizer, SIGReg, VICReg, epps_pulley
+from hjepa.config.errors import UserError
+from hjepa.losses import InfoNCE, Regularizer, SIGReg, VICReg, epps_pulley
+from hjepa.metrics.collapse import effective_rank
+from hjepa.models.hjepa import Output
 from tests.conftest import assemble, trainer
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from hjepa.config import fingerprint, resolve
-from hjepa.errors import UserError
-from hjepa.folder import read_config, read_summary
-from hjepa.report.page import tables
-from hjepa.run import run
-from hjepa.sweep.sweep import Sweep
+from hjepa.config.errors import UserError
+from hjepa.config.identity import fingerprint
+from hjepa.config.run import run
+from hjepa.config.schema import resolve
+from hjepa.sweeps.sweep import Sweep
+from hjepa.tasks.report.html import tables
+from hjepa.tracking.run_folder import read_config, read_summary
 from tests.conftest import compose, tiny
 from tests.test_sweep import job
 
@@ -137,7 +138,7 @@ def test_what_a_folder_holds_is_shown_and_never_obeyed(trained: Path, browser: A
     config = (folder / "config.yaml").read_text().replace("experiment_name: default", f"experiment_name: {json.dumps(evil)}")
     (folder / "config.yaml").write_text(config)
     (folder / "visualize" / f"{evil.replace('/', '')}.png").write_bytes((folder / "visualize" / "pca.png").read_bytes())
-    from hjepa.report.report import report as make
+    from hjepa.tasks.report.report import report as make
 
     make({"run": str(folder), "tracking": {}}, folder, None)
     text = see(browser, folder / "report.html")

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hjepa.checkpoint import Checkpoints, best_rank, read, write_atomically
-from hjepa.errors import UserError
+from hjepa.config.errors import UserError
+from hjepa.models.pretrained import read
+from hjepa.training.checkpoint import Checkpoints, best_rank, write_atomically
 from tests.conftest import ROOT, TINY, launch
 
 LONG = (

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from torchvision import datasets
 
-from hjepa.config import build, check, resolve, targets
-from hjepa.data.downloaded import Torchvision
-from hjepa.errors import UserError
-from hjepa.folder import RunFolder
+from hjepa.config.errors import UserError
+from hjepa.config.instantiate import build
+from hjepa.config.schema import check, resolve, targets
+from hjepa.data.torchvision_datasets import Torchvision
+from hjepa.tracking.run_folder import RunFolder
 from tests.conftest import compose
 from tests.test_data import COMMON
 
@@ -18,11 +19,11 @@ EVIL = [
     "os.system",
     "builtins.eval",
     "subprocess.Popen",
-    "hjepa.config.os.system",  # through a module of ours
-    "hjepa.folder.shutil.rmtree",
-    "hjepa.config.check_type",  # ours, but evaluates what it is given
-    "hjepa.config.build",
-    "hjepa.checkpoint.write_atomically",
+    "hjepa.config.schema.os.system",  # through a module of ours
+    "hjepa.tracking.run_folder.shutil.rmtree",
+    "hjepa.config.schema.check_type",  # ours, but evaluates what it is given
+    "hjepa.config.instantiate.build",
+    "hjepa.training.checkpoint.write_atomically",
     "hydra.utils.get_method",
     "hydra.utils.instantiate",
     "functools.partial",

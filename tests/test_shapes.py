@@ -11,8 +11,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from hjepa.config.errors import UserError
 from hjepa.data import shapes
-from hjepa.errors import UserError
 
 LABELS = ("whole", "part")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from hydra.utils import get_object
 
-from hjepa.config import targets
-from hjepa.signatures import signature_of
+from hjepa.config.schema import targets
+from hjepa.config.signatures import signature_of
 
 
 def accepted(target: object) -> set[str]:

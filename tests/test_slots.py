@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hjepa.errors import UserError
-from hjepa.machine import cores
-from hjepa.sweep.slots import shares
+from hjepa.config.errors import UserError
+from hjepa.distributed.resources import cores
+from hjepa.sweeps.local import shares
 from tests.conftest import ROOT, TINY, launch
 
 SLOTS = f"hardware.slots={min(2, cores())}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hjepa.errors import UserError
+from hjepa.config.errors import UserError
 from tests.conftest import assemble, trainer
 from tests.test_masks import check_contract
 
@@ -59,8 +59,8 @@ def test_levels_stack_on_stacked_levels() -> None:
     t = trainer(
         *SMALL,
         *("dataset.image_size=64", "levels.upper.weight=0.5"),
-        "levels.upper.upper={_target_: hjepa.stacked.Upper, _partial_: true, pool: 2, dim: 8, depth: 1, heads: 2, weight: 1.0, "
-        "detach: true, upper: null, masking: ${levels.upper.masking}, predictor: ${levels.upper.predictor}}",
+        "levels.upper.upper={_target_: hjepa.models.stacked.Upper, _partial_: true, pool: 2, dim: 8, depth: 1, heads: 2, "
+        "weight: 1.0, detach: true, upper: null, masking: ${levels.upper.masking}, predictor: ${levels.upper.predictor}}",
     )
     terms = t.step(*t.batch(0), 0)
     assert {"level1", "stacked1", "stacked2"} <= terms.keys()

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hjepa.data import files as files_module
-from hjepa.data.dataset import Split
-from hjepa.errors import UserError
-from hjepa.probes import subset
+from hjepa.config.errors import UserError
+from hjepa.data import image_files as files_module
+from hjepa.data.datamodule import Split
+from hjepa.metrics.probes import subset
 from tests.conftest import ROOT, compose, tiny, trainer
 from tests.test_data import folder, make_folder, spoil
 from tests.test_resume import metrics, wait_for_records, weights
@@ -177,7 +177,7 @@ def test_a_streamed_run_decodes_no_more_than_it_uses(root: Path, run, monkeypatc
 
 @pytest.mark.parametrize("option", ["imagenet1k", "imagenet100", "mixture"])
 def test_dataset_options_compose(option: str) -> None:
-    from hjepa.config import check, resolve
+    from hjepa.config.schema import check, resolve
 
     where = ["dataset.roots=[a,b]", "dataset.weights=[3,1]"] if option == "mixture" else ["dataset.root=a"]
     config = resolve(compose(f"dataset={option}", *where, "dataset.augment.jitter=0.8"))

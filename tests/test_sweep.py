@@ -9,12 +9,12 @@ import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from hjepa.errors import UserError
-from hjepa.machine import cores
-from hjepa.run import prepare, run
-from hjepa.sweep.jobs import Job
-from hjepa.sweep.sweep import Sweep
-from hjepa.sweep.table import groups, table, varied
+from hjepa.config.errors import UserError
+from hjepa.config.run import prepare, run
+from hjepa.distributed.resources import cores
+from hjepa.sweeps.job import Job
+from hjepa.sweeps.sweep import Sweep
+from hjepa.sweeps.tables import groups, table, varied
 from tests.conftest import ROOT, TINY, compose, launch
 
 READY = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml"))

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hjepa.encoder import Encoder
-from hjepa.errors import UserError
-from hjepa.schedules import Constant
-from hjepa.teacher import EMA
+from hjepa.config.errors import UserError
+from hjepa.models.vit import Encoder
+from hjepa.optim.schedules import Constant
+from hjepa.training.teacher import EMA
 from tests.conftest import assemble, plan, trainer
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from hjepa.errors import UserError
-from hjepa.folder import RunFolder, read_records, unheld
+from hjepa.config.errors import UserError
 from hjepa.tracking import mlflow as track_mlflow
+from hjepa.tracking.dead_runs import locks_reach, machine
 from hjepa.tracking.mlflow import MLflow
-from hjepa.tracking.stale import locks_reach, machine
+from hjepa.tracking.run_folder import RunFolder, read_records, unheld
 from tests.children import begin, run_config
 from tests.conftest import tiny
 
@@ -349,7 +349,7 @@ def test_a_missing_package_is_named_before_the_work(run, tmp_path: Path, monkeyp
 
 
 def test_a_tracker_that_breaks_is_left_out(run, tmp_path: Path, monkeypatch, caplog) -> None:
-    from hjepa.tracking.board import TensorBoard
+    from hjepa.tracking.tensorboard import TensorBoard
 
     def broken(self: TensorBoard, record: dict) -> None:
         raise OSError(28, "No space left on device")

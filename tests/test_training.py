@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hjepa.errors import UserError
-from hjepa.meter import Meter
-from hjepa.processes.distributed import World
-from hjepa.schedules import WSD, Constant, Cosine, Linear
+from hjepa.config.errors import UserError
+from hjepa.distributed.process_group import World
+from hjepa.optim.schedules import WSD, Constant, Cosine, Linear
+from hjepa.training.meter import Meter
 from tests.conftest import assemble, plan, trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,7 +145,7 @@ def test_terms_hold_no_graph_and_memory_stays_bounded() -> None:
 
 def test_nan_stops_the_run_with_the_batch_and_a_good_checkpoint(run, tmp_path, monkeypatch) -> None:
     from hjepa.losses import SmoothL1
-    from hjepa.trainer import Trainer
+    from hjepa.training.trainer import Trainer
 
     original, now = SmoothL1.distance, {"step": -1}
     step = Trainer.step

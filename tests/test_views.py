@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hjepa.errors import UserError
+from hjepa.config.errors import UserError
 from tests.conftest import assemble, trainer
 
 MULTICROP = ("dataset.views=2", "dataset.local_views=3", "dataset.local_size=16", "masking.contexts=2")

@@ -7,20 +7,19 @@ import pytest
 import torch
 from PIL import Image
 
-from hjepa.config import resolve
-from hjepa.errors import UserError
-from hjepa.look.attention import recorded, rollout
-from hjepa.look.canvas import Cell, Scale, cell_pixels, gallery
-from hjepa.look.components import components
-from hjepa.look.neighbours import nearest, same_class
-from hjepa.look.network import Network
-from hjepa.look.predictions import Guess, guess
-from hjepa.look.scatter import chosen
-from hjepa.look.scene import Scene, some
-from hjepa.look.visualize import PICTURES, wanted_pictures
+from hjepa.config.errors import UserError
+from hjepa.config.run import run
+from hjepa.config.schema import resolve
 from hjepa.losses import Cosine
-from hjepa.opened import open_run
-from hjepa.run import run
+from hjepa.plotting import Cell, Scale, cell_pixels, gallery
+from hjepa.tasks.trained_run import Network, open_run
+from hjepa.tasks.visualize.attention import recorded, rollout
+from hjepa.tasks.visualize.neighbors import nearest, same_class
+from hjepa.tasks.visualize.pca import components
+from hjepa.tasks.visualize.predictions import Guess, guess
+from hjepa.tasks.visualize.samples import Scene, some
+from hjepa.tasks.visualize.tsne import chosen
+from hjepa.tasks.visualize.visualize import PICTURES, wanted_pictures
 from tests.conftest import assemble, compose, tiny
 
 HERE = ("hardware=cpu", "hardware.threads=1", "tracking=none")
@@ -41,9 +40,13 @@ def train(root: Path, name: str, *overrides: str) -> Path:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A run with two depths, summary tokens and a stacked level: everything that can be looked at."""
-    more = "levels.upper={_target_: hjepa.stacked.Upper, _partial_: true, pool: 2, dim: 32, depth: 1, heads: 2, weight: 1.0, "
-    more += "detach: true, upper: null, predictor: {_target_: hjepa.predictor.Predictor, _partial_: true, dim: 32, depth: 1, "
-    more += "heads: 2}, masking: {_target_: hjepa.masks.Block, _partial_: true, context_scale: [0.3, 0.5], "
+    more = (
+        "levels.upper={_target_: hjepa.models.stacked.Upper, _partial_: true, pool: 2, dim: 32, depth: 1, heads: 2, weight: 1.0, "
+    )
+    more += (
+        "detach: true, upper: null, predictor: {_target_: hjepa.models.predictor.Predictor, _partial_: true, dim: 32, depth: 1, "
+    )
+    more += "heads: 2}, masking: {_target_: hjepa.masking.Block, _partial_: true, context_scale: [0.3, 0.5], "
     more += "context_aspect: [0.75, 1.5], contexts: 1}}"
     return train(tmp_path_factory.mktemp("v"), "r", "levels=depth_summary", "dataset.validation=0.4", more)
 

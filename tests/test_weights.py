@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hjepa.errors import UserError
+from hjepa.config.errors import UserError
 from tests.conftest import assemble
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from hjepa.data.colour import Blur, Grayscale, Jitter, Solarize
-from hjepa.errors import UserError
+from hjepa.config.errors import UserError
+from hjepa.data.color import Blur, Grayscale, Jitter, Solarize
 
 BOX = 5  # numbers that a crop and flip take
 

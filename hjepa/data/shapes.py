@@ -15,27 +15,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hjepa.errors import UserError
+from hjepa.config.errors import UserError
+from hjepa.data.datamodule import Dataset, Split
 
 Array = npt.NDArray[np.float32]
+
 Labels = npt.NDArray[np.int64]
+
 Mask = npt.NDArray[np.bool_]
 
 MIN_SIZE = 16  # pixels; at a smaller side a part spans fewer than four pixels and is unreadable
-_SPACING = 0.26  # distance of neighbouring elements at scale 1, in image sides
-_RADIUS = 0.12  # half the extent of a part at scale 1, in image sides: 7.7 px of 32
-_CHUNK_PIXELS = 400 * 32 * 32  # pixels rendered at once: keeps the temporaries below 50 MB
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-_LATTICE = 9  # points along a side of the background's colour lattice
-_CLOUD = 0.06  # largest colour offset of a lattice point
-_NOISE = 0.03  # standard deviation of the pixel noise
 
+_SPACING = 0.26  # distance of neighbouring elements at scale 1, in image sides
+
+_RADIUS = 0.12  # half the extent of a part at scale 1, in image sides: 7.7 px of 32
+
+_CHUNK_PIXELS = 400 * 32 * 32  # pixels rendered at once: keeps the temporaries below 50 MB
+
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+_LATTICE = 9  # points along a side of the background's colour lattice
+
+_CLOUD = 0.06  # largest colour offset of a lattice point
+
+_NOISE = 0.03  # standard deviation of the pixel noise
 
 # -- signed distances of the parts: unit radius, x to the right, y down, negative inside ------------
 
@@ -101,6 +111,7 @@ _ARRANGEMENTS: dict[str, tuple[tuple[float, float], ...]] = {
 
 # Names of the classes, in label order.
 PARTS: tuple[str, ...] = tuple(_PART_DISTANCES)
+
 WHOLES: tuple[str, ...] = tuple(_ARRANGEMENTS)
 
 _ELEMENTS = max(len(points) for points in _ARRANGEMENTS.values())
@@ -296,3 +307,32 @@ def patch_parts(count: int, size: int, seed: int, patch: int, coverage: float) -
         share = cover.max(1).reshape(-1, side, patch, side, patch).mean((2, 4)).reshape(-1, side * side)
         shown[rows] = np.where(share >= coverage, 1 + chunk.part[:, None], 0)
     return torch.from_numpy(shown)
+
+
+class Shapes(Dataset):
+    """The embedded procedural dataset (see `hjepa.data.shapes`): labels `part` (kind of shape) and `whole` (arrangement).
+
+    Args:
+        train, test: numbers of images; data_seed: what they are drawn from.
+    """
+
+    def __init__(self, train: int, test: int, data_seed: int, **common: object) -> None:
+        super().__init__(**common)  # type: ignore[arg-type]  # checked against Dataset's own signature
+        if min(train, test) < 1:
+            raise UserError(f"dataset.train={train} and dataset.test={test} must be at least 1.")
+        self.sizes, self.data_seed = {"train": train, "test": test}, data_seed
+
+    def load(self, split: Literal["train", "test"]) -> Split:
+        images, labels = generate(self.sizes[split], self.image_size, self.seed(split))
+        return Split(images, {name: labels[name] for name in ("part", "whole")})
+
+    def seed(self, split: Literal["train", "test"]) -> int:
+        """What a split is drawn from."""
+        return 2 * self.data_seed + (split == "test")
+
+    def patch_parts(self, split: Literal["train", "test"], patch: int, coverage: float) -> Tensor:
+        """What every patch of the split's images shows, int64 [N, patches], see `hjepa.data.shapes.patch_parts`."""
+        return patch_parts(self.sizes[split], self.image_size, self.seed(split), patch, coverage)
+
+    def class_names(self, label: str) -> list[str]:
+        return list({"part": PARTS, "whole": WHOLES}[label])

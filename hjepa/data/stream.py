@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from hjepa.data.files import Files
-from hjepa.errors import UserError
+from hjepa.config.errors import UserError
+from hjepa.data.image_files import Files
 
 Batch = tuple[Tensor, dict[str, str]]  # images uint8 [B, 3, S, S]; unreadable files and why
 

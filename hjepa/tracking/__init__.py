@@ -1,1 +1,0 @@
-"""What is said about a run to MLflow, TensorBoard or Weights & Biases, and what is sent later."""

@@ -16,16 +16,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hjepa.faults import first_line
-from hjepa.folder import Record, read_records, write_whole
-from hjepa.packages import require
-from hjepa.tracking.stale import close_dead_runs, end_run, machine
-from hjepa.tracking.trackers import Addition, Tracker
+from hjepa.config.errors import first_line, require
+from hjepa.tracking.dead_runs import close_dead_runs, end_run, machine
+from hjepa.tracking.run_folder import Record, read_records, write_whole
+from hjepa.tracking.tracker import Addition, Tracker
 
 log = logging.getLogger(__name__)
+
 BATCH = 500  # metrics per request; MLflow allows 1000
+
 RETRY_SECONDS = 60.0  # between attempts to reach a server that failed
+
 PLACES = {"config.yaml": None, "summary.json": None, "plots/*.png": "plots"}  # files of a run folder, and where they go
+
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",

@@ -5,9 +5,9 @@ import uuid
 from pathlib import Path
 from typing import Any, Literal
 
-from hjepa.folder import Record, write_whole
-from hjepa.packages import require
-from hjepa.tracking.trackers import Tracker
+from hjepa.config.errors import require
+from hjepa.tracking.run_folder import Record, write_whole
+from hjepa.tracking.tracker import Tracker
 
 
 class Wandb(Tracker):

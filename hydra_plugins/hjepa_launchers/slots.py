@@ -19,12 +19,12 @@ ConfigStore.instance().store(group="hydra/launcher", name="slots", node=SlotsCon
 
 
 class SlotsLauncher(Launcher):
-    """See `hjepa.sweep.slots`."""
+    """See `hjepa.sweeps.local`."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from hjepa.sweep.slots import launch
+        from hjepa.sweeps.local import launch
 
         return launch(self.context.config_loader, self.config, job_overrides, initial_job_idx)

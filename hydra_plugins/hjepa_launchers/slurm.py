@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class SlurmLauncher(Launcher):
-    """See `hjepa.sweep.slurm`; the options are those of `hjepa.sweep.slurm.Cluster`."""
+    """See `hjepa.sweeps.slurm`; the options are those of `hjepa.sweeps.slurm.Cluster`."""
 
     def __init__(self, **options: Any) -> None:
         self.options = OmegaConf.to_container(OmegaConf.create(options), resolve=True)
@@ -19,6 +19,6 @@ class SlurmLauncher(Launcher):
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from hjepa.sweep.slurm import launch
+        from hjepa.sweeps.slurm import launch
 
         return launch(self.options, self.context.config_loader, self.config, job_overrides, initial_job_idx)

@@ -1,0 +1,82 @@
+"""The end of a run: summary.json for machines, a few plain sentences for people."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hjepa.config.run import COMMAND
+from hjepa.config.schema import Config
+from hjepa.tracking.provenance import git_state
+from hjepa.training.build import Parts
+from hjepa.training.monitor import Watch
+from hjepa.training.trainer import Trainer
+
+PROBES = {"linear": "linear probe", "knn": "k-NN"}
+
+
+def summarise(
+    config: Config, parts: Parts, trainer: Trainer, watch: Watch, records: list[dict[str, Any]], run_id: str | None
+) -> dict[str, Any]:
+    """The contents of summary.json; accuracies are fractions, `best` is the probe record of the highest linear accuracy."""
+    probes = [r for r in records if "probe/linear" in r]
+    best = max(probes, key=lambda r: r["probe/linear"], default={})
+    return {
+        "probe": watch.latest,
+        "best": {k.removeprefix("probe/"): v for k, v in best.items() if k.startswith("probe/") or k == "step"},
+        "untrained": watch.untrained,
+        "images_per_second": trainer.plan.seen(trainer.done) / max(trainer.seconds, 1e-9),
+        "steps": trainer.done,
+        "epochs": trainer.plan.passed(trainer.done),
+        "seconds": trainer.seconds,
+        "watch_seconds": watch.seconds,
+        "peak_memory_mb": parts.hardware.peak_memory_mb(),
+        "parameters": parts.model.parameter_counts(),
+        "device": parts.hardware.describe(),
+        "seed": config["seed"],
+        "run_id": run_id,
+        "commit": git_state().get("commit"),
+        "dirty": git_state().get("dirty"),
+        "command": os.environ.get(COMMAND),
+    }
+
+
+class Gain(NamedTuple):
+    """A probe's accuracy beside that of the untrained network."""
+
+    probe: str
+    score: float
+    untrained: float
+
+    @property
+    def words(self) -> str:
+        """The difference in words."""
+        points = round(100 * (self.score - self.untrained), 1)
+        return f"{abs(points):.1f} points {'better' if points > 0 else 'WORSE'}" if points else "no better"
+
+
+def gains(summary: dict[str, Any]) -> list[Gain]:
+    """Every probe of a summary; labels but the main one are named."""
+    found = []
+    for key, score in summary.get("probe", {}).items():
+        kind, _, label = key.partition("_")
+        if kind in PROBES and key in summary["untrained"]:
+            found.append(Gain(PROBES[kind] + (f" ({label})" if label else ""), score, summary["untrained"][key]))
+    return found
+
+
+def tell(summary: dict[str, Any], folder: Path, how_to_look: str | None) -> None:
+    """Print what came out in words; the last line names the run folder."""
+    if summary["status"] == "collapsed":
+        print(f"The run COLLAPSED: {summary['reason']}.")
+    for gain in gains(summary):
+        print(
+            f"{gain.probe:>20}: {gain.score:6.1%} of the validation images right, "
+            f"untrained network {gain.untrained:6.1%}: {gain.words}"
+        )
+    print(
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s, "
+        f"peak memory {summary['peak_memory_mb']:.0f} MB; probes and collapse watch took {summary['watch_seconds']:.0f} s"
+    )
+    if how_to_look:
+        print(f"To look at it in MLflow, type\n  {how_to_look}")
+    print(f"Run folder: {folder}")

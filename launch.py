@@ -7,7 +7,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from hjepa.config.errors import UserError, corrected
+from hjepa.config.errors import UserError, friendly_cli_errors
 
 os.environ["HJEPA_ROOT"] = str(Path(__file__).resolve().parent)  # finds conf/, sweeps/ and outputs/ from any folder
 
@@ -23,5 +23,5 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    with corrected():
+    with friendly_cli_errors():
         main()

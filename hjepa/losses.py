@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hjepa.models.hjepa import Output
 import math
 
-from hjepa.distributed.process_group import shared
+from hjepa.distributed.process_group import broadcast_from_main
 
 
 class PredictionLoss(ABC):
@@ -29,7 +29,7 @@ class PredictionLoss(ABC):
         """Mean distance of two tensors [..., D] as a 0-d tensor."""
 
     def __call__(self, output: "Output") -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum to minimise and every level's own term, unweighted and detached."""
+        """The weighted sum to minimize and every level's own term, unweighted and detached."""
         distances = {level.name: self.distance(level.prediction.float(), level.target) for level in output.levels}
         total = sum((level.weight * distances[level.name] for level in output.levels), output.zero())
         return total, {name: value.detach() for name, value in distances.items()}
@@ -90,7 +90,7 @@ class Regularizer(ABC):
         self.weights, self.levels = weights, levels
 
     @abstractmethod
-    def terms(self, features: Tensor, whole: int) -> dict[str, Tensor]:
+    def terms(self, features: Tensor, num_global: int) -> dict[str, Tensor]:
         """The terms by name, 0-d, of features [B, V, D]: V views of each image, the first `whole` of them not local crops."""
 
     def __call__(self, output: "Output") -> tuple[Tensor, dict[str, Tensor]]:
@@ -98,7 +98,7 @@ class Regularizer(ABC):
         total, named = output.zero(), {}
         for number, (factor, features) in enumerate(zip(self.levels, output.features, strict=False), start=1):
             if factor:
-                for name, term in self.terms(features.float(), output.whole).items():
+                for name, term in self.terms(features.float(), output.num_global).items():
                     total = total + factor * self.weights[name] * term
                     named[name if number == 1 else f"{name}_level{number}"] = term.detach()
         return total, named
@@ -116,7 +116,7 @@ class VICReg(Regularizer):
     def __init__(self, variance: float, invariance: float, covariance: float, levels: list[float]) -> None:
         super().__init__({"variance": variance, "invariance": invariance, "covariance": covariance}, levels)
 
-    def terms(self, features: Tensor, whole: int) -> dict[str, Tensor]:
+    def terms(self, features: Tensor, num_global: int) -> dict[str, Tensor]:
         found = {"variance": hinge_variance(features), "covariance": redundancy(features)}
         return found | ({"invariance": disagreement(features)} if features.shape[1] > 1 else {})
 
@@ -144,11 +144,13 @@ class SIGReg(Regularizer):
             )
         self.directions, self.knots, self.reach = directions, knots, reach
 
-    def terms(self, features: Tensor, whole: int) -> dict[str, Tensor]:
-        directions = F.normalize(shared(torch.randn(features.shape[-1], self.directions, device=features.device)), dim=0)
+    def terms(self, features: Tensor, num_global: int) -> dict[str, Tensor]:
+        directions = F.normalize(
+            broadcast_from_main(torch.randn(features.shape[-1], self.directions, device=features.device)), dim=0
+        )
         found = {"gaussianity": epps_pulley(features.transpose(0, 1) @ directions, self.knots, self.reach)}
         if features.shape[1] > 1:
-            found["invariance"] = (features - features[:, :whole].mean(1, keepdim=True)).square().mean()
+            found["invariance"] = (features - features[:, :num_global].mean(1, keepdim=True)).square().mean()
         return found
 
 
@@ -170,23 +172,23 @@ class InfoNCE(Regularizer):
             raise UserError(f"regularizer.temperature={temperature} must be positive.")
         self.temperature = temperature
 
-    def terms(self, features: Tensor, whole: int) -> dict[str, Tensor]:
-        return {"contrast": contrast(features, whole, self.temperature)} if features.shape[1] > 1 else {}
+    def terms(self, features: Tensor, num_global: int) -> dict[str, Tensor]:
+        return {"contrast": contrast(features, num_global, self.temperature)} if features.shape[1] > 1 else {}
 
 
 class Objective:
-    """What is minimised: the prediction loss plus the regularizer, if any."""
+    """What is minimized: the prediction loss plus the regularizer, if any."""
 
     def __init__(self, loss: PredictionLoss, regularizer: Regularizer | None) -> None:
         self.loss, self.regularizer = loss, regularizer
 
     @property
-    def read(self) -> int:
+    def num_regularized_levels(self) -> int:
         """How many levels' features the regularizer reads."""
         return len(self.regularizer.levels) if self.regularizer else 0
 
     def __call__(self, output: "Output") -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum to minimise and every term by name; `prediction` is the loss without the regularizer."""
+        """The sum to minimize and every term by name; `prediction` is the loss without the regularizer."""
         prediction, terms = self.loss(output)
         terms["prediction"] = prediction.detach()
         if self.regularizer is None:
@@ -202,8 +204,8 @@ def hinge_variance(features: Tensor) -> Tensor:
 
 def redundancy(features: Tensor) -> Tensor:
     """Squared covariances between different dimensions of [B, V, D], summed, over D; the mean over views."""
-    centred = (features - features.mean(0)).transpose(0, 1)
-    covariance = centred.mT @ centred / (centred.shape[1] - 1)
+    centered = (features - features.mean(0)).transpose(0, 1)
+    covariance = centered.mT @ centered / (centered.shape[1] - 1)
     diagonal = covariance.diagonal(dim1=1, dim2=2)
     return (covariance.square().sum() - diagonal.square().sum()) / features[0].numel()
 
@@ -213,18 +215,18 @@ def disagreement(features: Tensor) -> Tensor:
     return 2 * features.var(1).mean()
 
 
-def contrast(features: Tensor, whole: int, temperature: float) -> Tensor:
+def contrast(features: Tensor, num_global: int, temperature: float) -> Tensor:
     """-log(e^p / (e^p + sum of e^n)) of features [B, V, D], the mean over all p, the cosine of a view with another whole view
     of its image over the temperature; n are those of the view with the whole views of the other images.
     """
     count, views = features.shape[:2]
     unit = F.normalize(features, dim=-1)
-    similar = (unit.flatten(0, 1) @ unit[:, :whole].flatten(0, 1).mT / temperature).view(count, views, count, whole)
+    similar = (unit.flatten(0, 1) @ unit[:, :num_global].flatten(0, 1).mT / temperature).view(count, views, count, num_global)
     same = torch.eye(count, dtype=torch.bool, device=features.device).view(count, 1, count, 1)
     negatives = similar.masked_fill(same, -math.inf).flatten(2).logsumexp(-1, keepdim=True)
     positives = similar.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [B, V, whole]
     costs = F.softplus(negatives - positives)
-    others = ~torch.eye(views, whole, dtype=torch.bool, device=features.device)
+    others = ~torch.eye(views, num_global, dtype=torch.bool, device=features.device)
     return (costs * others).sum() / (count * others.sum())
 
 

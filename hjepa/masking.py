@@ -2,7 +2,7 @@
 
 A sampler is built for a patch grid and the levels' pools and called as `sampler(batch_size, generator) -> Masks`. Counts are
 the same for all images of a batch (no padding, no validity flags), context and targets are disjoint, indices are sorted,
-and the cells of a pooled level consist of target patches only. Sampling is vectorised over the batch, never retries, and
+and the cells of a pooled level consist of target patches only. Sampling is vectorized over the batch, never retries, and
 runs on the CPU from its own generator. To add a strategy, write one class with `__call__` here and one YAML in conf/masking.
 """
 
@@ -33,9 +33,11 @@ class Masks:
         targets = tuple(t.to(device, non_blocking=True) for t in self.targets)
         return Masks(self.context.to(device, non_blocking=True), targets, tuple(masks.to(device) for masks in self.stacked))
 
-    def of(self, rows: Tensor) -> "Masks":
+    def select(self, rows: Tensor) -> "Masks":
         """Those of some images of the batch."""
-        return Masks(self.context[rows], tuple(t[rows] for t in self.targets), tuple(masks.of(rows) for masks in self.stacked))
+        return Masks(
+            self.context[rows], tuple(t[rows] for t in self.targets), tuple(masks.select(rows) for masks in self.stacked)
+        )
 
     def split(self, parts: int) -> list["Masks"]:
         """Equal parts along the batch, in order."""
@@ -107,7 +109,7 @@ def check_range(name: str, values: Sequence[float], low: float, high: float) -> 
         )
 
 
-class Sampler(ABC):
+class MaskSampler(ABC):
     """Common ground of the samplers: the patch grid's side, the pool of every level, the coarsest pool (`align`)."""
 
     def __init__(self, grid: int, pools: Sequence[int]) -> None:
@@ -135,7 +137,7 @@ class Sampler(ABC):
         score = torch.rand(targets.shape, generator=generator) + candidates.float() - 2 * targets.float()
         return draw(score, count).unsqueeze(1)
 
-    def refuse_without_context(self, covered: int, what: str) -> int:
+    def check_context_left(self, covered: int, what: str) -> int:
         """The patches that are left when `covered` are targets; refuse to go on when none is."""
         left = self.patches - covered
         if left < 1:
@@ -146,7 +148,7 @@ class Sampler(ABC):
         return left
 
 
-class Multiblock(Sampler):
+class MultiblockMasking(MaskSampler):
     """I-JEPA's multi-block masking (Assran et al. 2023): one large context block minus several target blocks.
 
     As in I-JEPA, the blocks' size is drawn once per batch and their positions per image. Unlike there, the context is cut to
@@ -178,7 +180,7 @@ class Multiblock(Sampler):
         self.target_scale = [target_scale[0], max(target_scale[0], min(target_scale[1], room))]
         self.target_aspect, self.context_scale, self.blocks = target_aspect, context_scale, blocks
         largest = max_area(self.target_scale[1], target_aspect, grid, self.align)
-        self.floor = self.refuse_without_context(blocks * largest, f"{blocks} target blocks of up to {largest} patches")
+        self.floor = self.check_context_left(blocks * largest, f"{blocks} target blocks of up to {largest} patches")
 
     def __call__(self, batch_size: int, generator: Generator) -> Masks:
         area = uniform(self.target_scale, generator) * self.patches
@@ -191,12 +193,12 @@ class Multiblock(Sampler):
         return Masks(context, tuple(place_cells(blocks, sides, self.grid, pool) for pool in self.pools))
 
 
-class Hierarchical(Sampler):
+class HierarchicalMasking(MaskSampler):
     """Multi-block masking with a block size of its own per level: coarser levels predict larger regions.
 
     Args:
         target_scale: one [smallest, largest] share of patches per level (the last serves all further levels).
-        target_aspect, context_scale: as in `Multiblock`; blocks: target blocks per image and level.
+        target_aspect, context_scale: as in `MultiblockMasking`; blocks: target blocks per image and level.
     """
 
     def __init__(
@@ -222,7 +224,7 @@ class Hierarchical(Sampler):
             count * max_area(scale[1], target_aspect, grid, pool)
             for count, scale, pool in zip(self.blocks, self.scales, self.pools, strict=True)
         )
-        self.floor = self.refuse_without_context(covered, "The target blocks of all levels")
+        self.floor = self.check_context_left(covered, "The target blocks of all levels")
 
     def __call__(self, batch_size: int, generator: Generator) -> Masks:
         targets, covered = [], torch.zeros(batch_size, self.patches, dtype=torch.bool)
@@ -250,7 +252,7 @@ def max_area(scale: float, aspect: Sequence[float], grid: int, align: int) -> in
     return max(math.prod(block_sides(area, a, grid, align, areas[-1])) for a in aspects for area in areas)
 
 
-class CellSampler(Sampler):
+class CellMaskSampler(MaskSampler):
     """Samplers that choose among the coarsest level's cells, so that any choice suits every level."""
 
     def __init__(self, grid: int, pools: Sequence[int]) -> None:
@@ -269,7 +271,7 @@ class CellSampler(Sampler):
         return Masks(cells_to_patches(context, self.grid, self.align).sort(-1).values, tuple(levels))
 
 
-class Random(CellSampler):
+class RandomMasking(CellMaskSampler):
     """Uniformly random targets, everything else is context (MAE's masking, He et al. 2022).
 
     Args:
@@ -291,7 +293,7 @@ class Random(CellSampler):
         return self.masks(order[..., self.count :], order[..., : self.count])
 
 
-class Block(CellSampler):
+class InverseBlockMasking(CellMaskSampler):
     """Inverse block masking (data2vec 2.0, Baevski et al. 2022): one contiguous context block, the rest is predicted.
 
     Args:
@@ -325,7 +327,7 @@ class Block(CellSampler):
         return self.masks(context, draw(-seen.float(), self.cells - context.shape[-1]))
 
 
-class Partition(CellSampler):
+class PartitionMasking(CellMaskSampler):
     """Parallel JEPA's partition: cells are shuffled into equal parts; each part alone predicts all the others.
 
     Args:
@@ -348,7 +350,7 @@ class Partition(CellSampler):
         return self.masks(parts, torch.stack(others, dim=1))
 
 
-class Everything(CellSampler):
+class NoMasking(CellMaskSampler):
     """The student sees every patch and predicts none: for `levels=none`."""
 
     def __init__(self, grid: int, pools: Sequence[int]) -> None:

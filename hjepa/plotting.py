@@ -1,4 +1,4 @@
-"""What all pictures are drawn on: rows of images and maps in cells of whole pixels, and colours that everybody can tell apart."""
+"""What all pictures are drawn on: rows of images and maps in cells of whole pixels, and colors that everybody can tell apart."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,21 +24,21 @@ from hjepa.models.hjepa import HJEPA
 
 matplotlib.use("Agg")
 
-# Okabe and Ito's colours, which people with any kind of colour vision tell apart; the markers repeat the difference.
+# Okabe and Ito's colors, which people with any kind of color vision tell apart; the markers repeat the difference.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 MARKERS = "osD^vPX"
 
-MAP = matplotlib.colormaps["viridis"].with_extremes(bad="0.85")  # grey where there is no value
+MAP = matplotlib.colormaps["viridis"].with_extremes(bad="0.85")  # gray where there is no value
 
 DPI = 130
 
-CELL, GAP, LABEL, LINE, BAR = 150, 6, 16, 18, 100  # pixels: an image about so large, space, and room for text and a colour bar
+CELL, GAP, LABEL, LINE, BAR = 150, 6, 16, 18, 100  # pixels: an image about so large, space, and room for text and a color bar
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A colour scale that maps share: what it says, and its ends."""
+    """A color scale that maps share: what it says, and its ends."""
 
     name: str
     low: float
@@ -46,15 +46,15 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """An image float [3, h, w] in [0, 1], or a map [h, w] on a scale, NaN where it has no value; `frame` is a colour."""
+class GridCell:
+    """An image float [3, h, w] in [0, 1], or a map [h, w] on a scale, NaN where it has no value; `frame` is a color."""
 
     picture: "Tensor"
     scale: Scale | None = None
     frame: str | None = None
 
 
-def gallery(rows: Sequence[Sequence[Cell | None]], columns: Sequence[str], title: str, path: Path, note: str = "") -> None:
+def image_grid(rows: Sequence[Sequence[GridCell | None]], columns: Sequence[str], title: str, path: Path, note: str = "") -> None:
     """Draw rows of cells under column headings; pixels are shown as squares, whatever the size of the images.
 
     Args:
@@ -87,13 +87,13 @@ def gallery(rows: Sequence[Sequence[Cell | None]], columns: Sequence[str], title
     save(figure, path)
 
 
-def cell_pixels(rows: Sequence[Sequence[Cell | None]]) -> int:
+def cell_pixels(rows: Sequence[Sequence[GridCell | None]]) -> int:
     """The side of a cell: a whole multiple of the largest image's."""
     side = max(cell.picture.shape[-1] for row in rows for cell in row if cell)
     return side * max(1, round(CELL / side))
 
 
-def draw_cell(figure: Figure, cell: Cell, place: tuple[float, float, float, float]) -> None:
+def draw_cell(figure: Figure, cell: GridCell, place: tuple[float, float, float, float]) -> None:
     """One image or map at (left, bottom, width, height), in shares of the figure."""
     axis = figure.add_axes(place)
     axis.set(xticks=[], yticks=[])
@@ -106,7 +106,7 @@ def draw_cell(figure: Figure, cell: Cell, place: tuple[float, float, float, floa
 
 
 def color_bar(figure: Figure, scale: Scale, place: tuple[float, float, float, float]) -> None:
-    """What the colours of a scale mean."""
+    """What the colors of a scale mean."""
     bar = figure.colorbar(ScalarMappable(Normalize(scale.low, scale.high), MAP), cax=figure.add_axes(place))
     bar.set_label(scale.name, fontsize=8)
     bar.ax.tick_params(labelsize=7)
@@ -164,19 +164,19 @@ def plot_masks(images: Tensor, masks: Masks, model: HJEPA, path: Path) -> None:
     sets = {"context": (masks.context, model.grid)}
     for name, pool, index in zip(model.levels.names(), model.levels.pool, masks.targets, strict=True):
         sets[f"{name}:\n{pool}x{pool} patches"] = (index, model.grid // pool)
-    stages = model.upper.stages() if model.upper else []
-    for number, (stage, own) in enumerate(zip(stages, masks.stacked, strict=True), start=1):
+    stacked_levels = model.upper.stacked_levels() if model.upper else []
+    for number, (stage, own) in enumerate(zip(stacked_levels, masks.stacked, strict=True), start=1):
         sets[f"stacked{number}\ncontext"] = (own.context, stage.side)
         sets[f"stacked{number}\ntargets"] = (own.targets[0], stage.side)
     rows = [
-        [Cell(image), *(Cell(shade(image, index[i, 0].flatten(), side)) for index, side in sets.values())]
+        [GridCell(image), *(GridCell(mask_overlay(image, index[i, 0].flatten(), side)) for index, side in sets.values())]
         for i, image in enumerate(images)
     ]
-    gallery(rows, ["image", *sets], "Masks: what the student sees, and the cells that each level predicts", path)
+    image_grid(rows, ["image", *sets], "Masks: what the student sees, and the cells that each level predicts", path)
 
 
-def shade(image: Tensor, index: Tensor, side: int) -> Tensor:
-    """The image [3, S, S] with everything outside the indexed cells of a grid greyed out."""
+def mask_overlay(image: Tensor, index: Tensor, side: int) -> Tensor:
+    """The image [3, S, S] with everything outside the indexed cells of a grid grayed out."""
     flags = zeros(side * side).index_fill(0, index, 1.0).view(side, side)
     scale = image.shape[-1] // side
     seen = flags.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
@@ -187,8 +187,8 @@ CAPTIONS = {
     "curves": "Losses, probes beside the untrained network (dotted), and the collapse watch, by optimizer step.",
     "masks": "What the student sees, and the cells that each level predicts.",
     "predictions": "How near predictions come to the teacher's targets, cell by cell, on images that were not trained on.",
-    "pca": "Patches of like colour are alike to the network: three principal components of patch features.",
+    "pca": "Patches of like color are alike to the network: three principal components of patch features.",
     "attention": "Where the network looks, in the last block and through all of them.",
-    "neighbours": "The most similar images by features of the trained network, of the untrained one, and by pixels.",
+    "neighbors": "The most similar images by features of the trained network, of the untrained one, and by pixels.",
     "scatter": "Every image a point, near others of like features (t-SNE).",
 }

@@ -23,7 +23,7 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory",
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
+def friendly_errors() -> Iterator[None]:
     """What the machine is to blame for is raised as a `UserError`, a Ctrl-C ends the process with a word, anything else is
     raised as it is.
     """
@@ -34,13 +34,13 @@ def told() -> Iterator[None]:
             print("Interrupted; nothing of what was begun is left half-written.", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
     except Exception as error:
-        sentence = explain(error)
-        if sentence:
-            raise sentence from error
+        format_hydra_error = explain_machine_error(error)
+        if format_hydra_error:
+            raise format_hydra_error from error
         raise
 
 
-def explain(error: BaseException) -> UserError | None:
+def explain_machine_error(error: BaseException) -> UserError | None:
     """The sentence for an error, also where a library has wrapped it; None for what is not the machine's fault."""
     if isinstance(error, UserError):
         return None
@@ -81,7 +81,7 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 @contextlib.contextmanager
-def corrected() -> Iterator[None]:
+def friendly_cli_errors() -> Iterator[None]:
     """Ends the process with a sentence for a mistake; where HYDRA_FULL_ERROR is set, Hydra says it its own way."""
     if FULL_ERROR in os.environ:
         yield
@@ -90,13 +90,13 @@ def corrected() -> Iterator[None]:
     try:
         yield
     except CompactHydraException as error:
-        print(sentence(error), file=sys.stderr)
+        print(format_hydra_error(error), file=sys.stderr)
         sys.exit(1)
     finally:
         del os.environ[FULL_ERROR]
 
 
-def sentence(error: CompactHydraException) -> str:
+def format_hydra_error(error: CompactHydraException) -> str:
     """What is wrong, and what was probably meant."""
     cause = error.__cause__
     if isinstance(error, UserError):
@@ -106,21 +106,21 @@ def sentence(error: CompactHydraException) -> str:
         return f"{error.override} cannot be read ({what}); write key=value, in quotes for the shell: 'key=[1,2]'."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        return f"{group}={option} is no option{meant(option, list(error.options))}"
+        return f"{group}={option} is no option{suggest(option, list(error.options))}"
     if isinstance(cause, OmegaConfBaseException) and cause.parent_node is not None and "not in struct" in str(cause):
         path, key = str(cause.full_key), str(cause.key)
-        return f"{path} is no option{meant(key, [str(name) for name in cause.parent_node])}"
+        return f"{path} is no option{suggest(key, [str(name) for name in cause.parent_node])}"
     return " ".join(f"{error} {cause or ''}".split())
 
 
-def meant(word: str, there: list[str]) -> str:
+def suggest(word: str, there: list[str]) -> str:
     """The nearest of the words that there are, and all of them."""
     words = sorted(set(there) - {"_target_", "hydra"})
     near = get_close_matches(word, words, n=1)
     return (f"; did you mean {near[0]}?" if near else ".") + f" There are {', '.join(words)}."
 
 
-def require(package: str, option: str, instead: str) -> Any:
+def import_optional(package: str, option: str, instead: str) -> Any:
     """Import the package that an option needs.
 
     Raises:

@@ -14,7 +14,7 @@ from hjepa.config.schema import Config
 # What may differ between two starts of one run: it changes where and how a run computes, not what.
 NOT_IDENTITY = ("name", "experiment_name", "output_root", "run", "overwrite", "tracking", "checkpoint", "task", "hardware")
 
-BENCHMARK = "hjepa.tasks.benchmark.benchmark.benchmark"
+BENCHMARK = "hjepa.tasks.run_benchmark"
 
 NOT_IDENTITY_DATASET = ("memory_limit_gb", "workers")
 
@@ -28,12 +28,12 @@ def identity(config: Config) -> Config:
     return kept | {"dataset": dataset, "hardware": {"precision": config["hardware"]["precision"]}}
 
 
-def fingerprint(config: Config) -> str:
+def config_hash(config: Config) -> str:
     """8 hexadecimal digits of the identity."""
-    return digits(identity(config))
+    return short_hash(identity(config))
 
 
-def digits(value: Any) -> str:
+def short_hash(value: Any) -> str:
     """8 hexadecimal digits of plain data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -42,9 +42,9 @@ def run_path(config: Config, choices: dict[str, str]) -> Path:
     """The absolute folder of the run: output_root / experiment_name / name, the name made from the choices by default."""
     parts = [choices[group] for group in ("dataset", "model", "levels", "masking", "loss")]
     if config["task"]["_target_"] == BENCHMARK:
-        name = "benchmark-" + (config["name"] or "-".join([*parts, fingerprint(config)]))
+        name = "benchmark-" + (config["name"] or "-".join([*parts, config_hash(config)]))
     else:
-        name = config["name"] or "-".join([*parts, f"s{config['seed']}", fingerprint(config)])
+        name = config["name"] or "-".join([*parts, f"s{config['seed']}", config_hash(config)])
     return Path(config["output_root"]).expanduser().absolute() / config["experiment_name"] / name
 
 

@@ -10,14 +10,14 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from hjepa.config.errors import UserError
-from hjepa.config.schema import Config, refuse_foreign
+from hjepa.config.schema import Config, validate_targets
 
 
 def build(node: Config, **more: Any) -> Any:
     """`hydra.utils.instantiate`, with `more` arguments passed as they are and our own sentences let through; refuses what
-    `refuse_foreign` does, as a config need not have been checked.
+    `validate_targets` does, as a config need not have been checked.
     """
-    refuse_foreign(node)
+    validate_targets(node)
     try:
         if more:  # instantiate would take dataclass arguments for configs
             return instantiate(node, _partial_=True, _convert_="all")(**more)

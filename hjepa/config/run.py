@@ -7,7 +7,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from hjepa.config.errors import told
+from hjepa.config.errors import friendly_errors
 from hjepa.config.identity import run_path
 from hjepa.config.instantiate import build
 from hjepa.config.schema import Config, check, resolve
@@ -22,7 +22,7 @@ def run(cfg: DictConfig) -> float | None:
 def perform(config: Config, path: Path) -> float | None:
     """Run the task of a checked config; faults of the machine are told in one sentence."""
     note_command()
-    with told():
+    with friendly_errors():
         result: float | None = build(config["task"])(config, path)
     return result
 

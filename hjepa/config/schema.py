@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from hjepa.config.errors import UserError
+from hjepa.config import types
 from hjepa.config.signatures import Signature, signature_of
 
 Config = dict[str, Any]
@@ -38,6 +39,7 @@ KNOWN_TYPES = {"Literal": Literal, "Sequence": Sequence, "Callable": Callable, "
 TARGET = re.compile(r"\b_target_:\s*([\w.]+)")
 
 PLAIN_TYPES = {t.__name__: t for t in (bool, int, float, str, list, dict, tuple)}
+BOUNDED_TYPES = {name: value for name, value in vars(types).items() if name.endswith(("Int", "Float", "Fraction", "Range"))}
 
 
 def resolve(cfg: DictConfig) -> Config:
@@ -55,8 +57,8 @@ def check(config: Config) -> None:
             raise UserError(f"{key} is no option; at the top level there are {', '.join((*TOP_LEVEL, *GROUPS))}.")
     for option, annotation in TOP_LEVEL.items():
         check_type(option, config[option], annotation)
-    refuse_foreign(config)
-    for path, node in nodes(config):
+    validate_targets(config)
+    for path, node in iter_targets(config):
         check_node(path, node)
 
 
@@ -70,20 +72,20 @@ def check_node(path: str, node: Config) -> None:
         check_type(f"{path}.{option}", value, signature[option])
 
 
-def nodes(config: Any, path: str = "") -> Iterator[tuple[str, Config]]:
+def iter_targets(config: Any, path: str = "") -> Iterator[tuple[str, Config]]:
     """All nodes to instantiate, with their dotted paths."""
     if isinstance(config, dict):
         if "_target_" in config:
             yield path, config
         for key, value in config.items():
-            yield from nodes(value, f"{path}.{key}" if path else str(key))
+            yield from iter_targets(value, f"{path}.{key}" if path else str(key))
     elif isinstance(config, list):
         for position, value in enumerate(config):
-            yield from nodes(value, f"{path}[{position}]")
+            yield from iter_targets(value, f"{path}[{position}]")
 
 
 @cache
-def targets() -> frozenset[str]:
+def allowed_targets() -> frozenset[str]:
     """What a config may instantiate: exactly what the files of conf/ name. A config can come from anywhere (a run folder of
     somebody else's, say), and a list of allowed packages would let it call everything in them.
     """
@@ -92,10 +94,10 @@ def targets() -> frozenset[str]:
     return frozenset(target for file in files for target in TARGET.findall(file.read_text()))
 
 
-def refuse_foreign(config: Any) -> None:
+def validate_targets(config: Any) -> None:
     """Refuse targets that no file of conf/ names, and ways to reach around the check of the options."""
-    for path, node in nodes(config):
-        if str(node["_target_"]) not in targets():
+    for path, node in iter_targets(config):
+        if str(node["_target_"]) not in allowed_targets():
             raise UserError(
                 f"{f'{path}.' if path else ''}_target_={node['_target_']!r} is nothing that a config may call; choose an option "
                 "of conf/, or add a file there that names it."
@@ -109,7 +111,7 @@ def check_type(path: str, value: Any, annotation: str | None) -> None:
     if annotation is None or (isinstance(value, dict) and "_target_" in value):
         return
     try:
-        expected = eval(annotation, {"__builtins__": {}}, KNOWN_TYPES | PLAIN_TYPES)
+        expected = eval(annotation, {"__builtins__": {}}, KNOWN_TYPES | PLAIN_TYPES | BOUNDED_TYPES)
     except NameError:
         return
     try:

@@ -14,9 +14,11 @@ Signature = dict[str, str | None]  # an option's annotation
 def signature_of(target: str) -> Signature:
     """The options of a function or class of this package, by its dotted path, without importing it."""
     module, _, name = target.rpartition(".")
-    if importlib.util.find_spec(module) is None or name not in (tree := definitions(module)):
+    found = defined_at(module, name) if importlib.util.find_spec(module) else None
+    if found is None:
         raise UserError(f"_target_: {target} does not exist.")
-    definition = tree[name]
+    module, _, name = found.rpartition(".")
+    definition = definitions(module)[name]
     if isinstance(definition, ast.FunctionDef):
         return arguments(definition)
     body = {n.name: n for n in definition.body if isinstance(n, ast.FunctionDef)}
@@ -36,7 +38,7 @@ def defined_at(module: str, name: str) -> str | None:
     package = module.partition(".")[0]
     for statement in statements(module):
         if isinstance(statement, ast.ImportFrom):
-            source = importlib.util.resolve_name("." * statement.level + (statement.module or ""), module.rpartition(".")[0])
+            source = importlib.util.resolve_name("." * statement.level + (statement.module or ""), package_of(module))
             for alias in statement.names:
                 if source.partition(".")[0] == package and name == (alias.asname or alias.name):
                     return defined_at(source, alias.name)
@@ -51,11 +53,19 @@ def definitions(module: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
 
 @cache
 def statements(module: str) -> list[ast.stmt]:
-    """What stands in a module, without importing it."""
+    """What stands in a module, without importing it; of a package with a stub, what the stub hands on."""
     spec = importlib.util.find_spec(module)
     assert spec is not None
     assert spec.origin is not None
-    return ast.parse(Path(spec.origin).read_text()).body
+    stub = Path(spec.origin).with_name("__init__.pyi")
+    file = stub if spec.submodule_search_locations and stub.exists() else Path(spec.origin)
+    return ast.parse(file.read_text()).body
+
+
+def package_of(module: str) -> str:
+    """The package that relative imports of a module start from."""
+    spec = importlib.util.find_spec(module)
+    return module if spec and spec.submodule_search_locations else module.rpartition(".")[0]
 
 
 def arguments(function: ast.FunctionDef) -> Signature:

@@ -1,5 +1,5 @@
 """Augmentation on the device, every image of the batch on its own: a random resized crop and a flip in one resampling, then
-the colour changes that are switched on. What happens to an image follows from its column of uniform numbers alone, which are
+the color changes that are switched on. What happens to an image follows from its column of uniform numbers alone, which are
 drawn for the whole batch: however a batch is divided, its images come out the same.
 """
 
@@ -18,7 +18,7 @@ from hjepa.data.color import Blur, Grayscale, Jitter, Solarize
 BOX = 5  # numbers that a crop and flip take
 
 
-class Change(Protocol):
+class Transform(Protocol):
     """A change of images [B, 3, H, W] by numbers [draws, B], uniform in [0, 1)."""
 
     draws: int
@@ -27,27 +27,27 @@ class Change(Protocol):
 
 
 @dataclass(frozen=True)
-class Draws:
+class AugmentParams:
     """Uniform numbers for the views of a batch: whole ones [n, B, V] and local crops [n, B, L]."""
 
-    whole: Tensor
-    local: Tensor
+    global_crops: Tensor
+    local_crops: Tensor
 
-    def of(self, rows: Tensor) -> "Draws":
+    def select(self, rows: Tensor) -> "AugmentParams":
         """Those of some images of the batch."""
-        return Draws(self.whole[:, rows], self.local[:, rows])
+        return AugmentParams(self.global_crops[:, rows], self.local_crops[:, rows])
 
 
 class Augment:
-    """Random resized crop (Szegedy et al. 2015) and horizontal flip, then colour jitter, grayscale, blur and solarization, each
+    """Random resized crop (Szegedy et al. 2015) and horizontal flip, then color jitter, grayscale, blur and solarization, each
     with a probability per image (SimCLR, BYOL); a probability of 0 costs nothing.
 
     Args:
         scale: [smallest, largest] share of the image's area; ratio: [smallest, largest] width / height of the crop.
         flip: probability of a horizontal flip.
-        jitter: probability of a jitter of the colours; brightness, contrast, saturation: largest deviation of the factor from
-            1; hue: largest turn, 0.5 is half the colour circle.
-        grayscale: probability of a grey image.
+        jitter: probability of a jitter of the colors; brightness, contrast, saturation: largest deviation of the factor from
+            1; hue: largest turn, 0.5 is half the color circle.
+        grayscale: probability of a gray image.
         blur: probability of a Gaussian blur; blur_sigma: [smallest, largest] standard deviation in pixels.
         solarize: probability of inverting the pixels at or above solarize_threshold, in [0, 1].
     """
@@ -77,7 +77,7 @@ class Augment:
             if not 0 <= chance <= 1:
                 raise UserError(f"dataset.augment.{name}={chance}: expected a probability.")
         self.scale, self.ratio, self.flip = scale, ratio, flip
-        changes: list[tuple[float, Change]] = [
+        changes: list[tuple[float, Transform]] = [
             (jitter, Jitter(brightness, contrast, saturation, hue)),
             (grayscale, Grayscale()),
             (blur, Blur(blur_sigma)),
@@ -129,7 +129,7 @@ class Augment:
         return torch.stack(rows, dim=1)
 
 
-def sometimes(chance: float, change: Change, images: Tensor, numbers: Tensor) -> Tensor:
+def sometimes(chance: float, change: Transform, images: Tensor, numbers: Tensor) -> Tensor:
     """The images [B, 3, H, W], each changed if its first number is below the chance; what is not chosen is not computed."""
     chosen = (numbers[0] < chance).nonzero().squeeze(1)
     if len(chosen) == 0:

@@ -1,4 +1,4 @@
-"""Colour changes of a batch, each image by an amount of its own: images float [B, 3, H, W] with pixels in [0, 1].
+"""Color changes of a batch, each image by an amount of its own: images float [B, 3, H, W] with pixels in [0, 1].
 
 The functions take the amounts [B] and agree, image by image, with `torchvision.transforms.functional`, which has to be called
 once per image. `Jitter`, `Grayscale`, `Blur` and `Solarize` derive them from numbers uniform in [0, 1), `draws` per image.
@@ -34,23 +34,23 @@ class Jitter:
             (adjust_saturation, 1.0, saturation),
             (adjust_hue, 0.0, hue),
         ]
-        self.steps = [(change, centre, strength) for change, centre, strength in steps if strength > 0]
+        self.steps = [(change, center, strength) for change, center, strength in steps if strength > 0]
         self.draws = len(self.steps)
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Images [B, 3, H, W] and numbers [draws, B] -> jittered ones."""
-        for (change, centre, strength), number in zip(self.steps, numbers, strict=True):
-            images = change(images, centre + strength * (2 * number - 1))
+        for (change, center, strength), number in zip(self.steps, numbers, strict=True):
+            images = change(images, center + strength * (2 * number - 1))
         return images
 
 
 class Grayscale:
-    """Grey images with three equal channels."""
+    """Gray images with three equal channels."""
 
     draws = 0
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> grey ones."""
+        """Images [B, 3, H, W] -> gray ones."""
         return luma(images).expand_as(images)
 
 
@@ -115,16 +115,16 @@ def adjust_contrast(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def adjust_saturation(images: Tensor, factors: Tensor) -> Tensor:
-    """Blend with the grey image."""
+    """Blend with the gray image."""
     return blend(images, luma(images), factors)
 
 
 def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Turn the hue by a share [B] of the colour circle; value and chroma stay (HSV without its detour through saturation)."""
+    """Turn the hue by a share [B] of the color circle; value and chroma stay (HSV without its detour through saturation)."""
     red, green, blue = images.unbind(1)
     value = images.amax(1)
     chroma = value - images.amin(1)
-    safe = chroma.clamp(min=1e-8)  # grey has no hue, any will do
+    safe = chroma.clamp(min=1e-8)  # gray has no hue, any will do
     sextant = torch.where(
         value == red,
         (green - blue) / safe,

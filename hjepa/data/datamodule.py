@@ -1,4 +1,4 @@
-"""Datasets: labelled images, as uint8 tensors in memory or as files that are streamed, with a fixed stratified validation split.
+"""Datasets: labeled images, as uint8 tensors in memory or as files that are streamed, with a fixed stratified validation split.
 
 A dataset is a class with `load(split) -> Split`. Training sees the training part only; the probes fit on it and are scored
 on the validation part; the test split is for `task=evaluate` alone. Those there are: `embedded.py`, `folders.py`,
@@ -13,8 +13,8 @@ import torch
 from torch import Generator, Tensor
 
 from hjepa.config.errors import UserError
-from hjepa.data.augment import Augment, Draws
-from hjepa.data.image_files import Files
+from hjepa.data.augment import Augment, AugmentParams
+from hjepa.data.image_files import ImageFiles
 from hjepa.distributed.seeding import generator
 
 
@@ -24,7 +24,7 @@ class Split:
     main one first, -1 where unknown.
     """
 
-    images: Tensor | Files
+    images: Tensor | ImageFiles
     labels: dict[str, Tensor]
 
     def __len__(self) -> int:
@@ -34,13 +34,13 @@ class Split:
         return Split(self.images[index], {name: label[index] for name, label in self.labels.items()})
 
 
-class Dataset(ABC):
+class DataModule(ABC):
     """What all datasets share.
 
     Args:
-        image_size: side of the images in pixels; others are resized and centre-cropped to it.
+        image_size: side of the images in pixels; others are resized and center-cropped to it.
         validation: share of the training split that is held out, the same for every label.
-        mean, std: per channel, in [0, 1], for normalisation.
+        mean, std: per channel, in [0, 1], for normalization.
         augment: applied to training images on the device; views: whole views of each image that it draws.
         local_views, local_size, local_scale: number, side in pixels and share of the area of local crops, which are augmented
             alike (multi-crop, Caron et al. 2020).
@@ -83,37 +83,37 @@ class Dataset(ABC):
         images = self.load("train").images
         return images[spaced(len(images), count)]
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> float32, zero mean and unit variance over the dataset."""
-        return self.standardise(unit(images))
+        return self.standardize(unit(images))
 
-    def standardise(self, images: Tensor) -> Tensor:
+    def standardize(self, images: Tensor) -> Tensor:
         """Pixels in [0, 1] -> zero mean and unit variance over the dataset, in place."""
         if self.mean.device != images.device:
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         return images.sub_(self.mean).div_(self.std)
 
-    def draw(self, count: int, generator: Generator) -> Draws:
+    def draw(self, count: int, generator: Generator) -> AugmentParams:
         """The random numbers that decide what becomes of `count` images."""
         whole, local = (
             self.augment.draw(count * views, generator).unflatten(1, (count, views)) for views in (self.views, self.local_views)
         )
-        return Draws(whole, local)
+        return AugmentParams(whole, local)
 
-    def crops(self, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor | None]:
-        """Augmented, normalised views of uint8 images [B, 3, S, S], those of one image in a row.
+    def crops(self, images: Tensor, draws: AugmentParams) -> tuple[Tensor, Tensor | None]:
+        """Augmented, normalized views of uint8 images [B, 3, S, S], those of one image in a row.
 
         Returns:
             Whole views float [B * views, 3, S, S] and local crops [B * local_views, 3, local_size, local_size], or None.
         """
         images = unit(images)
         repeated = images.repeat_interleave(self.views, 0) if self.views > 1 else images
-        whole = self.augment(repeated, draws.whole.flatten(1))
+        whole = self.augment(repeated, draws.global_crops.flatten(1))
         if not self.local_views:
-            return self.standardise(whole), None
+            return self.standardize(whole), None
         repeated = images.repeat_interleave(self.local_views, 0)
-        local = self.augment(repeated, draws.local.flatten(1), self.local_size, self.local_scale)
-        return self.standardise(whole), self.standardise(local)
+        local = self.augment(repeated, draws.local_crops.flatten(1), self.local_size, self.local_scale)
+        return self.standardize(whole), self.standardize(local)
 
     def train_and_validation(self) -> tuple[Split, Split]:
         """The training split without and the part of it that is held out; the same parts for every seed of a run."""

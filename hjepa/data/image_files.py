@@ -1,7 +1,7 @@
 """Image files: found in class folders, decoded on demand, the unreadable ones replaced, counted and named.
 
-Whether images are decoded into memory once or ahead of every step by workers, it is `Files.decode` that does it, so the pixels
-of an image are the same.
+Whether images are decoded into memory once or ahead of every step by workers, `ImageFiles.decode` does it, so the
+pixels of an image are the same.
 """
 
 import logging
@@ -29,7 +29,7 @@ Listing = tuple[list[str], list[int]]  # paths and class indices
 Run = Callable[[Callable[[int], Any], list[int]], Iterable[Any]]  # how the images of a list are read: one by one, in threads
 
 
-class Corrupt:
+class CorruptFiles:
     """The unreadable files of a split that were met so far.
 
     Args:
@@ -58,7 +58,7 @@ class Corrupt:
         log.warning("%d of %d images cannot be read, %s: %s", len(self.names), self.total, self.fate, named)
 
 
-class Files:
+class ImageFiles:
     """Image files in a fixed order. Indexing decodes into memory: `files[:4]` is uint8 [4, 3, S, S].
 
     An unreadable file is replaced by the next readable one of its label, or of any label where there is none.
@@ -70,7 +70,7 @@ class Files:
         workers: see `hjepa.data.stream.Stream`.
     """
 
-    def __init__(self, paths: np.ndarray, labels: Tensor, size: int, corrupt: Corrupt, workers: int | None) -> None:
+    def __init__(self, paths: np.ndarray, labels: Tensor, size: int, corrupt: CorruptFiles, workers: int | None) -> None:
         self.paths, self.labels, self.size, self.corrupt, self.workers = paths, labels, size, corrupt, workers
 
     def __len__(self) -> int:
@@ -88,9 +88,9 @@ class Files:
         self.corrupt.report(bad)
         return images
 
-    def part(self, index: Tensor) -> "Files":
+    def part(self, index: Tensor) -> "ImageFiles":
         """Some of the files, not decoded."""
-        return Files(self.paths[index.numpy()], self.labels[index], self.size, self.corrupt, self.workers)
+        return ImageFiles(self.paths[index.numpy()], self.labels[index], self.size, self.corrupt, self.workers)
 
     def path(self, position: int) -> str:
         """The path of a file."""
@@ -139,7 +139,7 @@ def put(image: Tensor, read: np.ndarray | str, bad: dict[int, str], position: in
 
 
 def read_image(path: str, size: int) -> np.ndarray | str:
-    """One image as uint8 [size, size, 3], resized by its shorter side and centre-cropped; or why it cannot be read."""
+    """One image as uint8 [size, size, 3], resized by its shorter side and center-cropped; or why it cannot be read."""
     try:
         with catch_warnings(action="ignore"), Image.open(path) as file:
             file.draft("RGB", (size, size))

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from hjepa.config.errors import UserError
-from hjepa.data.datamodule import Dataset, Split, spaced
-from hjepa.data.image_files import Corrupt, Files, Listing, class_folders, list_images
+from hjepa.data.datamodule import DataModule, Split, spaced
+from hjepa.data.image_files import CorruptFiles, ImageFiles, Listing, class_folders, list_images
 
 log = logging.getLogger(__name__)
 
 
-class Folders(Dataset):
+class FolderDataModule(DataModule):
     """Image files in one or several folders: decoded into memory when they fit, else streamed through workers.
 
     Args:
@@ -54,10 +54,10 @@ class Folders(Dataset):
         files = self.join([self.listing(root, split) for root in self.roots])
         if split == "test":
             for root in self.roots:
-                self.refuse_other_classes(root)
+                self.check_same_classes(root)
         return self.split(files, self.streams(len(files)))
 
-    def refuse_other_classes(self, root: Path) -> None:
+    def check_same_classes(self, root: Path) -> None:
         """Refuse a test split whose class folders are not those to train on: a class is its folder's place among them."""
         train, test = (set(class_folders(self.folder(root, split), None)) for split in ("train", "test"))
         if self.classes is None and train and test and (odd := sorted(train ^ test)):
@@ -69,8 +69,8 @@ class Folders(Dataset):
     def train_and_validation(self) -> tuple[Split, Split]:
         listings = [self.listing(root, "train") for root in self.roots]
         files = self.join(listings)
-        unlabelled = files.labels.max() < 0
-        keep, held = self.parts(torch.zeros(len(files)) if unlabelled else files.labels)
+        unlabeled = files.labels.max() < 0
+        keep, held = self.parts(torch.zeros(len(files)) if unlabeled else files.labels)
         if self.weights:
             keep = weigh(keep, [len(paths) for paths, _ in listings], self.weights)
         streamed = self.streams(len(keep) + len(held))
@@ -100,7 +100,7 @@ class Folders(Dataset):
             )
         return there[0] if there else root
 
-    def join(self, listings: list[Listing]) -> Files:
+    def join(self, listings: list[Listing]) -> ImageFiles:
         """The files of all roots; classes of different roots are different labels."""
         first, labels = 0, []
         for _, classes in listings:
@@ -108,7 +108,7 @@ class Folders(Dataset):
             labels.append(torch.where(label < 0, label, label + first))
             first += max(classes) + 1
         paths = np.array([os.fsencode(path) for found, _ in listings for path in found])
-        return Files(paths, torch.cat(labels), self.image_size, Corrupt(len(paths), self.max_corrupt), self.workers)
+        return ImageFiles(paths, torch.cat(labels), self.image_size, CorruptFiles(len(paths), self.max_corrupt), self.workers)
 
     def streams(self, count: int) -> bool:
         """Whether so many images are too many for the memory; says so."""
@@ -120,7 +120,7 @@ class Folders(Dataset):
             )
         return size > self.memory_limit_gb
 
-    def split(self, files: Files, streamed: bool) -> Split:
+    def split(self, files: ImageFiles, streamed: bool) -> Split:
         """The files as a split; a streamed one is decoded where it is indexed."""
         return Split(files if streamed else files[:], {"class": files.labels} if files.labels.max() >= 0 else {})
 
@@ -134,7 +134,7 @@ def weigh(positions: Tensor, sizes: list[int], weights: list[float]) -> Tensor:
     return torch.cat([m[torch.arange(count) % len(m)] for m, count in zip(members, counts, strict=True)])
 
 
-class ImageFolder(Folders):
+class ImageFolder(FolderDataModule):
     """JPEG, PNG or other images in `root/train/<class>/` and `root/test/<class>/` (or `root/val/`), or in `root/<class>/` without
     a test split; images outside class folders have no labels.
 
@@ -178,7 +178,7 @@ class ImageNet(ImageFolder):
         return paths, labels
 
 
-class Mixture(Folders):
+class FolderMixture(FolderDataModule):
     """Several folders as one dataset, each laid out as for `ImageFolder`; equal class names in two folders are two classes.
 
     Args:

@@ -2,9 +2,9 @@
 
 `generate` hands the data layer uint8 images with two independent labels, the *whole* (how several elements are arranged)
 and the *part* (the shape that every element has), so that probes tell within minutes which level of a hierarchy carries
-which of the two. Every element has a colour of its own, lighter or darker than a clouded, noisy background; with jitter of
+which of the two. Every element has a color of its own, lighter or darker than a clouded, noisy background; with jitter of
 place, scale and angle that leaves raw pixels linearly useless for both labels while a person still reads them at 32 pixels.
-Nuisances are local on purpose: what a whole image shares (a background colour, a level of noise) predicts every patch, and a
+Nuisances are local on purpose: what a whole image shares (a background color, a level of noise) predicts every patch, and a
 predictive objective learns that first and best (the slow features of Sobal et al. 2022). Here only what the labels name is
 shared. No mirror image (left to right) of a class is another class, so horizontal flips are a safe augmentation. Scenes are
 drawn first (`_draw_scenes`, in units of the image side) and rendered after (`_coverage`, `_paint`), so the same seed shows
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hjepa.config.errors import UserError
-from hjepa.data.datamodule import Dataset, Split
+from hjepa.data.datamodule import DataModule, Split
 
 Array = npt.NDArray[np.float32]
 
@@ -33,7 +33,7 @@ Mask = npt.NDArray[np.bool_]
 
 MIN_SIZE = 16  # pixels; at a smaller side a part spans fewer than four pixels and is unreadable
 
-_SPACING = 0.26  # distance of neighbouring elements at scale 1, in image sides
+_SPACING = 0.26  # distance of neighboring elements at scale 1, in image sides
 
 _RADIUS = 0.12  # half the extent of a part at scale 1, in image sides: 7.7 px of 32
 
@@ -41,9 +41,9 @@ _CHUNK_PIXELS = 400 * 32 * 32  # pixels rendered at once: keeps the temporaries 
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
-_LATTICE = 9  # points along a side of the background's colour lattice
+_LATTICE = 9  # points along a side of the background's color lattice
 
-_CLOUD = 0.06  # largest colour offset of a lattice point
+_CLOUD = 0.06  # largest color offset of a lattice point
 
 _NOISE = 0.03  # standard deviation of the pixel noise
 
@@ -94,7 +94,7 @@ _PART_DISTANCES: dict[str, Callable[[Array, Array], Array]] = {
     "chevron": _chevron,
 }
 
-# Element centres in units of the spacing.  Neighbours keep a distance of about 1, so that parts of
+# Element centers in units of the spacing.  Neighbors keep a distance of about 1, so that parts of
 # one figure never merge; three to six elements, or the figure no longer fits at a readable part size.
 _ARRANGEMENTS: dict[str, tuple[tuple[float, float], ...]] = {
     "row": ((-1, 0), (0, 0), (1, 0)),
@@ -121,17 +121,17 @@ _ELEMENTS = max(len(points) for points in _ARRANGEMENTS.values())
 class _Scenes:
     """Everything that N images show, free of resolution; E elements (absent ones masked).
 
-    Lengths are in image sides with the origin in the middle of the image, colours in 0..1, angles in radians.
+    Lengths are in image sides with the origin in the middle of the image, colors in 0..1, angles in radians.
     """
 
     whole: Labels  # [N]
     part: Labels  # [N]
     present: Mask  # [N, E]
-    centre: Array  # [N, E, 2]
+    center: Array  # [N, E, 2]
     radius: Array  # [N, E]
     angle: Array  # [N, E]
-    colour: Array  # [N, 2, 3] background, elements
-    cloud: Array  # [N, 3, C, C] colour offsets of the background on a lattice over the image
+    color: Array  # [N, 2, 3] background, elements
+    cloud: Array  # [N, 3, C, C] color offsets of the background on a lattice over the image
 
     def __len__(self) -> int:
         return len(self.whole)
@@ -148,7 +148,7 @@ def _draw_labels(rng: np.random.Generator, count: int) -> tuple[Labels, Labels]:
     """Whole and part labels [N], balanced (+-1) alone and in pairs."""
     order = rng.permutation(count)
     # A Latin square walk: every run of ten holds each class of both kinds once, and every run of a
-    # hundred holds each pair once.  The renaming keeps an incomplete run from favouring low classes.
+    # hundred holds each pair once.  The renaming keeps an incomplete run from favoring low classes.
     whole = rng.permutation(len(WHOLES))[order % len(WHOLES)].astype(np.int64)
     part = rng.permutation(len(PARTS))[(order + order // len(WHOLES)) % len(PARTS)].astype(np.int64)
     return whole, part
@@ -159,7 +159,7 @@ def _uniform(rng: np.random.Generator, low: float, high: float, *shape: int) -> 
 
 
 def _place(rng: np.random.Generator, whole: Labels) -> tuple[Mask, Array, Array, Array]:
-    """Turn, scale, jitter and move the arrangements: `present`, `centre`, `radius`, `angle` of scenes."""
+    """Turn, scale, jitter and move the arrangements: `present`, `center`, `radius`, `angle` of scenes."""
     count = len(whole)
     points = np.zeros((len(WHOLES), _ELEMENTS, 2), np.float32)
     exists = np.zeros((len(WHOLES), _ELEMENTS), np.bool_)
@@ -173,32 +173,32 @@ def _place(rng: np.random.Generator, whole: Labels) -> tuple[Mask, Array, Array,
     scale = _uniform(rng, 0.88, 1.08, count, 1)
     cos, sin = np.cos(turn), np.sin(turn)
     x, y = points[whole, :, 0], points[whole, :, 1]
-    centre = np.stack([cos * x - sin * y, sin * x + cos * y], -1) * (scale * _SPACING)[..., None]
-    centre += _uniform(rng, -0.015, 0.015, count, _ELEMENTS, 2)
+    center = np.stack([cos * x - sin * y, sin * x + cos * y], -1) * (scale * _SPACING)[..., None]
+    center += _uniform(rng, -0.015, 0.015, count, _ELEMENTS, 2)
     radius = scale * _RADIUS * _uniform(rng, 0.93, 1.07, count, _ELEMENTS)
 
-    low = np.where(present[..., None], centre - radius[..., None], np.inf).min(1)
-    high = np.where(present[..., None], centre + radius[..., None], -np.inf).max(1)
+    low = np.where(present[..., None], center - radius[..., None], np.inf).min(1)
+    high = np.where(present[..., None], center + radius[..., None], -np.inf).max(1)
     room = np.maximum(1 - (high - low), 0) / 2
     shift = room * _uniform(rng, -1, 1, count, 2) - (high + low) / 2
-    centre += shift[:, None].astype(np.float32)
+    center += shift[:, None].astype(np.float32)
     angle = turn + _uniform(rng, -np.radians(6), np.radians(6), count, _ELEMENTS)
-    return present, centre, radius, angle
+    return present, center, radius, angle
 
 
 def _tint(rng: np.random.Generator, strength: float, *shape: int) -> Array:
-    """Random colour offsets [*shape, 3] that do not change the luminance."""
+    """Random color offsets [*shape, 3] that do not change the luminance."""
     tint = _uniform(rng, -strength, strength, *shape, 3)
     return tint - (tint @ _LUMA)[..., None]
 
 
-def _colour(rng: np.random.Generator, count: int) -> Array:
-    """Colours [N, 2, 3] of back- and foreground: at least 0.36 apart in luminance, either one lighter."""
-    # Symmetric about mid grey: the mean image of a class is flat, so no linear map sees the figure.
+def _color(rng: np.random.Generator, count: int) -> Array:
+    """Colors [N, 2, 3] of back- and foreground: at least 0.36 apart in luminance, either one lighter."""
+    # Symmetric about mid gray: the mean image of a class is flat, so no linear map sees the figure.
     sign = rng.choice(np.array([-1, 1], np.float32), (count, 1))
     luma = 0.5 + sign * np.array([-1, 1], np.float32) * _uniform(rng, 0.18, 0.42, count, 2)
-    colour: Array = np.clip(luma[..., None] + _tint(rng, 0.3, count, 2), 0, 1).astype(np.float32)
-    return colour
+    color: Array = np.clip(luma[..., None] + _tint(rng, 0.3, count, 2), 0, 1).astype(np.float32)
+    return color
 
 
 def _draw_scenes(count: int, seed: int) -> _Scenes:
@@ -206,14 +206,14 @@ def _draw_scenes(count: int, seed: int) -> _Scenes:
     rng = np.random.default_rng([seed, 0])
     whole, part = _draw_labels(rng, count)
     cloud = _uniform(rng, -_CLOUD, _CLOUD, count, 3, _LATTICE, _LATTICE)
-    return _Scenes(whole, part, *_place(rng, whole), _colour(rng, count), cloud)
+    return _Scenes(whole, part, *_place(rng, whole), _color(rng, count), cloud)
 
 
 # -- rendering --------------------------------------------------------------------------------------
 
 
 def _axis(size: int) -> Array:
-    """Pixel centres [S] in image sides, origin in the middle."""
+    """Pixel centers [S] in image sides, origin in the middle."""
     return ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
 
 
@@ -224,9 +224,9 @@ def _coverage(scenes: _Scenes, size: int) -> Array:
     for kind, distance in enumerate(_PART_DISTANCES.values()):
         image, element = np.nonzero((scenes.part == kind)[:, None] & scenes.present)
         radius, angle = scenes.radius[image, element], scenes.angle[image, element]
-        centre = scenes.centre[image, element]
-        x = axis[None, None, :] - centre[:, 0, None, None]
-        y = axis[None, :, None] - centre[:, 1, None, None]
+        center = scenes.center[image, element]
+        x = axis[None, None, :] - center[:, 0, None, None]
+        y = axis[None, :, None] - center[:, 1, None, None]
         cos = (np.cos(angle) / radius)[:, None, None]
         sin = (np.sin(angle) / radius)[:, None, None]
         inside = distance(cos * x + sin * y, cos * y - sin * x)
@@ -238,17 +238,17 @@ def _coverage(scenes: _Scenes, size: int) -> Array:
 
 
 def _ground(scenes: _Scenes, size: int) -> Array:
-    """Backgrounds [N, 3, S, S]: mid grey, and the lattice of colour offsets spread bilinearly over the image."""
+    """Backgrounds [N, 3, S, S]: mid gray, and the lattice of color offsets spread bilinearly over the image."""
     place = (_axis(size) + 0.5) * (_LATTICE - 1)
     weight = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(_LATTICE))).astype(np.float32)  # [S, C]
-    ground: Array = scenes.colour[:, 0, :, None, None] + weight @ scenes.cloud @ weight.T
+    ground: Array = scenes.color[:, 0, :, None, None] + weight @ scenes.cloud @ weight.T
     return ground
 
 
 def _paint(scenes: _Scenes, cover: Array, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Images [N, 3, S, S] of the scenes, given the coverage [N, E, S, S] of their elements."""
     image = _ground(scenes, cover.shape[-1])
-    image += cover.max(1)[:, None] * (scenes.colour[:, 1, :, None, None] - image)
+    image += cover.max(1)[:, None] * (scenes.color[:, 1, :, None, None] - image)
     image += np.float32(_NOISE) * rng.standard_normal(image.shape, np.float32)
     pixels: npt.NDArray[np.uint8] = (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
     return pixels
@@ -264,7 +264,7 @@ def _rendered(scenes: _Scenes, size: int) -> Iterator[tuple[slice, _Scenes, Arra
 
 
 def generate(count: int, size: int = 32, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Make `count` labelled images from `seed` alone.
+    """Make `count` labeled images from `seed` alone.
 
     Args:
         count: number of images N, at least 1.
@@ -309,7 +309,7 @@ def patch_parts(count: int, size: int, seed: int, patch: int, coverage: float) -
     return torch.from_numpy(shown)
 
 
-class Shapes(Dataset):
+class Shapes(DataModule):
     """The embedded procedural dataset (see `hjepa.data.shapes`): labels `part` (kind of shape) and `whole` (arrangement).
 
     Args:

@@ -12,22 +12,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hjepa.config.errors import UserError
-from hjepa.data.image_files import Files
+from hjepa.data.image_files import ImageFiles
 
 Batch = tuple[Tensor, dict[str, str]]  # images uint8 [B, 3, S, S]; unreadable files and why
 
 
-class Batches(Dataset[Batch]):
+class BatchDataset(Dataset[Batch]):
     """What a worker does: positions of a batch -> `Batch`."""
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: ImageFiles) -> None:
         self.files = files
 
     def __getitem__(self, positions: list[int]) -> Batch:
         return self.files.decode(positions)
 
 
-class Steps(Sampler[list[int]]):
+class StepSampler(Sampler[list[int]]):
     """The positions of the batches of the steps from `first` to before `end`."""
 
     def __init__(self, indices: Callable[[int], Tensor], first: int, end: int) -> None:
@@ -45,7 +45,7 @@ class Stream:
         device: where the images are needed.
     """
 
-    def __init__(self, files: Files, indices: Callable[[int], Tensor], end: int, device: torch.device) -> None:
+    def __init__(self, files: ImageFiles, indices: Callable[[int], Tensor], end: int, device: torch.device) -> None:
         self.files, self.indices, self.end, self.device = files, indices, end, device
         self.next = -1
         self.batches: Iterator[Batch] = iter(())
@@ -89,9 +89,9 @@ class Stream:
     def start(self, step: int) -> Iterator[Batch]:
         """Batches from a step on."""
         loader: DataLoader[Batch] = DataLoader(
-            Batches(self.files),
+            BatchDataset(self.files),
             batch_size=None,
-            sampler=Steps(self.indices, step, self.end),
+            sampler=StepSampler(self.indices, step, self.end),
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=leave_signals,

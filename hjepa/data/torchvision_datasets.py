@@ -9,10 +9,10 @@ from torchvision import datasets
 from torchvision.transforms import functional as TF
 
 from hjepa.config.errors import UserError
-from hjepa.data.datamodule import Dataset, Split
+from hjepa.data.datamodule import DataModule, Split
 
 
-class Torchvision(Dataset):
+class TorchvisionDataset(DataModule):
     """CIFAR-10, CIFAR-100 or STL-10 through torchvision, downloaded and checked on first use.
 
     Args:
@@ -26,7 +26,7 @@ class Torchvision(Dataset):
 
     def load(self, split: Literal["train", "test"]) -> Split:
         try:
-            if self.name == "STL10":  # its unlabelled images (-1) are for training too
+            if self.name == "STL10":  # its unlabeled images (-1) are for training too
                 data = datasets.STL10(self.root, split="train+unlabeled" if split == "train" else "test", download=True)
                 pixels, labels = torch.from_numpy(data.data), torch.from_numpy(data.labels).long()
             else:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hjepa.config.errors import UserError
 from hjepa.distributed.process_group import World
-from hjepa.distributed.resources import cores
+from hjepa.distributed.resources import num_cores
 from hjepa.models.layers import Recomputing
 
 if TYPE_CHECKING:
@@ -32,14 +32,14 @@ def available(device: str) -> bool:
     return device == "cpu" or (device == "mps" and torch.backends.mps.is_available())
 
 
-def multiplies_bfloat16(device: str) -> bool:
+def has_fast_bfloat16(device: str) -> bool:
     """Whether this machine's device has instructions for it; x86 processors without them take several times as long in it."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported()
     return device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def keep_memory(largest: int) -> None:
+def tune_malloc(largest: int) -> None:
     """Let glibc reuse freed memory instead of returning it to the system: activations are large, and mapping them anew in
     every step costs more than computing them on some machines. Elsewhere (musl, macOS) nothing happens.
 
@@ -69,7 +69,7 @@ class Hardware:
 
     Args:
         device: "auto" takes the first of cuda, mps, cpu that is there.
-        precision: "auto" is bfloat16 autocast where the device multiplies in it (`multiplies_bfloat16`), float32 elsewhere.
+        precision: "auto" is bfloat16 autocast where the device multiplies in it (`has_fast_bfloat16`), float32 elsewhere.
         threads: CPU threads of a process; None shares the cores that this process may run on among all processes here.
         processes: that share every batch (data parallel), None for one per GPU; see `hjepa.distributed.launch`.
         shard: divide the model among the processes instead of giving each a copy (FSDP2), see `hjepa.training.parallel`.
@@ -98,7 +98,7 @@ class Hardware:
                 "use hardware=auto or hardware=cpu."
             )
         if precision == "auto":
-            precision = "bfloat16" if multiplies_bfloat16(device) else "float32"
+            precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
         if precision == "float16" and device == "cpu":
             raise UserError("hardware.precision=float16 needs a GPU; use float32 or bfloat16 on a CPU.")
         if threads is not None and threads < 1:
@@ -114,10 +114,10 @@ class Hardware:
             self.device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
         self.processes = world.size
-        self.threads = self.threads or max(1, cores() // (world.local_size * self.slots))
+        self.threads = self.threads or max(1, num_cores() // (world.local_size * self.slots))
         torch.set_num_threads(self.threads)
         if self.device.type == "cpu":
-            keep_memory(2**24 if self.activation_checkpointing else 2**30)
+            tune_malloc(2**24 if self.activation_checkpointing else 2**30)
         torch.set_float32_matmul_precision("high" if self.device.type == "cuda" else "highest")
 
     @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from hjepa.config.errors import UserError, told
+from hjepa.config.errors import UserError, friendly_errors
 from hjepa.config.schema import Config
 from hjepa.tracking.run_folder import RunFolder
 
@@ -104,7 +104,7 @@ def rank(number: int, task: Task, config: Config, path: Path, count: int, port: 
     logging.config.dictConfig(loggers)
     report: tuple[int, float | None] = (0, None)
     try:
-        with told():
+        with friendly_errors():
             report = (0, task(config, path))
     except UserError as error:
         reports.put(str(error))

@@ -46,7 +46,7 @@ class World:
         """
         return None if self.size == 1 else torch.arange(batch).view(parts, self.size, -1)[:, self.rank].flatten()
 
-    def mean(self, values: Tensor) -> Tensor:
+    def all_reduce_mean(self, values: Tensor) -> Tensor:
         """The mean over all processes; waits for them."""
         if self.size == 1:
             return values
@@ -54,7 +54,7 @@ class World:
         dist.all_reduce(values)
         return values / self.size
 
-    def every(self, thing: T) -> list[T]:
+    def all_gather_object(self, thing: T) -> list[T]:
         """What all processes have, by rank; waits for them."""
         if self.size == 1:
             return [thing]
@@ -62,7 +62,7 @@ class World:
         dist.all_gather_object(things, thing, group=self.side)
         return things
 
-    def told(self, thing: T) -> T:
+    def broadcast_object(self, thing: T) -> T:
         """What the main process has, for all of them; waits for it."""
         if self.size == 1:
             return thing
@@ -71,7 +71,7 @@ class World:
         return box[0]
 
 
-class Vote:
+class AsyncConsensus:
     """Whether any process wants something, known at the next call: no step waits for the answer."""
 
     def __init__(self, world: World) -> None:
@@ -97,7 +97,7 @@ class Vote:
         return [bool(flag) for flag in flags]
 
 
-def join(cuda: bool) -> World:
+def init_process_group(cuda: bool) -> World:
     """Meet the other processes that the environment speaks of, as torchrun does (RANK, WORLD_SIZE, ...), if any."""
     rank, size, local_rank, local_size = (
         int(os.environ.get(name, default))
@@ -112,13 +112,13 @@ def join(cuda: bool) -> World:
     return World(rank, size, local_rank, local_size, dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """Part from the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-class Gather(torch.autograd.Function):
+class AllGather(torch.autograd.Function):
     """All processes' tensors [B, ...] as one [N * B, ...]; a tensor's gradient is the sum over all processes that used it."""
 
     @staticmethod
@@ -134,13 +134,13 @@ class Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def gather(features: Tensor) -> Tensor:
+def all_gather_with_grad(features: Tensor) -> Tensor:
     """The features [B, ...] of all processes, [N * B, ...]; gradients flow to each one's own."""
-    gathered: Tensor = Gather.apply(features) if dist.is_initialized() else features
+    gathered: Tensor = AllGather.apply(features) if dist.is_initialized() else features
     return gathered
 
 
-def shared(values: Tensor) -> Tensor:
+def broadcast_from_main(values: Tensor) -> Tensor:
     """The main process' values, in all of them."""
     if dist.is_initialized():
         dist.broadcast(values, src=0)

@@ -4,7 +4,7 @@ import os
 import subprocess
 
 
-def cores() -> int:
+def num_cores() -> int:
     """CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 

@@ -1,6 +1,6 @@
 """The collapse watch: do different images still get different features?
 
-All figures are taken across images, on pooled features as they are (layer-normalised ones look healthy even when every
+All figures are taken across images, on pooled features as they are (layer-normalized ones look healthy even when every
 image is the same). The verdict compares a network with itself before training, because a healthy untrained network's
 features may lie close together too.
 """
@@ -21,30 +21,30 @@ def entropy_rank(values: Tensor) -> float:
     return torch.exp(-(share * share.log()).sum()).item()
 
 
-def spread(features: Tensor) -> dict[str, float]:
+def feature_spread(features: Tensor) -> dict[str, float]:
     """How features [N, D] differ across images.
 
     Returns:
         `std`: mean standard deviation per dimension; `norm`: mean length; `variation`: std over root mean square, 0 when all
-        images are the same; `cosine`: mean cosine between different images; `rank`: effective rank of the centred features.
+        images are the same; `cosine`: mean cosine between different images; `rank`: effective rank of the centered features.
     """
     features = features.float()
     n = len(features)
     unit = F.normalize(features, dim=1)
     cosine = (unit.sum(0).square().sum() - n) / (n * (n - 1))
-    centred = features - features.mean(0)
+    centered = features - features.mean(0)
     rms = features.square().mean().sqrt().clamp(min=1e-12)
     return {
         "std": features.std(0).mean().item(),
         "norm": features.norm(dim=1).mean().item(),
-        "variation": (centred.square().mean().sqrt() / rms).item(),
+        "variation": (centered.square().mean().sqrt() / rms).item(),
         "cosine": cosine.item(),
-        "rank": effective_rank(centred),
+        "rank": effective_rank(centered),
     }
 
 
 def verdict(now: dict[str, float], untrained: dict[str, float]) -> str | None:
-    """What kind of collapse `spread` figures show beside the untrained network's, in words; None for a healthy network."""
+    """What kind of collapse `feature_spread` figures show beside the untrained network's, in words; None if healthy."""
     if now["variation"] < 0.1 * untrained["variation"]:
         return (
             f"complete collapse: features of different images differ by {now['variation']:.2g} of their size "

@@ -1,7 +1,7 @@
 """Probes: is the representation any good? Linear and k-NN classification of frozen features, and their effective rank.
 
 One protocol, online and offline: features of the teacher (mean patch token, plus mean summary token if any) of unaugmented
-images, standardised with the training part's statistics, fitted on training images, scored on the validation part.
+images, standardized with the training part's statistics, fitted on training images, scored on the validation part.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from hjepa.config.errors import UserError
 from hjepa.data.datamodule import Split
 from hjepa.distributed.seeding import generator
 from hjepa.metrics.collapse import effective_rank
-from hjepa.models.vit import Encoder
+from hjepa.models.vit import ViTEncoder
 
 CURVATURE = 0.1  # about that of the cross-entropy, p (1 - p), with ten classes
 
@@ -27,7 +27,7 @@ class Probe:
     Args:
         every: epochs between probes during training; the untrained network and the last epoch are always probed.
         train_images, validation_images: at most this many, the same ones each time.
-        neighbours, temperature: of the weighted k-NN vote (Wu et al. 2018).
+        neighbors, temperature: of the weighted k-NN vote (Wu et al. 2018).
         penalties: L2 penalties of the logistic regression to choose from.
         batch_size: images per forward pass.
     """
@@ -35,35 +35,35 @@ class Probe:
     every: int
     train_images: int
     validation_images: int
-    neighbours: int
+    neighbors: int
     temperature: float
     penalties: list[float]
     batch_size: int
 
     def __post_init__(self) -> None:
-        for name in ("every", "train_images", "validation_images", "neighbours", "batch_size", "temperature"):
+        for name in ("every", "train_images", "validation_images", "neighbors", "batch_size", "temperature"):
             if getattr(self, name) <= 0:
                 raise UserError(f"probe.{name}={getattr(self, name)} must be positive.")
         if not self.penalties or min(self.penalties) <= 0:
             raise UserError(f"probe.penalties={list(self.penalties)}: give at least one, all positive.")
 
     def choose(self, train: Split, validation: Split) -> tuple[Split, Split]:
-        """The labelled images that the probe uses, a fixed random choice."""
+        """The labeled images that the probe uses, a fixed random choice."""
         if not train.labels:
             raise UserError("The images have no labels, which the probes need; sort them into class folders or use probe=none.")
         return subset(train, self.train_images), subset(validation, self.validation_images)
 
     def __call__(
-        self, encoder: Encoder, train: Split, validation: Split, normalise: Callable[[Tensor], Tensor]
+        self, encoder: ViTEncoder, train: Split, validation: Split, normalize: Callable[[Tensor], Tensor]
     ) -> dict[str, float]:
         """Scores of an encoder: `linear`, `knn` (fractions, main label), `linear_NAME`, `knn_NAME`, `rankme`."""
-        x, y = (extract(encoder, split.images[:], normalise, self.batch_size) for split in (train, validation))
+        x, y = (extract(encoder, split.images[:], normalize, self.batch_size) for split in (train, validation))
         scores = {"rankme": effective_rank(y)}
-        x, y = standardise(x, y)
+        x, y = standardize(x, y)
         for position, name in enumerate(train.labels):
             suffix = f"_{name}" if position else ""
             scores[f"linear{suffix}"] = accuracy(self.linear(x, train.labels[name], y), validation.labels[name])
-            votes = knn(x, train.labels[name], y, self.neighbours, self.temperature)
+            votes = knn(x, train.labels[name], y, self.neighbors, self.temperature)
             scores[f"knn{suffix}"] = accuracy(votes, validation.labels[name])
         return scores
 
@@ -78,28 +78,28 @@ class Probe:
 
 
 def subset(split: Split, count: int) -> Split:
-    """At most `count` labelled images of a split, in a fixed random order."""
-    return split[labelled(split, count)]
+    """At most `count` labeled images of a split, in a fixed random order."""
+    return split[labeled_indices(split, count)]
 
 
-def labelled(split: Split, count: int | None) -> Tensor:
-    """Positions of at most `count` labelled images (None: of all) in a fixed random order."""
+def labeled_indices(split: Split, count: int | None) -> Tensor:
+    """Positions of at most `count` labeled images (None: of all) in a fixed random order."""
     known = (next(iter(split.labels.values())) >= 0).nonzero().squeeze(1)
     return known[torch.randperm(len(known), generator=generator(0, "probe"))[:count]]
 
 
 @torch.no_grad()
-def extract(encoder: Encoder, images: Tensor, normalise: Callable[[Tensor], Tensor], batch_size: int) -> Tensor:
+def extract(encoder: ViTEncoder, images: Tensor, normalize: Callable[[Tensor], Tensor], batch_size: int) -> Tensor:
     """Features float32 [N, D] of uint8 images [N, 3, S, S], on the encoder's device."""
     device = encoder.pos_embed.device
     training = encoder.training
     encoder.eval()
-    features = [encoder.features(normalise(part.to(device))) for part in images.split(batch_size)]
+    features = [encoder.features(normalize(part.to(device))) for part in images.split(batch_size)]
     encoder.train(training)
     return torch.cat(features).float()
 
 
-def standardise(train: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+def standardize(train: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Both with the training features' mean and standard deviation per dimension taken out."""
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
     return (train - mean).div_(std), (other - mean).div_(std)
@@ -151,13 +151,13 @@ def principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.to(x), values.clamp(min=0).to(x)
 
 
-def knn(x: Tensor, labels: Tensor, y: Tensor, neighbours: int, temperature: float, chunk: int = 1024) -> Tensor:
+def knn(x: Tensor, labels: Tensor, y: Tensor, neighbors: int, temperature: float, chunk: int = 1024) -> Tensor:
     """Votes [M, classes] of the nearest of x [N, D] for each of y [M, D], weighted by exp(cosine / temperature)."""
     labels = labels.to(x.device)
     x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
     votes = []
     for part in y.split(chunk):
-        similarity, index = (part @ x.T).topk(min(neighbours, len(x)), dim=1)
+        similarity, index = (part @ x.T).topk(min(neighbors, len(x)), dim=1)
         weight = ((similarity - 1) / temperature).exp()
         votes.append(torch.zeros(len(part), int(labels.max()) + 1, device=x.device).scatter_add_(1, labels[index], weight))
     return torch.cat(votes)

@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from hjepa.metrics.collapse import effective_rank, entropy_rank, spread
+from hjepa.metrics.collapse import effective_rank, entropy_rank, feature_spread
 
 FIRST, LAST = 11, 100  # eigenvalues that the power law is fitted to, counted from 1, as Agrawal et al. and Stringer et al. do
 
 
-def figures(features: Tensor) -> dict[str, float]:
-    """Figures of features [N, F] as they are: `spread`'s (its rank is the effective rank of Roy & Vetterli 2007, of the centred
-    features), `rankme` (Garrido et al. 2023, of the features as they are), `alpha` (Agrawal et al. 2022).
+def feature_statistics(features: Tensor) -> dict[str, float]:
+    """Figures of features [N, F] as they are: `feature_spread`'s (its rank is the effective rank of Roy & Vetterli 2007,
+    of the centered features), `rankme` (Garrido et al. 2023, of the features as they are), `alpha` (Agrawal et al. 2022).
     """
     alpha = alpha_req(features)
-    return spread(features) | {"rankme": effective_rank(features)} | ({} if alpha is None else {"alpha": alpha})
+    return feature_spread(features) | {"rankme": effective_rank(features)} | ({} if alpha is None else {"alpha": alpha})
 
 
 def alpha_req(features: Tensor) -> float | None:
@@ -23,8 +23,8 @@ def alpha_req(features: Tensor) -> float | None:
     The fit is that of the authors, Stringer et al.'s (2019): least squares on logarithms with weights 1 / i over eigenvalues 11
     to 100, or all of them where there are fewer than 20. None for features of one dimension or none.
     """
-    centred = (features - features.mean(0)).cpu().double()
-    values = torch.linalg.svdvals(centred).square() / (len(features) - 1)
+    centered = (features - features.mean(0)).cpu().double()
+    values = torch.linalg.svdvals(centered).square() / (len(features) - 1)
     values = values[values > values[0] * 1e-12]  # the rank may be smaller than the width
     if len(values) < 2:
         return None

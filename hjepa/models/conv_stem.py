@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from hjepa.config.errors import UserError
 
 
-def embedding(stem: str, patch_size: int, dim: int) -> dict[str, Any]:
+def stem_arguments(stem: str, patch_size: int, dim: int) -> dict[str, Any]:
     """The arguments of timm's VisionTransformer that give it a stem."""
     if stem == "patch":
         return {"patch_size": patch_size}
-    return {"patch_size": 1, "embed_layer": conv_embed(**convolutions(patch_size, dim))}  # a token for each of its outputs
+    return {"patch_size": 1, "embed_layer": conv_embed(**conv_arguments(patch_size, dim))}  # a token for each of its outputs
 
 
-def convolutions(patch_size: int, dim: int) -> dict[str, Any]:
+def conv_arguments(patch_size: int, dim: int) -> dict[str, Any]:
     """The convolutions, after Xiao et al. 2021 ("Early Convolutions Help Transformers See Better"): of 3x3 pixels, the first at
     full resolution, each other halving the image and doubling the channels until there is one position for each patch; then
     a linear map to `dim` channels.
@@ -46,7 +46,7 @@ def conv_embed(depth: int, channels: list[int], kernel_size: list[int], stride: 
     return partial(HybridEmbed, backbone=convs, proj=False)
 
 
-def hide(images: Tensor, keep: Tensor, patch_size: int) -> Tensor:
+def mask_images(images: Tensor, keep: Tensor, patch_size: int) -> Tensor:
     """images [B, 3, S, S] as seen through each context, keep int64 [B, C, K] -> [B, C, 3, S, S], zero beyond the kept patches."""
     grid = images.shape[-1] // patch_size
     seen = torch.zeros(*keep.shape[:2], grid**2, dtype=images.dtype, device=images.device).scatter_(2, keep, 1)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hjepa.distributed.process_group import gather
+from hjepa.distributed.process_group import all_gather_with_grad
 from hjepa.masking import Masks
 from hjepa.models.levels import Levels
 from hjepa.models.predictor import Fusion, Predictor
 from hjepa.models.pretrained import load_encoder
-from hjepa.models.stacked import Upper
-from hjepa.models.vit import Encoder
+from hjepa.models.stacked import StackedLevel
+from hjepa.models.vit import ViTEncoder
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Output:
 
     levels: list[LevelOutput]
     features: list[Tensor]
-    whole: int = 1
+    num_global: int = 1
 
     def zero(self) -> Tensor:
         """A 0-d zero to sum on, float32 on the output's device."""
@@ -61,26 +61,26 @@ class HJEPA(nn.Module):
         self,
         image_size: int,
         patch_size: int,
-        encoder: Callable[..., Encoder],
+        encoder: Callable[..., ViTEncoder],
         predictor: Callable[..., Predictor],
         projector: Callable[..., nn.Module] | None,
         pretrained: str | None,
         levels: Levels,
-        read: int,
+        num_regularized: int,
     ) -> None:
         super().__init__()
         self.student = encoder(image_size=image_size, patch_size=patch_size, summary_tokens=levels.summary_tokens)
         self.levels, self.grid = levels, self.student.grid
         levels.check_grid(self.grid)
-        self.counts = levels.block_counts(self.student.depth) or [self.student.depth]
-        self.depths = sorted({*self.counts, self.student.depth})
+        self.level_layers = levels.block_counts(self.student.depth) or [self.student.depth]
+        self.depths = sorted({*self.level_layers, self.student.depth})
         dim = self.student.embed_dim
         self.fusion = Fusion(levels.fusion, dim, len(self.depths))
         self.predictor = predictor(encoder_dim=dim, grid=self.grid, pools=levels.pool) if levels.pool else None
-        self.upper: Upper | None = levels.upper(input_dim=dim, grid=self.grid) if levels.upper else None
+        self.upper: StackedLevel | None = levels.upper(input_dim=dim, grid=self.grid) if levels.upper else None
         width = self.student.feature_dim
-        self.read = self.counts[:read]
-        depths = sorted(set(self.read))  # levels of one depth share features and projector
+        self.regularized_layers = self.level_layers[:num_regularized]
+        depths = sorted(set(self.regularized_layers))  # levels of one depth share features and projector
         self.projectors = nn.ModuleDict({str(d): projector(dim=width) if projector else nn.Identity() for d in depths})
         if pretrained:
             load_encoder(self.student, pretrained, "model.pretrained")
@@ -93,20 +93,23 @@ class HJEPA(nn.Module):
             self.upper.share_teacher()
 
     @property
-    def shared(self) -> bool:
+    def teacher_is_student(self) -> bool:
         """Whether the student is its own teacher."""
         return self.teacher is self.student
 
     def train(self, mode: bool = True) -> "HJEPA":
         """Training mode for student and predictor; a teacher that is not the student always evaluates."""
         super().train(mode)
-        for teacher, student in self.pairs():
+        for teacher, student in self.teacher_student_pairs():
             teacher.train(mode and teacher is student)
         return self
 
-    def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+    def teacher_student_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Every teacher and its student."""
-        return [(self.teacher, self.student), *((s.teacher, s.student) for s in (self.upper.stages() if self.upper else []))]
+        return [
+            (self.teacher, self.student),
+            *((s.teacher, s.student) for s in (self.upper.stacked_levels() if self.upper else [])),
+        ]
 
     def forward(self, images: Tensor, masks: Masks, crops: Tensor | None = None, views: int = 1) -> Output:
         """Predictions beside targets, and the student's features.
@@ -126,17 +129,17 @@ class HJEPA(nn.Module):
             features = [torch.cat(pair, dim=1) for pair in zip(features, local, strict=True)]
         return Output(levels, features, whole)
 
-    def look(self, images: Tensor) -> dict[int, Tensor]:
+    def teacher_states(self, images: Tensor) -> dict[int, Tensor]:
         """The teacher's hidden states [B, N, D] of all patches, by depth; one pass serves all levels, contexts and blocks."""
-        depths = sorted({*self.counts, self.student.depth} if self.upper else set(self.counts))
-        with torch.set_grad_enabled(self.shared and torch.is_grad_enabled()):
+        depths = sorted({*self.level_layers, self.student.depth} if self.upper else set(self.level_layers))
+        with torch.set_grad_enabled(self.teacher_is_student and torch.is_grad_enabled()):
             states = self.teacher(images, depths=depths)
         return {depth: state[:, self.teacher.summary_tokens :] for depth, state in zip(depths, states, strict=True)}
 
     def predict(self, images: Tensor, masks: Masks, states: list[Tensor]) -> list[LevelOutput]:
         """Every level's targets beside what the predictor makes of the student's hidden states [B*C, S+K, D]."""
         assert self.predictor is not None
-        seen, tokens = self.look(images), self.fusion(states)
+        seen, tokens = self.teacher_states(images), self.fusion(states)
         targets = self.levels.targets(seen, masks.targets, self.grid, self.student.depth)
         predictions = self.predictor(tokens, masks.context, masks.targets)
         rows = zip(self.levels.names(), self.levels.weight, predictions, targets, strict=True)
@@ -154,14 +157,14 @@ class HJEPA(nn.Module):
     def features(self, states: list[Tensor], views: int) -> list[Tensor]:
         """Per level that is read the projected, pooled hidden states [B, V, F] at the level's depth; `views` is V.
 
-        In training B counts the images of all processes: the projector normalises over the batch.
+        In training B counts the images of all processes: the projector normalizes over the batch.
         """
         projected = {}
         for depth, state in zip(self.depths, states, strict=True):
-            if depth in self.read:
+            if depth in self.regularized_layers:
                 pooled = self.student.pooled(state)
-                projected[depth] = self.projectors[str(depth)](gather(pooled) if self.training else pooled)
-        return [projected[count].unflatten(0, (-1, views)) for count in self.read]
+                projected[depth] = self.projectors[str(depth)](all_gather_with_grad(pooled) if self.training else pooled)
+        return [projected[count].unflatten(0, (-1, views)) for count in self.regularized_layers]
 
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks of all parts."""

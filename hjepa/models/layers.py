@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from hjepa.config.errors import UserError
 
 
-def grid_centres(grid: int, pool: int = 1) -> Tensor:
-    """Centres (row, column) in patch units of the cells of `pool` x `pool` patches, raster order: float [(grid/pool)^2, 2].
+def grid_centers(grid: int, pool: int = 1) -> Tensor:
+    """Centers (row, column) in patch units of the cells of `pool` x `pool` patches, raster order: float [(grid/pool)^2, 2].
 
     A patch (pool 1) sits at its own index, so patches and cells share one coordinate system.
     """
@@ -21,7 +21,7 @@ def grid_centres(grid: int, pool: int = 1) -> Tensor:
     return torch.cartesian_prod(axis, axis)
 
 
-def sincos(points: Tensor, dim: int) -> Tensor:
+def sincos_positions(points: Tensor, dim: int) -> Tensor:
     """Embed points [T, 2] as [T, dim]: a half each for column and row, sines then cosines (MAE, He et al. 2022, A.1)."""
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     halves = [torch.outer(points[:, axis].double(), frequencies) for axis in (1, 0)]
@@ -43,7 +43,7 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def init_xavier(module: nn.Module) -> None:
-    """MAE's initialisation (He et al. 2022): at timm's std of 0.02 the positions drown the patches in narrow networks, and
+    """MAE's initialization (He et al. 2022): at timm's std of 0.02 the positions drown the patches in narrow networks, and
     what an untrained teacher says of a patch is then little more than where it is.
     """
     if isinstance(module, nn.Linear | nn.Conv2d):

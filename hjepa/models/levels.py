@@ -1,7 +1,7 @@
 """Levels: what the student has to predict, from fine to coarse.
 
 A level is (depth, pool, weight): the teacher's hidden state at `depth`, mean-pooled 2-D over `pool` x `pool` cells of the
-patch grid and layer-normalised without learned affine. No learned parameter touches a target. `summary` adds an abstract
+patch grid and layer-normalized without learned affine. No learned parameter touches a target. `summary` adds an abstract
 level: a second predictor pass that sees only the student's summary tokens and must predict the first level's targets.
 """
 
@@ -26,7 +26,7 @@ class Levels:
         weight: factor of the level's loss.
         summary: factor of the summary pass' loss; 0 leaves the pass out.
         summary_tokens: how many summary tokens the encoder carries.
-        upper: the constructor of a level stacked on these (see `hjepa.models.stacked.Upper`), None for none.
+        upper: the constructor of a level stacked on these (see `hjepa.models.stacked.StackedLevel`), None for none.
         fusion: how the student's hidden states at the levels' depths are brought together for the predictor (see `Fusion`).
     """
 
@@ -83,7 +83,7 @@ class Levels:
             masks: per level int64 [B, C, P, T_l], indices into the level's grid.
 
         Returns:
-            Per level [B, C, P, T_l, D], each vector layer-normalised without affine.
+            Per level [B, C, P, T_l, D], each vector layer-normalized without affine.
         """
         result = []
         for count, pool, index in zip(self.block_counts(encoder_depth), self.pool, masks, strict=True):

@@ -1,6 +1,6 @@
 """The predictor: a narrow transformer that fills in the targets of every level from the context's tokens.
 
-Queries are a mask token per level plus the 2-D position of the target cell's centre; every level has its own head. With
+Queries are a mask token per level plus the 2-D position of the target cell's center; every level has its own head. With
 self-attention, queries and context attend to each other: all queries of all levels share one pass with the context, or each
 target block has a pass of its own (`joint: false`, as in I-JEPA, Assran et al. 2023). With cross-attention the queries attend
 to the context only and each is answered on its own (CrossMAE, Fu et al. 2024), so that one pass is the same as many.
@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from hjepa.config.errors import UserError
-from hjepa.models.layers import CrossBlock, LeanMlp, Recomputing, grid_centres, init_xavier, sincos
+from hjepa.models.layers import CrossBlock, LeanMlp, Recomputing, grid_centers, init_xavier, sincos_positions
 
 
 class Predictor(Recomputing):
@@ -51,8 +51,8 @@ class Predictor(Recomputing):
         self.norm = nn.LayerNorm(dim)
         self.heads = nn.ModuleList(nn.Linear(dim, encoder_dim) for _ in pools)
         for level, pool in enumerate(pools):
-            self.register_buffer(f"positions{level}", sincos(grid_centres(grid, pool), dim), persistent=False)
-        self.register_buffer("patch_positions", sincos(grid_centres(grid), dim), persistent=False)
+            self.register_buffer(f"positions{level}", sincos_positions(grid_centers(grid, pool), dim), persistent=False)
+        self.register_buffer("patch_positions", sincos_positions(grid_centers(grid), dim), persistent=False)
         self.apply(init_xavier)
 
     def queries(self, level: int, targets: Tensor) -> Tensor:
@@ -109,8 +109,8 @@ class Fusion(nn.Module):
     """Tokens of one width from hidden states at several depths.
 
     Args:
-        mode: "none" passes the last state on; "add" adds a linear map of every other state, normalised, which starts at zero;
-            "concat" maps all of them, normalised and concatenated, to one.
+        mode: "none" passes the last state on; "add" adds a linear map of every other state, normalized, which starts at zero;
+            "concat" maps all of them, normalized and concatenated, to one.
         dim: width of the states; depths: how many there are.
     """
 
@@ -127,7 +127,7 @@ class Fusion(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, states: list[Tensor]) -> Tensor:
-        """States [M, S+K, D] by ascending depth, the last one normalised already -> [M, S+K, D]."""
+        """States [M, S+K, D] by ascending depth, the last one normalized already -> [M, S+K, D]."""
         *shallow, last = states
         if self.mode == "none":
             return last

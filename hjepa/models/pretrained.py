@@ -10,14 +10,14 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from hjepa.config.errors import UserError
-from hjepa.models.vit import Encoder
+from hjepa.models.vit import ViTEncoder
 
 Weights = dict[str, Tensor]
 
 CPU = torch.device("cpu")
 
 
-def run_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path) -> Path:
     """The checkpoint to take from a run folder: the best by probe or, without one, the latest; files are taken as they are."""
     if not path.is_dir():
         return path
@@ -27,7 +27,7 @@ def run_checkpoint(path: Path) -> Path:
 
 def read_encoder(source: str, option: str) -> Weights:
     """The teacher's weights of a run, or a timm checkpoint file's (safetensors, or a state dict that torch saved)."""
-    path = run_checkpoint(Path(source).expanduser())
+    path = find_checkpoint(Path(source).expanduser())
     if not path.is_file():
         raise UserError(f"{option}={source}: there is no such file or run folder with checkpoints.")
     if path.suffix == ".safetensors":
@@ -43,7 +43,7 @@ def read_encoder(source: str, option: str) -> Weights:
     return dict(state)
 
 
-def load_encoder(encoder: Encoder, source: str, option: str) -> None:
+def load_encoder(encoder: ViTEncoder, source: str, option: str) -> None:
     """Load an encoder's weights, whatever `read_encoder` takes; heads and class tokens of a classifier are left out.
 
     Args:
@@ -58,28 +58,28 @@ def load_encoder(encoder: Encoder, source: str, option: str) -> None:
         given = checkpoint_filter_fn(given, encoder)  # other image and patch sizes are resampled
     if "reg_token" not in given and "reg_token" in own:
         given["reg_token"] = own["reg_token"]
-    refuse_misfit(own, given, f"{option}={source}")
+    check_fits(own, given, f"{option}={source}")
     encoder.load_state_dict(given)
 
 
 def load_stacked_teachers(model: nn.Module, source: str) -> None:
     """Load the teachers of the stacked levels from a run with the same ones; other files have none."""
-    given: Weights = read(run_checkpoint(Path(source).expanduser()), CPU)["model"]
+    given: Weights = read(find_checkpoint(Path(source).expanduser()), CPU)["model"]
     own = {name: value for name, value in model.state_dict().items() if ".teacher." in name}
     ours = {name: value for name, value in given.items() if ".teacher." in name}
-    refuse_misfit(own, ours, f"teacher.weights={source}")
+    check_fits(own, ours, f"teacher.weights={source}")
     model.load_state_dict(ours, strict=False)
 
 
 def load_model(model: nn.Module, source: str) -> None:
     """Load all of a run's model, from its folder or one of its checkpoints."""
-    path = run_checkpoint(Path(source).expanduser())
+    path = find_checkpoint(Path(source).expanduser())
     weights: Weights = read(path, CPU)["model"]
-    refuse_misfit(model.state_dict(), weights, f"init_from={source}")
+    check_fits(model.state_dict(), weights, f"init_from={source}")
     model.load_state_dict(weights)
 
 
-def refuse_misfit(own: Weights, given: Weights, what: str) -> None:
+def check_fits(own: Weights, given: Weights, what: str) -> None:
     """Refuse weights of another architecture, naming what is missing, foreign or of another shape."""
     missing, foreign = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     other = [

@@ -12,8 +12,8 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import layer_norm
 
 from hjepa.config.errors import UserError
-from hjepa.masking import Masks, Sampler
-from hjepa.models.layers import LeanMlp, Recomputing, gather_tokens, grid_centres, init_xavier, sincos
+from hjepa.masking import Masks, MaskSampler
+from hjepa.models.layers import LeanMlp, Recomputing, gather_tokens, grid_centers, init_xavier, sincos_positions
 from hjepa.models.levels import pool_cells
 from hjepa.models.predictor import Predictor
 
@@ -28,7 +28,7 @@ class CellEncoder(Recomputing):
     def __init__(self, input_dim: int, grid: int, dim: int, depth: int, heads: int) -> None:
         super().__init__()
         self.embed = nn.Linear(input_dim, dim)
-        self.register_buffer("positions", sincos(grid_centres(grid), dim), persistent=False)
+        self.register_buffer("positions", sincos_positions(grid_centers(grid), dim), persistent=False)
         self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=True, mlp_layer=LeanMlp) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.apply(init_xavier)
@@ -44,7 +44,7 @@ class CellEncoder(Recomputing):
         return normed
 
 
-class Upper(nn.Module):
+class StackedLevel(nn.Module):
     """The level above another one.
 
     Args:
@@ -66,10 +66,10 @@ class Upper(nn.Module):
         depth: int,
         heads: int,
         predictor: Callable[..., Predictor],
-        masking: Callable[..., Sampler],
+        masking: Callable[..., MaskSampler],
         weight: float,
         detach: bool,
-        upper: Callable[..., "Upper"] | None,
+        upper: Callable[..., "StackedLevel"] | None,
     ) -> None:
         super().__init__()
         if pool < 1 or grid % pool or grid // pool < 4:
@@ -112,16 +112,16 @@ class Upper(nn.Module):
         if self.upper:
             self.upper.share_teacher()
 
-    def stages(self) -> list["Upper"]:
+    def stacked_levels(self) -> list["StackedLevel"]:
         """This level and those above."""
-        return [self, *(self.upper.stages() if self.upper else [])]
+        return [self, *(self.upper.stacked_levels() if self.upper else [])]
 
 
-class StackedSampler:
+class StackedMaskSampler:
     """Masks of the image's levels, and beside them those of every stacked level."""
 
-    def __init__(self, sampler: Sampler, stages: list[Upper]) -> None:
-        self.sampler, self.samplers = sampler, [stage.sampler for stage in stages]
+    def __init__(self, sampler: MaskSampler, stacked_levels: list[StackedLevel]) -> None:
+        self.sampler, self.samplers = sampler, [stage.sampler for stage in stacked_levels]
 
     def __call__(self, batch_size: int, generator: Generator) -> Masks:
         masks = self.sampler(batch_size, generator)

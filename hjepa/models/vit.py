@@ -14,11 +14,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from hjepa.config.errors import UserError
-from hjepa.models.conv_stem import embedding, hide
-from hjepa.models.layers import LeanMlp, Recomputing, gather_tokens, grid_centres, init_xavier, patchify, sincos
+from hjepa.models.conv_stem import mask_images, stem_arguments
+from hjepa.models.layers import LeanMlp, Recomputing, gather_tokens, grid_centers, init_xavier, patchify, sincos_positions
 
 
-class Encoder(Recomputing, VisionTransformer):
+class ViTEncoder(Recomputing, VisionTransformer):
     """A ViT over square images without class token, with `summary_tokens` extra tokens (timm's register tokens).
 
     Args:
@@ -58,7 +58,7 @@ class Encoder(Recomputing, VisionTransformer):
             raise UserError(f"model.encoder.positions={positions} is unknown; expected sincos or learned.")
         super().__init__(
             img_size=image_size,
-            **embedding(stem, patch_size, dim),
+            **stem_arguments(stem, patch_size, dim),
             embed_dim=dim,
             depth=depth,
             num_heads=heads,
@@ -80,7 +80,7 @@ class Encoder(Recomputing, VisionTransformer):
         if self.reg_token is not None:
             nn.init.normal_(self.reg_token, std=0.02)  # timm's 1e-6 leaves all summary tokens the same for long
         if positions == "sincos":
-            self.pos_embed.data.copy_(sincos(grid_centres(self.grid), dim))
+            self.pos_embed.data.copy_(sincos_positions(grid_centers(self.grid), dim))
             self.pos_embed.requires_grad_(False)
 
     def embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
@@ -103,7 +103,7 @@ class Encoder(Recomputing, VisionTransformer):
     def convolve(self, images: Tensor, keep: Tensor | None) -> Tensor:
         """The convolutions' output at every patch, or only at the kept ones, where they see zeros in place of the others."""
         if keep is not None:
-            images = hide(images, keep, self.patch_size).flatten(0, 1)
+            images = mask_images(images, keep, self.patch_size).flatten(0, 1)
         tokens = self.patch_embed.backbone(images).flatten(2).transpose(1, 2)
         return tokens if keep is None else gather_tokens(tokens, keep.flatten(0, 1))
 

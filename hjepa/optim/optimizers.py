@@ -113,7 +113,7 @@ class Combined(Optimizer):
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
-def adamw(
+def create_adamw(
     model: HJEPA,
     lr: float,
     weight_decay: float,
@@ -132,7 +132,7 @@ def fused_adamw(groups: Groups, lr: float, weight_decay: float, betas: list[floa
     return AdamW(groups, lr=lr, weight_decay=weight_decay, betas=(beta1, beta2), eps=eps, fused=True)
 
 
-def soap(
+def create_soap(
     model: HJEPA,
     lr: float,
     weight_decay: float,
@@ -143,7 +143,7 @@ def soap(
     lr_scale: dict[str, float],
     layer_decay: float,
 ) -> Optimizer:
-    """SOAP (Vyas et al. 2024) for matrices, AdamW for norms, biases and tokens; see `hjepa.optim.soap.SOAP`."""
+    """SOAP (Vyas et al. 2024) for matrices, AdamW for norms, biases and tokens; see `hjepa.optim.create_soap.SOAP`."""
     matrices, others = split(parameter_groups(model, lr_scale, layer_decay), lambda p: True)
     beta1, beta2 = betas
     return Combined(
@@ -152,7 +152,7 @@ def soap(
     )
 
 
-def muon(
+def create_muon(
     model: HJEPA,
     lr: float,
     weight_decay: float,
@@ -180,7 +180,7 @@ def muon(
     )
 
 
-def lars(
+def create_lars(
     model: HJEPA,
     lr: float,
     weight_decay: float,
@@ -209,7 +209,7 @@ def set_rates(optimizer: Optimizer, lr: Mapping[str, float], weight_decay: float
             group["weight_decay"] = weight_decay
 
 
-def refuse_unknown_parts(lr: Mapping[str, Any], optimizer: Optimizer) -> None:
+def check_known_parts(lr: Mapping[str, Any], optimizer: Optimizer) -> None:
     """Refuse learning rates of parts that the optimizer does not train."""
     trained = sorted({group["part"] for group in optimizer.param_groups})
     for part in lr:

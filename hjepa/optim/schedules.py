@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 from hjepa.config.errors import UserError
-from hjepa.optim.step_plan import Plan
+from hjepa.optim.step_plan import StepPlan
 
 
 @dataclass(frozen=True)
@@ -38,30 +38,30 @@ class Schedule(ABC):
     def progress(self, share: float) -> float:
         """How far from `start` (0) to `end` (1) the value is after `share` of the way."""
 
-    def __call__(self, plan: Plan) -> list[float]:
+    def __call__(self, plan: StepPlan) -> list[float]:
         """The value of each of the plan's optimizer steps."""
-        warmup = min(plan.steps, self.warmup_steps or plan.steps_in(self.warmup_epochs))
+        warmup = min(plan.steps, self.warmup_steps or plan.steps_in_first(self.warmup_epochs))
         rest = plan.steps - warmup
         rise = [self.start * step / warmup for step in range(warmup)]
         way = max(1, rest - 1)
         return rise + [self.start + (self.end - self.start) * self.progress(step / way) for step in range(rest)]
 
 
-class Cosine(Schedule):
+class CosineSchedule(Schedule):
     """Half a cosine (SGDR, Loshchilov & Hutter 2017)."""
 
     def progress(self, share: float) -> float:
         return (1 - math.cos(math.pi * share)) / 2
 
 
-class Linear(Schedule):
+class LinearSchedule(Schedule):
     """A straight line."""
 
     def progress(self, share: float) -> float:
         return share
 
 
-class Constant(Schedule):
+class ConstantSchedule(Schedule):
     """`start` all the way; `end` is not reached."""
 
     def progress(self, share: float) -> float:
@@ -69,7 +69,7 @@ class Constant(Schedule):
 
 
 @dataclass(frozen=True)
-class WSD(Schedule):
+class WSDSchedule(Schedule):
     """Warm-up, stable, decay (Hu et al. 2024): `start` all the way, then a straight line to `end`.
 
     Args:
@@ -88,7 +88,7 @@ class WSD(Schedule):
 
 
 @dataclass(frozen=True)
-class Rates:
+class OptimizerSchedules:
     """The schedules that the optimizer follows.
 
     Args:
@@ -100,10 +100,10 @@ class Rates:
     weight_decay: Schedule
     parts: dict[str, Schedule] = field(default_factory=dict)
 
-    def learning(self, plan: Plan) -> dict[str, list[float]]:
+    def learning_rates(self, plan: StepPlan) -> dict[str, list[float]]:
         """The learning rate of every step by part, "" for all that have none of their own; in proportion to the step's batch
         (Goyal et al. 2017).
         """
         schedules = {"": self.lr} | self.parts
-        sizes = [plan.size(step) / plan.batch_size for step in range(plan.steps)]
+        sizes = [plan.batch_size_at(step) / plan.batch_size for step in range(plan.steps)]
         return {part: [size * lr for size, lr in zip(sizes, s(plan), strict=True)] for part, s in schedules.items()}

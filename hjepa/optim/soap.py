@@ -123,7 +123,7 @@ def track(state: dict[str, Any], gradient: Tensor, beta2: float) -> None:
 def renew(state: dict[str, Any]) -> None:
     """One power iteration of each basis towards the eigenbasis of its factor.
 
-    QR orders as it orthogonalises, so the columns are sorted first, by what they find of the factor; the second moment has a
+    QR orders as it orthogonalizes, so the columns are sorted first, by what they find of the factor; the second moment has a
     row or column for each of them, which moves along.
     """
     for axis, side in enumerate(SIDES):

@@ -9,7 +9,7 @@ from hjepa.config.errors import UserError
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """Epochs of whole batches; what is left over of an epoch is dropped, another part each time.
 
     Args:
@@ -51,57 +51,57 @@ class Plan:
                 f"train.batch_size={self.batch_size}."
             )
 
-    def size_in(self, epoch: int) -> int:
+    def batch_size_in_epoch(self, epoch: int) -> int:
         """Images per step in an epoch, counted from 0."""
         if self.batch_start is None or epoch >= self.batch_warmup:
             return self.batch_size
         grown = self.batch_start + (self.batch_size - self.batch_start) * epoch / self.batch_warmup
         return int(grown) // self.parts * self.parts
 
-    def steps_of(self, epoch: int) -> int:
+    def steps_in_epoch(self, epoch: int) -> int:
         """Steps of a whole epoch."""
-        return self.images // self.size_in(epoch)
+        return self.images // self.batch_size_in_epoch(epoch)
 
     @cached_property
-    def ends(self) -> list[int]:
+    def epoch_ends(self) -> list[int]:
         """The number of steps done after each epoch; the last one may be cut off."""
         if self.epochs is not None:
-            return list(accumulate(self.steps_of(epoch) for epoch in range(self.epochs)))
+            return list(accumulate(self.steps_in_epoch(epoch) for epoch in range(self.epochs)))
         ends, length = [0], self.length or 0
         while ends[-1] < length:
-            ends.append(min(length, ends[-1] + self.steps_of(len(ends) - 1)))
+            ends.append(min(length, ends[-1] + self.steps_in_epoch(len(ends) - 1)))
         return ends[1:]
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the run."""
-        return self.ends[-1]
+        return self.epoch_ends[-1]
 
-    def steps_in(self, epochs: float) -> int:
+    def steps_in_first(self, epochs: float) -> int:
         """Steps in the first `epochs` epochs."""
         whole = int(epochs)
-        return sum(self.steps_of(epoch) for epoch in range(whole)) + round((epochs - whole) * self.steps_of(whole))
+        return sum(self.steps_in_epoch(epoch) for epoch in range(whole)) + round((epochs - whole) * self.steps_in_epoch(whole))
 
-    def place(self, step: int) -> tuple[int, int]:
+    def locate(self, step: int) -> tuple[int, int]:
         """The epoch of a step and the first image that it takes in the epoch's order, both from 0."""
-        epoch = bisect_right(self.ends, step)
-        return epoch, (step - self.first(epoch)) * self.size_in(epoch)
+        epoch = bisect_right(self.epoch_ends, step)
+        return epoch, (step - self.first_step(epoch)) * self.batch_size_in_epoch(epoch)
 
-    def first(self, epoch: int) -> int:
+    def first_step(self, epoch: int) -> int:
         """The first step of an epoch."""
-        return self.ends[epoch - 1] if epoch else 0
+        return self.epoch_ends[epoch - 1] if epoch else 0
 
-    def size(self, step: int) -> int:
+    def batch_size_at(self, step: int) -> int:
         """Images of a step."""
-        return self.size_in(bisect_right(self.ends, step))
+        return self.batch_size_in_epoch(bisect_right(self.epoch_ends, step))
 
-    def seen(self, done: int) -> int:
+    def images_seen(self, done: int) -> int:
         """Images in the first `done` steps."""
-        epoch = bisect_left(self.ends, done)
-        before = sum((self.ends[e] - self.first(e)) * self.size_in(e) for e in range(epoch))
-        return before + (done - self.first(epoch)) * self.size_in(epoch)
+        epoch = bisect_left(self.epoch_ends, done)
+        before = sum((self.epoch_ends[e] - self.first_step(e)) * self.batch_size_in_epoch(e) for e in range(epoch))
+        return before + (done - self.first_step(epoch)) * self.batch_size_in_epoch(epoch)
 
-    def passed(self, done: int) -> float:
+    def epochs_done(self, done: int) -> float:
         """Epochs in the first `done` steps."""
-        epoch = bisect_left(self.ends, done)
-        return epoch + (done - self.first(epoch)) / self.steps_of(epoch)
+        epoch = bisect_left(self.epoch_ends, done)
+        return epoch + (done - self.first_step(epoch)) / self.steps_in_epoch(epoch)

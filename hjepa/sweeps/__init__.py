@@ -1,0 +1,5 @@
+"""Many runs: planned, launched on this machine or on SLURM, and compared in tables and plots."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

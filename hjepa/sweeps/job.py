@@ -32,18 +32,18 @@ class Job:
     composed: DictConfig = field(default_factory=lambda: DictConfig({}), repr=False)
     summary: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    def learn(self, summary: dict[str, Any]) -> None:
+    def update_from_summary(self, summary: dict[str, Any]) -> None:
         """Take state and results from the summary of its run folder."""
         self.summary = summary
         self.state = {"failed": "FAILED"}.get(summary["status"], summary["status"])
         self.reason = summary.get("reason") or ""
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether its run came to its end, so that its results count."""
         return self.state in ("finished", "collapsed")
 
     @property
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         """Whether nothing is left to do for it."""
         return self.state in ("finished", "collapsed", "stopped", "FAILED")

@@ -31,12 +31,12 @@ from omegaconf import DictConfig
 
 from hjepa.config.errors import UserError
 from hjepa.config.run import perform
-from hjepa.config.schema import Config, nodes
-from hjepa.distributed.resources import cores, gpus
+from hjepa.config.schema import Config, iter_targets
+from hjepa.distributed.resources import gpus, num_cores
 from hjepa.sweeps.job import Job
 from hjepa.sweeps.plan import plan_jobs
 from hjepa.sweeps.sweep import Sweep
-from hjepa.sweeps.tables import default_metric, figure, lookup, naming
+from hjepa.sweeps.tables import default_metric, figure, label_of, lookup
 from hjepa.training.signals import StopFlag
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def launch(loader: ConfigLoader, master: DictConfig, overrides: Sequence[Sequenc
     configure_log(master.hydra.hydra_logging, master.hydra.verbose)
     jobs = plan_jobs(loader, master, overrides, first)
     sweep = Sweep(Path(master.hydra.sweep.dir).expanduser().absolute())
-    slots = Slots(sweep, jobs)
+    slots = LocalPool(sweep, jobs)
     sweep.write(jobs)
     stopped = slots.run()
     sweep.end(jobs)
@@ -63,17 +63,17 @@ def launch(loader: ConfigLoader, master: DictConfig, overrides: Sequence[Sequenc
     return sweep.returns(jobs)
 
 
-def shares(configs: list[Config]) -> list[list[str]]:
+def gpu_shares(configs: list[Config]) -> list[list[str]]:
     """The GPUs of every slot, none without GPUs; refuses more slots than this machine can serve."""
     wanted = [c["hardware"] for c in configs]
     slots = max((hardware["slots"] for hardware in wanted), default=1)
     if len({hardware["slots"] for hardware in wanted}) > 1:
         raise UserError("hardware.slots differs between the jobs; give one number for the whole sweep.")
     threads = max(((hardware["threads"] or 1) * (hardware["processes"] or 1) for hardware in wanted), default=1)
-    if slots < 1 or (slots > 1 and slots * threads > cores()):
+    if slots < 1 or (slots > 1 and slots * threads > num_cores()):
         raise UserError(
-            f"hardware.slots={slots} with {threads} threads each: expected 1 to {max(1, cores() // threads)} slots on the "
-            f"{cores()} cores of this machine."
+            f"hardware.slots={slots} with {threads} threads each: expected 1 to {max(1, num_cores() // threads)} slots on the "
+            f"{num_cores()} cores of this machine."
         )
     there = gpus()
     if slots > len(there) > 0 and any(hardware["device"] in ("cuda", "auto") for hardware in wanted):
@@ -83,7 +83,7 @@ def shares(configs: list[Config]) -> list[list[str]]:
 
 
 @dataclass
-class Running:
+class RunningJob:
     """A job and its process."""
 
     job: Job
@@ -93,26 +93,26 @@ class Running:
     began: float
 
 
-class Slots:
+class LocalPool:
     """Runs jobs in their order, as many at a time as there are slots."""
 
     def __init__(self, sweep: Sweep, jobs: list[Job]) -> None:
         self.sweep, self.jobs = sweep, jobs
-        self.shares = shares([job.config for job in jobs if job.config])
-        self.free = list(range(len(self.shares)))
-        self.running: dict[int, Running] = {}
+        self.gpu_shares = gpu_shares([job.config for job in jobs if job.config])
+        self.free = list(range(len(self.gpu_shares)))
+        self.running: dict[int, RunningJob] = {}
         self.stopping = False
         # macOS's libraries do not survive a fork: there every job imports for itself.
         self.context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 
     def run(self) -> bool:
         """Run all jobs to their ends; returns whether it was stopped before."""
-        waiting = deque(job for job in self.jobs if not job.done)
-        log.info("%d jobs, %d at a time; sweep folder %s", len(self.jobs), len(self.shares), self.sweep.folder)
+        waiting = deque(job for job in self.jobs if not job.is_done)
+        log.info("%d jobs, %d at a time; sweep folder %s", len(self.jobs), len(self.gpu_shares), self.sweep.folder)
         for job in self.jobs:
             if job.state == "FAILED":
                 log.info("job %d FAILED: %s", job.number, job.reason)
-            elif job.done:
+            elif job.is_done:
                 log.info("job %d was finished before: %s", job.number, job.folder)
         if waiting:
             self.prepare([job.config for job in waiting])
@@ -135,7 +135,7 @@ class Slots:
         """Start the clean process, which imports the modules of all parts."""
         if sys.platform != "linux":
             return
-        modules = {node["_target_"].rpartition(".")[0] for config in configs for _, node in nodes(config)}
+        modules = {node["_target_"].rpartition(".")[0] for config in configs for _, node in iter_targets(config)}
         self.context.set_forkserver_preload(["hjepa.tasks.train", *sorted(modules)])
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # older Pythons' clean process looks nowhere else
         resource_tracker.ensure_running()  # whose start would undo the next line
@@ -150,12 +150,12 @@ class Slots:
         slot = self.free.pop(0)
         job.log, job.state, job.reason = self.sweep.folder / f"{job.number}.log", "running", ""
         answer, far = self.context.Pipe(duplex=False)
-        arguments = (job, self.shares[slot], far)
+        arguments = (job, self.gpu_shares[slot], far)
         process = self.context.Process(target=work, args=arguments, name=f"job {job.number}")
         process.start()
         far.close()
-        self.running[process.sentinel] = Running(job, slot, process, answer, time.monotonic())
-        log.info("job %d started: %s (log %s)", job.number, naming(self.jobs, job), job.log)
+        self.running[process.sentinel] = RunningJob(job, slot, process, answer, time.monotonic())
+        log.info("job %d started: %s (log %s)", job.number, label_of(self.jobs, job), job.log)
         self.sweep.write(self.jobs)
 
     def stop(self, number: signal.Signals) -> None:
@@ -166,7 +166,7 @@ class Slots:
             if running.process.is_alive() and running.process.pid:
                 os.kill(running.process.pid, number)
 
-    def collect(self, ended: Running) -> None:
+    def collect(self, ended: RunningJob) -> None:
         """Take in how a job ended."""
         job, process = ended.job, ended.process
         process.join()
@@ -177,7 +177,7 @@ class Slots:
         self.sweep.refresh([job])
         metric = default_metric([job])
         result = f"{metric} {figure(lookup(job.summary, metric), metric)}" if job.state == "finished" else job.reason
-        done = sum(job.done for job in self.jobs)
+        done = sum(job.is_done for job in self.jobs)
         seconds = time.monotonic() - ended.began
         log.info("job %d %s after %.0f s (%d of %d): %s", job.number, job.state, seconds, done, len(self.jobs), result)
 

@@ -45,7 +45,7 @@ def plan_jobs(loader: ConfigLoader, master: DictConfig, overrides: Sequence[Sequ
                     f"This is the run of job {twin.number} again: what differs changes no result, or name={config['name']} is "
                     "the same for both; sweep something that changes the result, and give no name."
                 )
-            done = RunFolder(folder, config).result() if config["task"]["_target_"] == "hjepa.tasks.train.train" else {}
+            done = RunFolder(folder, config).result() if config["task"]["_target_"] == "hjepa.tasks.train_model" else {}
         except UserError as error:
             jobs.append(Job(number, list(job_overrides), None, state="FAILED", reason=str(error)))
             continue

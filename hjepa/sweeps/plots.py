@@ -11,7 +11,7 @@ from matplotlib.ticker import PercentFormatter
 
 from hjepa.plotting import COLORS, MARKERS, save
 from hjepa.sweeps.job import Job
-from hjepa.sweeps.tables import SHARES, Group, Groups, groups, members, spread
+from hjepa.sweeps.tables import SHARES, Group, Groups, groups, members, std
 from hjepa.tracking.run_folder import read_records
 
 NAMES = {
@@ -19,13 +19,13 @@ NAMES = {
     "probe.knn": "k-NN accuracy",
     "probe.rankme": "RankMe (effective rank)",
     "images_per_second": "Images per second",
-    "utilisation": "Share of the machine's matmul rate",
+    "utilization": "Share of the machine's matmul rate",
     "peak_memory_mb": "Peak memory in MB",
 }
 
 PROBED = ("probe.linear", "probe.knn", "probe.rankme", "images_per_second")
 
-TIMED = ("images_per_second", "utilisation", "peak_memory_mb")
+TIMED = ("images_per_second", "utilization", "peak_memory_mb")
 
 READABLE = 3  # varied options that fit axis and legend
 
@@ -105,7 +105,7 @@ def draw(axis: Axes, number: int, points: dict[float, list[float]], label: str) 
     if several:
         for place, values in points.items():
             axis.plot([place + 0.06] * len(values), values, ".", color=color, alpha=0.6, markersize=5)
-    means, spreads = [mean(values) for values in points.values()], [spread(values) for values in points.values()]
+    means, spreads = [mean(values) for values in points.values()], [std(values) for values in points.values()]
     axis.errorbar(
         list(points),
         means,
@@ -118,11 +118,11 @@ def draw(axis: Axes, number: int, points: dict[float, list[float]], label: str) 
     )
 
 
-Course = list[tuple[float, float]]  # seconds of training, accuracy
+ProbeCurve = list[tuple[float, float]]  # seconds of training, accuracy
 
 
 def plot_progress(jobs: Sequence[Job], title: str, path: Path) -> list[Path]:
-    """A panel for each probe, a line for each run, a colour for each combination of options; seeds share theirs.
+    """A panel for each probe, a line for each run, a color for each combination of options; seeds share theirs.
 
     Returns:
         The picture; none where no run was probed at more than one time.
@@ -148,7 +148,7 @@ def plot_progress(jobs: Sequence[Job], title: str, path: Path) -> list[Path]:
     return [path]
 
 
-def courses(axes: Sequence[str], found: dict[Group, list[Job]], key: str) -> dict[str, list[Course]]:
+def courses(axes: Sequence[str], found: dict[Group, list[Job]], key: str) -> dict[str, list[ProbeCurve]]:
     """How a probe went in every run that was probed at more than one time, by what tells the runs from others."""
     lines = {}
     for chosen, runs in found.items():
@@ -165,6 +165,6 @@ def line_label(axes: Sequence[str], chosen: Group, runs: Sequence[Job]) -> str:
     return f"{numbers} in the table: {folder.name if folder else ''}{' and other seeds' if len(runs) > 1 else ''}"
 
 
-def course(folder: Path, key: str) -> Course:
+def course(folder: Path, key: str) -> ProbeCurve:
     """A metric of a run folder over its seconds of training."""
     return [(record["seconds"], record[key]) for record in read_records(folder) if key in record and "seconds" in record]

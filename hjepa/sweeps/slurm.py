@@ -26,7 +26,7 @@ from hjepa.config.run import perform
 from hjepa.config.schema import Config, check_node
 from hjepa.sweeps.job import Job
 from hjepa.sweeps.plan import plan_jobs
-from hjepa.sweeps.slurm_queue import Queue, accounting
+from hjepa.sweeps.slurm_queue import SlurmQueue, accounting
 from hjepa.sweeps.sweep import Sweep
 from hjepa.tracking.provenance import SUBMITTED, git_state
 
@@ -36,7 +36,7 @@ LOGS = "slurm"  # in the sweep folder
 
 
 @dataclass(frozen=True)
-class Cluster:
+class SlurmOptions:
     """What to ask SLURM for; see conf/hydra/launcher/slurm.yaml. Memory is per node; None leaves a choice to the cluster."""
 
     partition: str | None
@@ -67,7 +67,7 @@ class Cluster:
                 "would hardly start before it is told to save and queue again; lower the one or raise the other."
             )
 
-    def refuse_other_count(self, processes: int | None) -> None:
+    def check_process_count(self, processes: int | None) -> None:
         """Refuse a `hardware.processes` other than the number of tasks: SLURM starts the processes, and tells each to stop."""
         tasks = self.nodes * self.tasks_per_node
         if processes not in (None, tasks):
@@ -138,19 +138,19 @@ def launch(
     """Submit the jobs that are not done yet as one array and, with `wait`, follow them to their end.
 
     Args:
-        options: of `Cluster`; loader, master: Hydra's, the config of the sweep; overrides: of each job; first: first number.
+        options: of `SlurmOptions`; loader, master: Hydra's, the config of the sweep; overrides: of each job; first: first number.
 
     Raises:
         UserError: SLURM refused the jobs, or one did not come to its end.
     """
-    check_node("hydra.launcher", {"_target_": f"{__name__}.Cluster", **options})
-    cluster = Cluster(**options)
+    check_node("hydra.launcher", {"_target_": f"{__name__}.SlurmOptions", **options})
+    cluster = SlurmOptions(**options)
     sweep = Sweep(Path(master.hydra.sweep.dir).expanduser().absolute())
     executor = cluster.executor(sweep.folder / LOGS)
     jobs = plan_jobs(loader, master, overrides, first)
-    waiting = [job for job in jobs if not job.done]
+    waiting = [job for job in jobs if not job.is_done]
     for job in waiting:
-        cluster.refuse_other_count(job.config["hardware"]["processes"])
+        cluster.check_process_count(job.config["hardware"]["processes"])
     if waiting:
         submit(waiting, executor)
         sweep.write(jobs)
@@ -161,11 +161,11 @@ def launch(
                 log.warning("sacct does not answer here: what becomes of the jobs is learned from squeue and the run folders")
         if waiting and not cluster.wait:
             return []
-        queue = Queue(waiting, executor.folder, cluster.nodes * cluster.tasks_per_node)
+        queue = SlurmQueue(waiting, executor.folder, cluster.nodes * cluster.tasks_per_node)
         queue.follow(cluster.poll_seconds, changed=lambda: sweep.write(jobs))
     except KeyboardInterrupt:
         print("\nInterrupted. The jobs go on without this command.", file=sys.stderr)
-        announce([job for job in waiting if not job.done], sweep)
+        announce([job for job in waiting if not job.is_done], sweep)
         raise SystemExit(130) from None
     sweep.end(jobs)
     return sweep.returns(jobs)

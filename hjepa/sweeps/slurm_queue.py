@@ -43,7 +43,7 @@ def table(text: str) -> dict[str, str]:
     return {job: state.split()[0] for job, state in rows}
 
 
-class Queue:
+class SlurmQueue:
     """Submitted jobs.
 
     Args:
@@ -57,7 +57,7 @@ class Queue:
 
     def follow(self, seconds: float, changed: Callable[[], None]) -> None:
         """Until all jobs have ended: look every so many seconds, say and report what changed."""
-        while waiting := [job for job in self.jobs if not job.done]:
+        while waiting := [job for job in self.jobs if not job.is_done]:
             before = [job.state for job in waiting]
             self.look(waiting)
             for job, state in zip(waiting, before, strict=True):
@@ -65,7 +65,7 @@ class Queue:
                     log.info("job %d (%s): %s %s", job.number, job.slurm_id, job.state, job.reason)
             if before != [job.state for job in waiting]:
                 changed()
-            if not all(job.done for job in waiting):
+            if not all(job.is_done for job in waiting):
                 time.sleep(seconds)
 
     def look(self, jobs: list[Job]) -> None:

@@ -22,8 +22,8 @@ from hjepa.config.identity import flatten
 from hjepa.sweeps.job import Job
 from hjepa.sweeps.tables import default_metric, groups, lookup, results, table
 from hjepa.tracking.provenance import SWEEP
-from hjepa.tracking.run_folder import read_config, refuse_unwritable
-from hjepa.tracking.tracker import Addition, build_trackers
+from hjepa.tracking.run_folder import check_writable, read_config, read_summary
+from hjepa.tracking.tracker import Artifacts, build_trackers
 
 KEPT = ("number", "overrides", "folder", "log", "state", "reason", "slurm_id")
 
@@ -60,10 +60,10 @@ class Sweep:
             file = job.folder / "summary.json" if job.folder else None
             if not file or not file.exists():
                 continue
-            summary = json.loads(file.read_text())
+            summary = read_summary(file.parent)
             if job.state == "FAILED" and file.stat().st_mtime <= self.file.stat().st_mtime:
                 continue
-            job.learn(summary)
+            job.update_from_summary(summary)
 
     def end(self, jobs: list[Job], metric: str | None = None) -> None:
         """Print the table, draw the plot, and give both to the runs' trackers.
@@ -86,7 +86,7 @@ class Sweep:
             plot(jobs, metric, f"Sweep {self.folder.name}", files[1])
             files += plot_progress(jobs, f"Sweep {self.folder.name}", self.folder / "progress.png")
             print(f"Plots: {', '.join(str(file) for file in files[1:])}")
-        track(jobs, files, "sweep", {"sweep": self.folder.name})
+        log_artifacts_of_jobs(jobs, files, "sweep", {"sweep": self.folder.name})
         print(f"Sweep folder: {self.folder}", flush=True)
 
     def returns(self, jobs: list[Job]) -> list[JobReturn]:
@@ -95,7 +95,7 @@ class Sweep:
         Raises:
             UserError: jobs failed or were stopped.
         """
-        failed = [str(job.number) for job in jobs if not job.whole]
+        failed = [str(job.number) for job in jobs if not job.is_complete]
         if failed:
             raise UserError(
                 f"{len(failed)} of {len(jobs)} jobs did not finish (number {', '.join(failed)}): the table says why; "
@@ -112,13 +112,13 @@ class SweepStart(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir).expanduser().absolute()
         try:
-            refuse_unwritable(folder)
+            check_writable(folder)
         except UserError as error:
             sys.exit(str(error))  # Hydra would only warn of any other exception here, and fail later
         os.environ[SWEEP] = folder.name
 
 
-def track(jobs: list[Job], files: list[Path], folder: str, tags: dict[str, str]) -> None:
+def log_artifacts_of_jobs(jobs: list[Job], files: list[Path], folder: str, tags: dict[str, str]) -> None:
     """Give every tracked run the files, into a folder of its artifacts, and the tags; with tags also its number."""
     trackers: dict[str, Any] = {}
     for job in jobs:
@@ -127,10 +127,10 @@ def track(jobs: list[Job], files: list[Path], folder: str, tags: dict[str, str])
             key = json.dumps(options)
             trackers[key] = trackers.get(key) or build_trackers(options)
             own = tags | {"job": str(job.number)} if tags else {}
-            trackers[key].add(job.summary["run_id"], Addition(files, folder, own))
+            trackers[key].add_artifacts(job.summary["run_id"], Artifacts(files, folder, own))
 
 
-def refuse_absent(jobs: list[Job], metric: str | None) -> None:
+def check_metric(jobs: list[Job], metric: str | None) -> None:
     """Refuse a metric that no job has."""
     if metric and all(lookup(job.summary, metric) is None for job in jobs):
         numbers = ", ".join(sorted({key for job in jobs for key in flatten(job.summary) if lookup(job.summary, key) is not None}))

@@ -18,12 +18,12 @@ RESULTS = {  # column -> dotted key of summary.json
     "evaluated linear": "evaluate.linear",
     "evaluated knn": "evaluate.knn",
     "finetuned": "evaluate.finetune",
-    "of matmul rate": "utilisation",
+    "of matmul rate": "utilization",
     "seconds": "seconds",
     "memory MB": "peak_memory_mb",
 }
 
-SHARES = ("linear", "knn", "finetune", "utilisation")  # ends of the keys of shares, which people read in per cent
+SHARES = ("linear", "knn", "finetune", "utilization")  # ends of the keys of shares, which people read in per cent
 
 Group = tuple[str, ...]  # values of the varied options
 
@@ -74,7 +74,7 @@ def varied(jobs: Sequence[Job]) -> list[str]:
     return [key for key in dict.fromkeys(k for c in chosen for k in c) if len({c.get(key) for c in chosen}) > 1]
 
 
-def naming(jobs: Sequence[Job], job: Job) -> str:
+def label_of(jobs: Sequence[Job], job: Job) -> str:
     """What sets a job apart from the others, as it is typed."""
     chosen = options(job)
     return " ".join(f"{key}={chosen[key]}" for key in varied(jobs) if key in chosen)
@@ -85,7 +85,7 @@ def members(jobs: Sequence[Job]) -> tuple[list[str], dict[Group, list[Job]]]:
     axes = [key for key in varied(jobs) if key != "seed"]
     found: dict[Group, list[Job]] = {}
     for job in jobs:
-        if job.whole:
+        if job.is_complete:
             chosen = options(job)
             found.setdefault(tuple(chosen.get(key, "") for key in axes), []).append(job)
     return axes, found
@@ -119,7 +119,7 @@ def seed(job: Job) -> str:
     return options(job).get("seed") or str(job.summary.get("seed"))
 
 
-def spread(values: list[float]) -> float:
+def std(values: list[float]) -> float:
     """Standard deviation of a sample, 0 for a single value."""
     return stdev(values) if len(values) > 1 else 0.0
 
@@ -165,7 +165,7 @@ def average(values: list[float], key: str) -> str:
     """Mean and standard deviation as people read them."""
     if not values:
         return ""
-    deviation = f"{spread(values):.1%}" if key.endswith(SHARES) else f"{spread(values):.3g}"
+    deviation = f"{std(values):.1%}" if key.endswith(SHARES) else f"{std(values):.3g}"
     return figure(mean(values), key) + (f" +- {deviation}" if len(values) > 1 else "")
 
 

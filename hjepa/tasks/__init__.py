@@ -1,0 +1,5 @@
+"""One entry for every `task=`: what is done with a run."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -14,17 +14,17 @@ from statistics import mean
 from typing import Any
 
 from hjepa.config.errors import UserError
-from hjepa.config.identity import BENCHMARK, digits, flatten, identity
+from hjepa.config.identity import BENCHMARK, flatten, identity, short_hash
 from hjepa.config.schema import Config
 from hjepa.sweeps.job import Job
-from hjepa.sweeps.sweep import Sweep, refuse_absent, track
-from hjepa.sweeps.tables import columns, default_metric, difference, lookup, members, numbers, options, spread, table
-from hjepa.tracking.run_folder import read_config, read_summary, refuse_unwritable, write_whole
+from hjepa.sweeps.sweep import Sweep, check_metric, log_artifacts_of_jobs
+from hjepa.sweeps.tables import columns, default_metric, difference, lookup, members, numbers, options, std, table
+from hjepa.tracking.run_folder import atomic_write, check_writable, read_config, read_summary
 
 MISSING = object()
 
 
-def compare(config: Config, path: Path, runs: list[str], sweep: str | None, metric: str | None) -> None:
+def compare_runs(config: Config, path: Path, runs: list[str], sweep: str | None, metric: str | None) -> None:
     """Print, draw and save a comparison, and give it to the runs' trackers.
 
     Args:
@@ -41,15 +41,15 @@ def compare(config: Config, path: Path, runs: list[str], sweep: str | None, metr
     jobs, notes = swept(sweep) if sweep else opened(runs)
     for job in jobs:
         add_evaluation(job)
-    refuse_absent(jobs, metric)
-    refuse_too_few(jobs)
-    name = config["name"] or digits([str(job.folder) for job in jobs])
+    check_metric(jobs, metric)
+    check_enough_runs(jobs)
+    name = config["name"] or short_hash([str(job.folder) for job in jobs])
     folder = Path(config["output_root"]).expanduser().absolute() / "comparisons" / name
-    refuse_unwritable(folder)
+    check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = write(folder, jobs, metric or default_metric(jobs), notes)
     if config["tracking"]:
-        track(jobs, files, "compare", {})
+        log_artifacts_of_jobs(jobs, files, "compare", {})
     print(f"Comparison folder: {folder}")
 
 
@@ -61,8 +61,8 @@ def write(folder: Path, jobs: list[Job], metric: str, notes: list[str]) -> list[
     text = "\n".join([table(jobs, metric, f"Comparison of {len(jobs)} runs in {near}", near), *notes])
     print(f"\n{text}", flush=True)
     files = [folder / name for name in ("table.txt", "compare.json", "compare.png")]
-    write_whole(files[0], text + "\n")
-    write_whole(files[1], json.dumps(figures(jobs, metric), indent=2) + "\n")
+    atomic_write(files[0], text + "\n")
+    atomic_write(files[1], json.dumps(figures(jobs, metric), indent=2) + "\n")
     plot(jobs, metric, f"Comparison of {len(jobs)} runs", files[2])
     files += plot_progress(jobs, f"Comparison of {len(jobs)} runs", folder / "progress.png")
     print(f"Plots: {', '.join(str(file) for file in files[2:])}")
@@ -94,7 +94,7 @@ def opened(runs: Sequence[str]) -> tuple[list[Job], list[str]]:
     jobs = [Job(number, own, folder) for number, (folder, own) in enumerate(zip(folders, overrides, strict=True))]
     for job, folder in zip(jobs, folders, strict=True):
         summary = read_summary(folder)
-        job.learn(summary if "status" in summary else {"status": "unfinished"})
+        job.update_from_summary(summary if "status" in summary else {"status": "unfinished"})
     return jobs, notes
 
 
@@ -175,11 +175,11 @@ def add_evaluation(job: Job) -> None:
     job.summary = job.summary | {"evaluate": found}
 
 
-def refuse_too_few(jobs: Sequence[Job]) -> None:
+def check_enough_runs(jobs: Sequence[Job]) -> None:
     """Refuse a comparison of runs that have not come to their ends."""
-    whole = [job for job in jobs if job.whole]
+    whole = [job for job in jobs if job.is_complete]
     if len(whole) < 2:
-        others = ", ".join(f"{job.folder or f'job {job.number}'} ({job.state})" for job in jobs if not job.whole)
+        others = ", ".join(f"{job.folder or f'job {job.number}'} ({job.state})" for job in jobs if not job.is_complete)
         raise UserError(
             f"{len(whole)} of {len(jobs)} runs have come to their ends, and a comparison needs two: {others}; the command that "
             "started a run continues it."
@@ -198,7 +198,7 @@ def figures(jobs: Sequence[Job], metric: str) -> dict[str, Any]:
         {
             "options": dict(zip(axes, chosen, strict=True)),
             "runs": [job.number for job in runs],
-            **{key: {"mean": mean(values), "deviation": spread(values)} for key in keys if (values := numbers(runs, key))},
+            **{key: {"mean": mean(values), "deviation": std(values)} for key in keys if (values := numbers(runs, key))},
             "difference": {key: d._asdict() for key in keys if runs is not first and (d := difference(first, runs, key))},
         }
         for chosen, runs in found.items()

@@ -10,19 +10,19 @@ results come from the run folders, so the table and the plot can be made anew at
 from pathlib import Path
 
 from hjepa.config.schema import Config
-from hjepa.sweeps.sweep import Sweep, refuse_absent
-from hjepa.tracking.run_folder import refuse_unwritable
+from hjepa.sweeps.sweep import Sweep, check_metric
+from hjepa.tracking.run_folder import check_writable
 
 
-def show(config: Config, path: Path, folder: str, metric: str | None) -> None:
+def show_sweep(config: Config, path: Path, folder: str, metric: str | None) -> None:
     """`task=sweep`: table and plot of a sweep anew, from its run folders as they are now.
 
     Args:
         folder: of the sweep; metric: see `Sweep.end`.
     """
     sweep = Sweep(Path(folder).expanduser().absolute())
-    refuse_unwritable(sweep.folder)
+    check_writable(sweep.folder)
     jobs = sweep.read()
     sweep.refresh(jobs)
-    refuse_absent(jobs, metric)
+    check_metric(jobs, metric)
     sweep.end(jobs, metric)

@@ -11,7 +11,7 @@ from hjepa.tracking.resend import send
 from hjepa.tracking.run_folder import runs_below
 
 
-def sync(config: Config, path: Path) -> None:
+def sync_runs(config: Config, path: Path) -> None:
     """Send the run folder that `run` names, or every one below it, to the trackers of this config.
 
     Raises:

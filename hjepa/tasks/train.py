@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hjepa.config.errors import UserError, explain
-from hjepa.config.identity import fingerprint, flatten, identity
+from hjepa.config.errors import UserError, explain_machine_error
+from hjepa.config.identity import config_hash, flatten, identity
 from hjepa.config.instantiate import build, build_or_none
 from hjepa.config.schema import Config
 from hjepa.data.datamodule import spaced
@@ -15,19 +15,19 @@ from hjepa.distributed.launch import launch
 from hjepa.distributed.seeding import generator
 from hjepa.plotting import plot_curves, plot_masks
 from hjepa.tracking.provenance import origin
-from hjepa.tracking.run_folder import UNSENT, Record, RunFolder
-from hjepa.tracking.tracker import ENDS, build_trackers
-from hjepa.training.build import Parts, assemble
-from hjepa.training.checkpoint import Checkpoints
-from hjepa.training.monitor import Watch
+from hjepa.tracking.run_folder import UNSENT_MARKER, Record, RunFolder
+from hjepa.tracking.tracker import TRACKER_STATUS, build_trackers
+from hjepa.training.build import Components, build_components
+from hjepa.training.checkpoint import Checkpointer
+from hjepa.training.monitor import Monitor
 from hjepa.training.signals import StopFlag, Stopped
-from hjepa.training.summary import summarise, tell
+from hjepa.training.summary import build_summary, print_summary
 from hjepa.training.trainer import Trainer
 
 log = logging.getLogger("hjepa")
 
 
-class Session:
+class TrainingRun:
     """Builds the parts and the data (nothing is written yet), then runs.
 
     Args:
@@ -37,8 +37,8 @@ class Session:
     def __init__(self, config: Config, folder: RunFolder) -> None:
         self.config, self.folder = config, folder
         self.tracker = build_trackers(config["tracking"])
-        self.parts: Parts = assemble(config)
-        self.checkpoints: Checkpoints = build(config["checkpoint"])
+        self.parts: Components = build_components(config)
+        self.checkpoints: Checkpointer = build(config["checkpoint"])
         self.probe = build_or_none(config["probe"])
         train, validation = self.parts.dataset.train_and_validation()
         self.preview = validation.images[spaced(len(validation), 4)]
@@ -46,7 +46,7 @@ class Session:
         self.run_id: str | None = None
         p = self.parts
         self.trainer: Trainer = build(config["train"], parts=p, images=train.images)
-        self.watch = Watch(p.model, p.hardware, p.dataset, p.sampler, p.objective.loss, self.probe, train, validation)
+        self.monitor = Monitor(p.model, p.hardware, p.dataset, p.sampler, p.objective.loss, self.probe, train, validation)
 
     def run(self) -> float | None:
         """Train to the end; returns the linear probe's accuracy, None without probes (and in all but the main process)."""
@@ -58,15 +58,15 @@ class Session:
             self.resume()
             self.start_tracking()
             self.describe()
-            self.trainer.fit(self.watch, self.checkpoints, self.record, stop)
-        return self.watch.latest.get("linear")
+            self.trainer.fit(self.monitor, self.checkpoints, self.record, stop)
+        return self.monitor.latest.get("linear")
 
     def follow(self) -> None:
         """Compute this process' share of a run that the main process measures and records."""
         with StopFlag() as stop, contextlib.closing(self.trainer):
             self.load()
             with contextlib.suppress(Stopped):
-                self.trainer.fit(self.watch, self.checkpoints, lambda record: None, stop)
+                self.trainer.fit(self.monitor, self.checkpoints, lambda record: None, stop)
 
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
@@ -87,7 +87,7 @@ class Session:
             yield
         except (Stopped, KeyboardInterrupt) as reason:
             status = "requeued" if stop.requeue else "stopped"
-            self.finish(status, str(reason) or "interrupted", ENDS[status])
+            self.finish(status, str(reason) or "interrupted", TRACKER_STATUS[status])
             print(f"Stopped ({reason}). The same command continues this run.", file=sys.stderr, flush=True)
             try:
                 stop.leave()
@@ -96,14 +96,14 @@ class Session:
                 raise
             raise SystemExit(130) from None
         except BaseException as error:
-            collapsed = self.watch.collapsed and isinstance(error, UserError)
-            why = explain(error) or error
+            collapsed = self.monitor.collapsed and isinstance(error, UserError)
+            why = explain_machine_error(error) or error
             try:
                 self.finish("collapsed" if collapsed else "failed", f"{type(why).__name__}: {why}", "FAILED")
             except Exception as another:  # the first one is the reason
                 log.warning("the end of the run could not be written down (%s)", another)
             raise
-        self.finish("collapsed" if self.watch.collapsed else "finished", self.watch.collapsed, "FINISHED")
+        self.finish("collapsed" if self.monitor.collapsed else "finished", self.monitor.collapsed, "FINISHED")
 
     def resume(self) -> None:
         """Go on from the latest checkpoint, if any; metrics after it will be written again."""
@@ -115,12 +115,12 @@ class Session:
 
     def load(self) -> bool:
         """Load the latest checkpoint, in all processes once the main one has claimed the folder; whether there was one."""
-        self.parts.world.told(None)
+        self.parts.world.broadcast_object(None)
         self.checkpoints.open(self.folder.path / "checkpoints", identity(self.config))
         state = self.checkpoints.load(self.parts.hardware.device)
         if state:
-            self.trainer.restore(state)
-            self.watch.restore(state["watch"])
+            self.trainer.load_state_dict(state)
+            self.monitor.load_state_dict(state["watch"])
         return bool(state)
 
     def start_tracking(self) -> None:
@@ -132,7 +132,7 @@ class Session:
             self.folder.path,
             self.config["experiment_name"],
             {**flatten(self.config), **flatten(counts, "parameters")},
-            origin() | {"config": fingerprint(self.config)},
+            origin() | {"config": config_hash(self.config)},
             self.records,
         )
         self.tracker.artifact(self.folder.path / "config.yaml")
@@ -143,7 +143,7 @@ class Session:
         log.info("run folder %s", self.folder.path)
         log.info("%s; parameters: %s", p.hardware.describe(), ", ".join(f"{k} {v:,}" for k, v in counts.items()))
         plan = self.trainer.plan
-        log.info("%d steps of %d images, %d to an epoch", plan.steps, plan.batch_size, plan.steps_of(plan.batch_warmup))
+        log.info("%d steps of %d images, %d to an epoch", plan.steps, plan.batch_size, plan.steps_in_epoch(plan.batch_warmup))
         masks = p.sampler(len(self.preview), generator(p.seed, "preview"))
         picture = self.folder.path / "plots" / "masks.png"
         plot_masks(self.preview / 255, masks, p.model, picture)
@@ -157,7 +157,7 @@ class Session:
 
     def finish(self, status: str, reason: str | None, tracked_status: str) -> None:
         """Write the summary and the curves, tell the tracker; after a whole run, tell the user."""
-        summary = summarise(self.config, self.parts, self.trainer, self.watch, self.records, self.run_id)
+        summary = build_summary(self.config, self.parts, self.trainer, self.monitor, self.records, self.run_id)
         summary |= {"status": status, "reason": reason}
         curves = self.folder.path / "plots" / "curves.png"
         try:
@@ -169,10 +169,10 @@ class Session:
         if self.tracker.finish(tracked_status):
             self.folder.mark_sent()
         if tracked_status == "FINISHED":
-            tell(summary, self.folder.path, self.tracker.how_to_look())
+            print_summary(summary, self.folder.path, self.tracker.view_command())
 
 
-def train(config: Config, path: Path) -> float | None:
+def train_model(config: Config, path: Path) -> float | None:
     """Train; the same config again resumes an unfinished run and shows a finished one's result.
 
     Returns:
@@ -180,25 +180,25 @@ def train(config: Config, path: Path) -> float | None:
     """
     folder = RunFolder(path, config)
     if done := folder.result():
-        from hjepa.training.summary import tell
+        from hjepa.training.summary import print_summary
 
         print("This run is finished. To run it anew: overwrite=true, another name or another seed.")
-        if config["tracking"] and (path / UNSENT).exists():  # it was killed, or a server was away, at the very end
+        if config["tracking"] and (path / UNSENT_MARKER).exists():  # it was killed, or a server was away, at the very end
             from hjepa.tracking.resend import send
 
             send(config, path)
-        tell(done, folder.path, None)
+        print_summary(done, folder.path, None)
         return done["probe"].get("linear")
     return launch(train_here, config, path)
 
 
 def train_here(config: Config, path: Path) -> float | None:
     """Train in this process, alone or as one of several."""
-    from hjepa.distributed.process_group import leave
+    from hjepa.distributed.process_group import destroy_process_group
 
     pass
 
     try:
-        return Session(config, RunFolder(path, config)).run()
+        return TrainingRun(config, RunFolder(path, config)).run()
     finally:
-        leave()
+        destroy_process_group()

@@ -17,28 +17,28 @@ from torch import Tensor
 from hjepa.config.errors import UserError
 from hjepa.config.instantiate import build
 from hjepa.config.schema import Config, check
-from hjepa.data.datamodule import Dataset
+from hjepa.data.datamodule import DataModule
 from hjepa.distributed.device import Hardware
 from hjepa.distributed.process_group import World
 from hjepa.losses import Objective
-from hjepa.masking import Sampler
+from hjepa.masking import MaskSampler
 from hjepa.models.hjepa import HJEPA
 from hjepa.models.levels import pool_cells
-from hjepa.models.pretrained import read, refuse_misfit, run_checkpoint
-from hjepa.models.stacked import Upper
-from hjepa.models.vit import Encoder
+from hjepa.models.pretrained import check_fits, find_checkpoint, read
+from hjepa.models.stacked import StackedLevel
+from hjepa.models.vit import ViTEncoder
 from hjepa.tracking.run_folder import read_config
 from hjepa.training.build import build_model
 
 
 @dataclass(frozen=True)
-class Opened:
+class TrainedRun:
     """A run at one of its checkpoints, everything on the device and in evaluation mode.
 
     Attributes:
         folder: of the run; config: its own, as it was trained, but for `hardware` and `tracking`, which are the command's.
         checkpoint: the file; step: optimizer steps that it had taken.
-        untrained: the teacher as it was initialised at random; untrained_upper: the stacked levels likewise, None for none.
+        untrained: the teacher as it was initialized at random; untrained_upper: the stacked levels likewise, None for none.
     """
 
     folder: Path
@@ -46,15 +46,15 @@ class Opened:
     checkpoint: Path
     step: int
     hardware: Hardware
-    dataset: Dataset
+    dataset: DataModule
     model: HJEPA
-    sampler: Sampler
+    sampler: MaskSampler
     objective: Objective
-    untrained: Encoder
-    untrained_upper: Upper | None
+    untrained: ViTEncoder
+    untrained_upper: StackedLevel | None
 
     @property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> ViTEncoder:
         """The teacher: whose features are probed, looked at and exported."""
         return self.model.teacher
 
@@ -65,7 +65,7 @@ class Opened:
             return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
-def open_run(config: Config, checkpoint: str | None, root: str | None) -> Opened:
+def load_run(config: Config, checkpoint: str | None, root: str | None) -> TrainedRun:
     """Open the run that `run` names.
 
     Args:
@@ -77,8 +77,8 @@ def open_run(config: Config, checkpoint: str | None, root: str | None) -> Opened
         UserError: there is no run, no such checkpoint, or it is of another version of this framework.
     """
     folder = run_folder(config)
-    run = whole_config(folder, config, root)
-    path = run_checkpoint(folder) if checkpoint is None else folder / "checkpoints" / f"{checkpoint.removesuffix('.pt')}.pt"
+    run = load_run_config(folder, config, root)
+    path = find_checkpoint(folder) if checkpoint is None else folder / "checkpoints" / f"{checkpoint.removesuffix('.pt')}.pt"
     if not path.exists():
         there = sorted(file.stem for file in (folder / "checkpoints").glob("*.pt"))
         raise UserError(
@@ -87,17 +87,17 @@ def open_run(config: Config, checkpoint: str | None, root: str | None) -> Opened
         )
     hardware: Hardware = build(run["hardware"])
     hardware.prepare(World())
-    dataset: Dataset = build(run["dataset"])
+    dataset: DataModule = build(run["dataset"])
     model, sampler, objective = build_model(run)
     untrained, upper = copy.deepcopy((model.teacher, model.upper))
-    if run["teacher"]["_target_"] == "hjepa.training.teacher.Shared":
+    if run["teacher"]["_target_"] == "hjepa.training.SharedWeights":
         model.share_teacher()
     state = read(path, hardware.device)
-    refuse_misfit(model.state_dict(), state["model"], str(path))
+    check_fits(model.state_dict(), state["model"], str(path))
     model.load_state_dict(state["model"])
     for module in (model, untrained, *([upper] if upper else [])):
         module.to(hardware.device).eval()
-    return Opened(folder, run, path, int(state["step"]), hardware, dataset, model, sampler, objective, untrained, upper)
+    return TrainedRun(folder, run, path, int(state["step"]), hardware, dataset, model, sampler, objective, untrained, upper)
 
 
 def run_folder(config: Config) -> Path:
@@ -110,7 +110,7 @@ def run_folder(config: Config) -> Path:
     return folder
 
 
-def whole_config(folder: Path, config: Config, root: str | None) -> Config:
+def load_run_config(folder: Path, config: Config, root: str | None) -> Config:
     """The config of a run, to be computed where the command says and with random weights to begin with."""
     run = read_config(folder)
     run |= {"hardware": config["hardware"] | {"processes": 1, "shard": False, "compile": False}, "tracking": config["tracking"]}
@@ -127,49 +127,49 @@ def whole_config(folder: Path, config: Config, root: str | None) -> Config:
     return run
 
 
-Who = Literal["trained", "untrained"]
+NetworkKind = Literal["trained", "untrained"]
 
-WHO: tuple[Who, Who] = ("trained", "untrained")
+NETWORK_KINDS: tuple[NetworkKind, NetworkKind] = ("trained", "untrained")
 
 
 @dataclass(frozen=True)
-class Tokens:
+class LayerTokens:
     """What a layer says of B images: `cells` [B, side^2, D] in raster order, and `pooled` [B, F] as the probes see them."""
 
     cells: Tensor
     pooled: Tensor
 
 
-class Network:
+class LayerFeatures:
     """An encoder and the teachers stacked on it, trained or not.
 
     Args:
         depths: ascending numbers of blocks after which the encoder is looked at, the last one its depth.
     """
 
-    def __init__(self, encoder: Encoder, upper: Upper | None, depths: list[int]) -> None:
+    def __init__(self, encoder: ViTEncoder, upper: StackedLevel | None, depths: list[int]) -> None:
         self.encoder, self.depths = encoder, depths
-        self.stages = upper.stages() if upper else []
+        self.stacked_levels = upper.stacked_levels() if upper else []
 
     def names(self) -> list[str]:
         """The layers, the encoder's last block first, then its other depths, then the stacked levels."""
-        return [*(f"block {d}" for d in reversed(self.depths)), *(f"stacked {i + 1}" for i in range(len(self.stages)))]
+        return [*(f"block {d}" for d in reversed(self.depths)), *(f"stacked {i + 1}" for i in range(len(self.stacked_levels)))]
 
-    def look(self, images: Tensor) -> dict[str, Tokens]:
+    def tokens_on_cpu(self, images: Tensor) -> dict[str, LayerTokens]:
         """All layers' tokens of float images [B, 3, S, S], by name, on the CPU."""
-        return {name: Tokens(t.cells.float().cpu(), t.pooled.float().cpu()) for name, t in self.tokens(images).items()}
+        return {name: LayerTokens(t.cells.float().cpu(), t.pooled.float().cpu()) for name, t in self.tokens(images).items()}
 
     @torch.no_grad()
-    def tokens(self, images: Tensor) -> dict[str, Tokens]:
+    def tokens(self, images: Tensor) -> dict[str, LayerTokens]:
         """The same where the images are."""
         states = dict(zip(self.depths, self.encoder(images, depths=self.depths), strict=True))
         s = self.encoder.summary_tokens
-        layers = {d: Tokens(states[d][:, s:], self.encoder.pooled(states[d])) for d in reversed(self.depths)}
+        layers = {d: LayerTokens(states[d][:, s:], self.encoder.pooled(states[d])) for d in reversed(self.depths)}
         found = list(layers.values())
         below = layers[self.encoder.depth].cells
-        for stage in self.stages:
+        for stage in self.stacked_levels:
             below = stage.teacher(pool_cells(below, stage.grid, stage.pool))
-            found.append(Tokens(below, below.mean(1)))
+            found.append(LayerTokens(below, below.mean(1)))
         return dict(zip(self.names(), found, strict=True))
 
     def blocks(self, name: str) -> tuple[list[Any], int]:
@@ -177,10 +177,10 @@ class Network:
         kind, number = name.split()
         if kind == "block":
             return list(self.encoder.blocks)[: int(number)], self.encoder.summary_tokens
-        return list(self.stages[int(number) - 1].teacher.blocks), 0
+        return list(self.stacked_levels[int(number) - 1].teacher.blocks), 0
 
 
-def networks(run: Opened, depths: list[int]) -> dict[Who, Network]:
+def layer_features(run: TrainedRun, depths: list[int]) -> dict[NetworkKind, LayerFeatures]:
     """The trained and the untrained network of a run, to be looked at at these depths."""
     pairs = ((run.encoder, run.model.upper), (run.untrained, run.untrained_upper))
-    return {who: Network(*pair, depths) for who, pair in zip(WHO, pairs, strict=True)}
+    return {who: LayerFeatures(*pair, depths) for who, pair in zip(NETWORK_KINDS, pairs, strict=True)}

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hjepa.tracking.run_folder import read_summary, unheld
-from hjepa.tracking.tracker import ENDS
+from hjepa.tracking.run_folder import read_summary, try_lock
+from hjepa.tracking.tracker import TRACKER_STATUS
 
 BOOT, MOUNTS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/mounts")
 
@@ -19,7 +19,7 @@ SHARED = {"nfs", "nfs4", "ceph", "gpfs", "lustre"}  # their locks reach across m
 LOCAL_LOCKS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "noflock"}
 
 
-def machine() -> dict[str, str]:
+def machine_tags() -> dict[str, str]:
     """What tells this machine from others: its name and, as containers have names of their own, its boot."""
     return {"host": platform.node()} | ({"boot": BOOT.read_text().strip()} if BOOT.exists() else {})
 
@@ -41,15 +41,15 @@ def close_if_dead(client: Any, run: Any) -> None:
     file = folder / "run_id"
     holds = file.read_text() if file.exists() else None  # the id of the run that the folder holds now
     is_its = holds in (run.info.run_id, tags.get("copy_of"))
-    here = any(tags.get(key) == value for key, value in machine().items())
+    here = any(tags.get(key) == value for key, value in machine_tags().items())
     if not (folder / ".lock").exists() or not (here or (is_its and locks_reach(folder))):
         return
     if holds and not is_its:  # another run has taken its place
         end_run(client, run.info.run_id, folder, "KILLED")
         return
-    with unheld(folder) as free:
+    with try_lock(folder) as free:
         if free:
-            end_run(client, run.info.run_id, folder, ENDS.get(read_summary(folder).get("status", ""), "KILLED"))
+            end_run(client, run.info.run_id, folder, TRACKER_STATUS.get(read_summary(folder).get("status", ""), "KILLED"))
 
 
 def end_run(client: Any, run_id: str, folder: Path, status: str) -> None:

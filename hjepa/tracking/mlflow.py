@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hjepa.config.errors import first_line, require
-from hjepa.tracking.dead_runs import close_dead_runs, end_run, machine
-from hjepa.tracking.run_folder import Record, read_records, write_whole
-from hjepa.tracking.tracker import Addition, Tracker
+from hjepa.config.errors import first_line, import_optional
+from hjepa.tracking.dead_runs import close_dead_runs, end_run, machine_tags
+from hjepa.tracking.run_folder import Record, atomic_write, read_records
+from hjepa.tracking.tracker import Artifacts, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class MLflow(Tracker):
         self.system_metrics = system_metrics
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
-        self.mlflow = require("mlflow", "tracking=mlflow", "use tracking=none")
+        self.mlflow = import_optional("mlflow", "tracking=mlflow", "use tracking=none")
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         for name in ("mlflow.system_metrics", "urllib3.connectionpool"):  # we say ourselves, once, that a server is gone
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -68,7 +68,7 @@ class MLflow(Tracker):
         self.have: set[Pair] = set()  # what the server has of coming records
         self.last_step = 0
         self.failed_at: float | None = None  # when the server failed; None while it works
-        self.told = False
+        self.warned = False
 
     # -- the run's side ------------------------------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class MLflow(Tracker):
         self.thread.shutdown(wait=True)
         return self.failed_at is None
 
-    def add(self, run_id: str, addition: Addition) -> None:
+    def add_artifacts(self, run_id: str, addition: Artifacts) -> None:
         client = self.mlflow.MlflowClient(self.uri)
         for key, value in addition.tags.items():
             client.set_tag(run_id, key, value)
@@ -124,7 +124,7 @@ class MLflow(Tracker):
         for file in addition.files:
             client.log_artifact(run_id, str(file), addition.folder)
 
-    def how_to_look(self) -> str | None:
+    def view_command(self) -> str | None:
         if not self.uri.startswith("sqlite"):
             return f"the address {self.uri} into a browser"
         return (
@@ -146,13 +146,13 @@ class MLflow(Tracker):
                 call(*args)
             except Exception as error:  # whatever a server does, training goes on
                 self.failed_at = time.monotonic()
-                if not self.told:
+                if not self.warned:
                     log.warning(
                         "MLflow at %s: %s failed (%s); the run goes on, metrics.jsonl keeps everything. What is missing in "
                         "the end can be sent later: python launch.py task=sync run=%s tracking.mlflow.uri=%s",
                         *(self.uri, what, first_line(error), self.folder, self.uri),
                     )
-                self.told = True
+                self.warned = True
         return self.failed_at is None
 
     def recover(self, status: str | None = None) -> bool:
@@ -188,13 +188,13 @@ class MLflow(Tracker):
         with self.first_use():
             self.client = self.mlflow.MlflowClient(self.uri)
             self.experiment_id = self.find_experiment(experiment)
-        tags = tags | machine() | {"run_folder": str(self.folder)}
+        tags = tags | machine_tags() | {"run_folder": str(self.folder)}
         file = self.folder / "run_id"
         known = file.read_text() if file.exists() else None
         run = self.find_run(known, tags) or self.create_run(known, tags)
         self.run_id = str(run.info.run_id)
         if not known:
-            write_whole(file, self.run_id)
+            atomic_write(file, self.run_id)
         if run.info.status != "RUNNING":
             self.client.update_run(self.run_id, status="RUNNING")
         self.describe(params, tags, run.data.params)

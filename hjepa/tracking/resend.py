@@ -6,15 +6,15 @@ What a tracker has already it does not get again, so the command can be repeated
 import json
 from pathlib import Path
 
-from hjepa.config.identity import fingerprint, flatten
+from hjepa.config.identity import config_hash, flatten
 from hjepa.config.schema import Config
-from hjepa.tracking.run_folder import UNSENT, read_config, read_records, read_summary, unheld, write_whole
-from hjepa.tracking.tracker import ENDS, build_trackers
+from hjepa.tracking.run_folder import UNSENT_MARKER, atomic_write, read_config, read_records, read_summary, try_lock
+from hjepa.tracking.tracker import TRACKER_STATUS, build_trackers
 
 
 def send(config: Config, folder: Path) -> bool:
     """Send one run; returns whether everything arrived. A run that is being worked on sends for itself."""
-    with unheld(folder) as free:
+    with try_lock(folder) as free:
         if not free:
             print(f"{folder} is running and sends for itself.")
             return True
@@ -35,18 +35,18 @@ def deliver(config: Config, folder: Path) -> bool:
         folder,
         run["experiment_name"],
         flatten(run) | flatten(summary.get("parameters", {}), "parameters"),
-        tags | {"config": fingerprint(run)},
+        tags | {"config": config_hash(run)},
         records,
     )
     if run_id and summary and not summary.get("run_id"):
-        write_whole(folder / "summary.json", json.dumps(summary | {"run_id": run_id}, indent=2) + "\n")
+        atomic_write(folder / "summary.json", json.dumps(summary | {"run_id": run_id}, indent=2) + "\n")
     tracker.artifact(folder / "config.yaml")
     tracker.artifact(folder / "summary.json")
     for plot in sorted((folder / "plots").glob("*.png")):
         tracker.artifact(plot, "plots")
-    arrived = tracker.finish(ENDS.get(summary.get("status", ""), "KILLED"))
+    arrived = tracker.finish(TRACKER_STATUS.get(summary.get("status", ""), "KILLED"))
     if arrived:
-        (folder / UNSENT).unlink(missing_ok=True)
+        (folder / UNSENT_MARKER).unlink(missing_ok=True)
     return arrived
 
 

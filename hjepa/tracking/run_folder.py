@@ -20,24 +20,25 @@ from omegaconf import OmegaConf
 
 from hjepa.config.errors import UserError
 from hjepa.config.identity import differences, identity
+from hjepa.config.upgrade import upgrade_config, upgrade_summary
 
 Record = dict[str, Any]
 
 PREDECESSOR_SECONDS = 120.0  # a job that SLURM started again waits so long for its predecessor, which may still be dying
 
-UNSENT = ".unsent"  # is there while trackers may lack something of a run
+UNSENT_MARKER = ".unsent"  # is there while trackers may lack something of a run
 
 LOCK_SECONDS = 2.0  # a look at whether a folder is in use takes its lock, but never so long
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    with whole(path) as (temporary,):
+    with atomic_files(path) as (temporary,):
         temporary.write_text(text)
 
 
 @contextlib.contextmanager
-def whole(*paths: Path) -> Iterator[list[Path]]:
+def atomic_files(*paths: Path) -> Iterator[list[Path]]:
     """Names to write files under that get their own ones if the context ends well, and are removed if it does not."""
     names = [path.with_name(f".{path.name}.tmp") for path in paths]
     try:
@@ -50,7 +51,7 @@ def whole(*paths: Path) -> Iterator[list[Path]]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A new folder that takes the place of `path` if the context ends well, and is removed if it does not."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -73,7 +74,7 @@ def read_records(folder: Path) -> list[Record]:
 def read_summary(folder: Path) -> Record:
     """The contents of summary.json; empty when there is none."""
     file = folder / "summary.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    return upgrade_summary(json.loads(file.read_text())) if file.exists() else {}
 
 
 def runs_below(folder: Path) -> list[Path]:
@@ -90,11 +91,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read as a config ({type(error).__name__}); give the folder of a run.") from error
     if not isinstance(config, dict):
         raise UserError(f"{file} holds no config; give the folder of a run.")
-    return config  # type: ignore[return-value]
+    return upgrade_config(config)
 
 
 @contextlib.contextmanager
-def unheld(folder: Path) -> Iterator[bool]:
+def try_lock(folder: Path) -> Iterator[bool]:
     """Whether nobody works in a run folder; until the context ends, nobody can begin to."""
     with (folder / ".lock").open("a") as lock:
         try:
@@ -117,7 +118,7 @@ class LogFile(logging.FileHandler):
             super().close()
 
 
-def refuse_unwritable(path: Path, mend: str = "set output_root to a folder that can") -> None:
+def check_writable(path: Path, mend: str = "set output_root to a folder that can") -> None:
     """Refuse a place where nothing can be written, before any work; `mend` says what to do."""
     there = path
     while not there.exists() and there != there.parent:
@@ -137,9 +138,9 @@ class RunFolder:
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         self.path, self.config = path, config
         self.lock: IO[str] | None = None
-        refuse_unwritable(path)
+        check_writable(path)
 
-    def refuse_other_config(self) -> None:
+    def check_same_config(self) -> None:
         """Refuse a folder that holds a run of another config, naming what differs."""
         if not (self.path / "config.yaml").exists():
             return
@@ -158,7 +159,7 @@ class RunFolder:
         """The summary of the run if it is finished and not to be replaced; empty else. Refuses a run of another config."""
         if self.config["overwrite"]:
             return {}
-        self.refuse_other_config()
+        self.check_same_config()
         summary = self.summary()
         return summary if summary.get("status") == "finished" else {}
 
@@ -177,7 +178,7 @@ class RunFolder:
             for child in self.path.iterdir():
                 if child.name != ".lock":
                     shutil.rmtree(child) if child.is_dir() else child.unlink()
-        self.refuse_other_config()
+        self.check_same_config()
         (self.path / "plots").mkdir(exist_ok=True)
         (self.path / "summary.json").unlink(missing_ok=True)  # the end of an earlier sitting
         self.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.config)))
@@ -204,15 +205,15 @@ class RunFolder:
 
     def mark_unsent(self) -> None:
         """Note that trackers may lack something from now on."""
-        self.write(UNSENT, "")
+        self.write(UNSENT_MARKER, "")
 
     def mark_sent(self) -> None:
         """Note that trackers have everything."""
-        (self.path / UNSENT).unlink(missing_ok=True)
+        (self.path / UNSENT_MARKER).unlink(missing_ok=True)
 
     def write(self, name: str, text: str) -> None:
         """Write a file whole or not at all."""
-        write_whole(self.path / name, text)
+        atomic_write(self.path / name, text)
 
     def write_summary(self, summary: Record) -> None:
         """Write summary.json."""

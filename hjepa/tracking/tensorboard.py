@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hjepa.config.errors import require
+from hjepa.config.errors import import_optional
 from hjepa.tracking.run_folder import Record
 from hjepa.tracking.tracker import Tracker
 
@@ -14,7 +14,7 @@ class TensorBoard(Tracker):
     """TensorBoard's event files; nothing is sent anywhere."""
 
     def __init__(self) -> None:
-        require("tensorboard", "tracking=tensorboard", "use tracking=none")
+        import_optional("tensorboard", "tracking=tensorboard", "use tracking=none")
         self.folder = Path()
         self.writer: Any = None
 
@@ -40,5 +40,5 @@ class TensorBoard(Tracker):
         self.writer.close()
         return True
 
-    def how_to_look(self) -> str | None:
+    def view_command(self) -> str | None:
         return f"{sys.executable} -m tensorboard.main --logdir {self.folder.parents[1]} --host localhost"

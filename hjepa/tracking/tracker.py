@@ -17,11 +17,17 @@ from hjepa.tracking.run_folder import Record, read_config, read_summary
 log = logging.getLogger(__name__)
 
 # What a tracker calls the end of a run whose summary.json has this status; without one it was killed.
-ENDS = {"finished": "FINISHED", "collapsed": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "requeued": "SCHEDULED"}
+TRACKER_STATUS = {
+    "finished": "FINISHED",
+    "collapsed": "FINISHED",
+    "failed": "FAILED",
+    "stopped": "KILLED",
+    "requeued": "SCHEDULED",
+}
 
 
 @dataclass(frozen=True)
-class Addition:
+class Artifacts:
     """What a run is given after its end: files, for a folder of its artifacts, tags, and metrics of one of its steps."""
 
     files: list[Path]
@@ -51,13 +57,13 @@ class Tracker:
         """Send a file."""
 
     def finish(self, status: str) -> bool:
-        """End the run as one of `ENDS` after everything was sent; returns whether it was."""
+        """End the run as one of `TRACKER_STATUS` after everything was sent; returns whether it was."""
         return True
 
-    def add(self, run_id: str, addition: Addition) -> None:
+    def add_artifacts(self, run_id: str, addition: Artifacts) -> None:
         """Give something to a run that has ended; what it has already is not there twice."""
 
-    def how_to_look(self) -> str | None:
+    def view_command(self) -> str | None:
         """The command that shows the run, or None."""
         return None
 
@@ -99,11 +105,11 @@ class Trackers(Tracker):
     def finish(self, status: str) -> bool:
         return all(self.each(lambda tracker: tracker.finish(status)))
 
-    def add(self, run_id: str, addition: Addition) -> None:
-        self.each(lambda tracker: tracker.add(run_id, addition))
+    def add_artifacts(self, run_id: str, addition: Artifacts) -> None:
+        self.each(lambda tracker: tracker.add_artifacts(run_id, addition))
 
-    def how_to_look(self) -> str | None:
-        return "\n  or ".join(command for command in self.each(lambda tracker: tracker.how_to_look()) if command) or None
+    def view_command(self) -> str | None:
+        return "\n  or ".join(command for command in self.each(lambda tracker: tracker.view_command()) if command) or None
 
 
 def build_trackers(options: Config) -> Trackers:
@@ -111,7 +117,7 @@ def build_trackers(options: Config) -> Trackers:
     return Trackers({name: build(node) for name, node in options.items()})
 
 
-def give(config: Config, run: Path, addition: Addition) -> None:
+def log_artifacts(config: Config, run: Path, addition: Artifacts) -> None:
     """Give something to the run's own trackers; nothing where either the run or this command has none.
 
     Args:
@@ -119,4 +125,4 @@ def give(config: Config, run: Path, addition: Addition) -> None:
     """
     run_id = read_summary(run).get("run_id")
     if run_id and config["tracking"]:
-        build_trackers(read_config(run)["tracking"]).add(run_id, addition)
+        build_trackers(read_config(run)["tracking"]).add_artifacts(run_id, addition)

@@ -5,8 +5,8 @@ import uuid
 from pathlib import Path
 from typing import Any, Literal
 
-from hjepa.config.errors import require
-from hjepa.tracking.run_folder import Record, write_whole
+from hjepa.config.errors import import_optional
+from hjepa.tracking.run_folder import Record, atomic_write
 from hjepa.tracking.tracker import Tracker
 
 
@@ -21,7 +21,7 @@ class Wandb(Tracker):
 
     def __init__(self, mode: Literal["online", "offline"], project: str | None, system_metrics: bool) -> None:
         self.mode, self.project, self.system_metrics = mode, project, system_metrics
-        self.wandb = require("wandb", "tracking=wandb", "use tracking=none")
+        self.wandb = import_optional("wandb", "tracking=wandb", "use tracking=none")
         self.run: Any = None
         self.folder = Path()
         self.first = 0  # records before this step are there already
@@ -35,7 +35,7 @@ class Wandb(Tracker):
         self.folder.mkdir(exist_ok=True)
         file = self.folder / "id"
         if not file.exists():
-            write_whole(file, uuid.uuid4().hex)
+            atomic_write(file, uuid.uuid4().hex)
         self.run = self.wandb.init(
             project=self.project or experiment,
             id=file.read_text(),
@@ -59,7 +59,7 @@ class Wandb(Tracker):
         self.run.finish(exit_code=0 if status == "FINISHED" else 1)
         return True
 
-    def how_to_look(self) -> str | None:
+    def view_command(self) -> str | None:
         return (
             f"wandb sync {self.folder}/offline-run-*" if self.mode == "offline" else f"the address {self.run.url} into a browser"
         )

@@ -13,12 +13,13 @@ import torch
 
 from hjepa.config.errors import UserError
 from hjepa.config.identity import differences
+from hjepa.config.upgrade import upgrade_config
 from hjepa.models.pretrained import read
 
 State = dict[str, Any]
 
 
-def write_atomically(path: Path, state: State) -> None:
+def save_atomically(path: Path, state: State) -> None:
     """Write beside the target, flush to the disk, then rename: the target is always the old or the new file, whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -32,7 +33,7 @@ def write_atomically(path: Path, state: State) -> None:
         raise
 
 
-class Checkpoints:
+class Checkpointer:
     """The checkpoint folder of a run.
 
     Args:
@@ -67,7 +68,7 @@ class Checkpoints:
         if not self.latest.exists():
             return None
         state = read(self.latest, device)
-        changed = differences(state["identity"], self.identity)
+        changed = differences(upgrade_config(state["identity"]), self.identity)
         if changed:
             raise UserError(f"{self.latest} belongs to another config ({'; '.join(changed)}); remove it or give another name.")
         return state
@@ -83,7 +84,7 @@ class Checkpoints:
 
     def save(self, state: State, epoch: int | None = None, score: float | None = None) -> None:
         """Save the latest state; at the end of an epoch also what is kept of it."""
-        write_atomically(self.latest, {"identity": self.identity, **state})
+        save_atomically(self.latest, {"identity": self.identity, **state})
         self.saved_at = time.monotonic()
         if epoch is not None and (self.last or self.every_epochs):
             self.keep(f"epoch-{epoch:05d}.pt")

@@ -41,22 +41,22 @@ class Meter:
 
     def interval(self) -> dict[str, float]:
         """Means since the last call, by name."""
-        means = self.world.mean(torch.stack(self.rows).mean(0)).tolist() if self.rows else []
+        means = self.world.all_reduce_mean(torch.stack(self.rows).mean(0)).tolist() if self.rows else []
         self.rows = []
         return dict(zip(self.names, means, strict=bool(means)))
 
     def epoch(self) -> dict[str, float]:
         """Means over all steps since the last call, by name."""
-        means = self.world.mean(self.sum / self.count).tolist() if self.sum is not None else []
+        means = self.world.all_reduce_mean(self.sum / self.count).tolist() if self.sum is not None else []
         self.sum, self.count = None, 0
         return dict(zip(self.names, means, strict=bool(means)))
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For the checkpoint: the means over all processes, which stand for each of them later."""
-        rows = [self.world.mean(row) for row in self.rows]
-        total = None if self.sum is None else self.world.mean(self.sum)
+        rows = [self.world.all_reduce_mean(row) for row in self.rows]
+        total = None if self.sum is None else self.world.all_reduce_mean(self.sum)
         return {"names": self.names, "rows": rows, "sum": total, "count": self.count}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
         self.names, self.rows, self.sum, self.count = (state[key] for key in ("names", "rows", "sum", "count"))

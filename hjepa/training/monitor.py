@@ -1,4 +1,4 @@
-"""What a run measures of itself besides the loss it minimises: held-out loss, collapse watch, probes, the untrained network."""
+"""What a run measures of itself besides the loss it minimizes: held-out loss, collapse watch, probes, the untrained network."""
 
 import logging
 import time
@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from hjepa.data.datamodule import Dataset, Split, spaced
+from hjepa.data.datamodule import DataModule, Split, spaced
 from hjepa.distributed.device import Hardware
 from hjepa.distributed.seeding import generator
 from hjepa.losses import PredictionLoss
-from hjepa.masking import Sampler
-from hjepa.metrics.collapse import spread, verdict
+from hjepa.masking import MaskSampler
+from hjepa.metrics.collapse import feature_spread, verdict
 from hjepa.metrics.probes import Probe, extract
 from hjepa.models.hjepa import HJEPA
 
@@ -26,7 +26,7 @@ STATE = ("untrained", "untrained_spread", "latest", "collapsed", "seconds")
 Scores = dict[str, float]
 
 
-class Watch:
+class Monitor:
     """Measures a model on the validation part.
 
     Args:
@@ -37,8 +37,8 @@ class Watch:
         self,
         model: HJEPA,
         hardware: Hardware,
-        dataset: Dataset,
-        sampler: Sampler,
+        dataset: DataModule,
+        sampler: MaskSampler,
         loss: PredictionLoss,
         probe: Probe | None,
         train: Split,
@@ -83,12 +83,12 @@ class Watch:
 
     def scores(self) -> Scores:
         """Probe scores of the teacher."""
-        return self.probe(self.model.teacher, *self.parts, self.dataset.normalise) if self.probe and self.parts else {}
+        return self.probe(self.model.teacher, *self.parts, self.dataset.normalize) if self.probe and self.parts else {}
 
     def spreads(self) -> dict[str, Scores]:
         """How the held-out images' features differ, for teacher and student."""
-        encoders = {"teacher": self.model.teacher} | ({} if self.model.shared else {"student": self.model.student})
-        return {who: spread(extract(e, self.held_out, self.dataset.normalise, PART)) for who, e in encoders.items()}
+        encoders = {"teacher": self.model.teacher} | ({} if self.model.teacher_is_student else {"student": self.model.student})
+        return {who: feature_spread(extract(e, self.held_out, self.dataset.normalize, PART)) for who, e in encoders.items()}
 
     @torch.no_grad()
     def held_out_loss(self) -> Scores:
@@ -101,17 +101,17 @@ class Watch:
         for i, images in enumerate(parts):
             masks = self.sampler(len(images), generator(0, "held out", i)).to(self.hardware.device)
             with self.hardware.autocast():
-                output = self.model(self.dataset.normalise(images.to(self.hardware.device)), masks)
+                output = self.model(self.dataset.normalize(images.to(self.hardware.device)), masks)
                 total, _ = self.loss(output)
             sums += torch.stack([total, self.loss.constant(output)]).cpu() * len(images) / len(self.held_out)
         self.model.train(training)
         return {"validation/loss": sums[0].item(), "validation/constant_loss": sums[1].item()}
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
         return {key: getattr(self, key) for key in STATE}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
         for key in STATE:
             setattr(self, key, state[key])

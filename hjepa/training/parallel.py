@@ -30,7 +30,7 @@ State = dict[str, Any]
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-class Copies:
+class DDPStrategy:
     """A copy in each process; a backward pass makes the gradients the mean over all."""
 
     def __init__(self, world: World) -> None:
@@ -49,7 +49,7 @@ class Copies:
         ids = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **alike)
 
-    def unshared(self, net: nn.Module) -> AbstractContextManager[None]:
+    def no_sync(self, net: nn.Module) -> AbstractContextManager[None]:
         """Backward passes that add to each process' own gradients, for a later one to share."""
         return net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext()
 
@@ -57,18 +57,18 @@ class Copies:
         """Whether this process takes part in measuring."""
         return self.world.main
 
-    def state(self, model: HJEPA, optimizer: Optimizer) -> State:
+    def state_dict(self, model: HJEPA, optimizer: Optimizer) -> State:
         """The states of both for a checkpoint, whole ones on the main process."""
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
-    def restore(self, model: HJEPA, optimizer: Optimizer, state: State) -> None:
+    def load_state_dict(self, model: HJEPA, optimizer: Optimizer, state: State) -> None:
         """Go on from a checkpoint."""
-        refuse_other_spread(state, named=False)
+        check_same_strategy(state, named=False)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
 
 
-class Shards(Copies):
+class FSDPStrategy(DDPStrategy):
     """Divided among the processes. All of them measure, since none has the whole model.
 
     Raises:
@@ -96,19 +96,19 @@ class Shards(Copies):
     def measures(self) -> bool:
         return True
 
-    def state(self, model: HJEPA, optimizer: Optimizer) -> State:
+    def state_dict(self, model: HJEPA, optimizer: Optimizer) -> State:
         return {
             "model": get_model_state_dict(model, options=WHOLE),
             "optimizer": get_optimizer_state_dict(model, optimizer, options=WHOLE),
         }
 
-    def restore(self, model: HJEPA, optimizer: Optimizer, state: State) -> None:
-        refuse_other_spread(state, named=True)
+    def load_state_dict(self, model: HJEPA, optimizer: Optimizer, state: State) -> None:
+        check_same_strategy(state, named=True)
         set_model_state_dict(model, state["model"], options=WHOLE)
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
 
 
-def refuse_other_spread(state: State, named: bool) -> None:
+def check_same_strategy(state: State, named: bool) -> None:
     """A divided model's optimizer state goes by names, others' by numbers: one does not serve the other."""
     if named != any(isinstance(key, str) for key in state["optimizer"].get("state", ())):
         raise UserError(
@@ -117,6 +117,6 @@ def refuse_other_spread(state: State, named: bool) -> None:
         )
 
 
-def whole(value: Tensor) -> Tensor:
+def full_tensor(value: Tensor) -> Tensor:
     """A divided tensor as a whole, in all processes; others as they are."""
     return value.full_tensor() if isinstance(value, DTensor) else value

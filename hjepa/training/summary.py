@@ -7,28 +7,28 @@ from typing import Any, NamedTuple
 from hjepa.config.run import COMMAND
 from hjepa.config.schema import Config
 from hjepa.tracking.provenance import git_state
-from hjepa.training.build import Parts
-from hjepa.training.monitor import Watch
+from hjepa.training.build import Components
+from hjepa.training.monitor import Monitor
 from hjepa.training.trainer import Trainer
 
 PROBES = {"linear": "linear probe", "knn": "k-NN"}
 
 
-def summarise(
-    config: Config, parts: Parts, trainer: Trainer, watch: Watch, records: list[dict[str, Any]], run_id: str | None
+def build_summary(
+    config: Config, parts: Components, trainer: Trainer, monitor: Monitor, records: list[dict[str, Any]], run_id: str | None
 ) -> dict[str, Any]:
     """The contents of summary.json; accuracies are fractions, `best` is the probe record of the highest linear accuracy."""
     probes = [r for r in records if "probe/linear" in r]
     best = max(probes, key=lambda r: r["probe/linear"], default={})
     return {
-        "probe": watch.latest,
+        "probe": monitor.latest,
         "best": {k.removeprefix("probe/"): v for k, v in best.items() if k.startswith("probe/") or k == "step"},
-        "untrained": watch.untrained,
-        "images_per_second": trainer.plan.seen(trainer.done) / max(trainer.seconds, 1e-9),
+        "untrained": monitor.untrained,
+        "images_per_second": trainer.plan.images_seen(trainer.done) / max(trainer.seconds, 1e-9),
         "steps": trainer.done,
-        "epochs": trainer.plan.passed(trainer.done),
+        "epochs": trainer.plan.epochs_done(trainer.done),
         "seconds": trainer.seconds,
-        "watch_seconds": watch.seconds,
+        "watch_seconds": monitor.seconds,
         "peak_memory_mb": parts.hardware.peak_memory_mb(),
         "parameters": parts.model.parameter_counts(),
         "device": parts.hardware.describe(),
@@ -64,7 +64,7 @@ def gains(summary: dict[str, Any]) -> list[Gain]:
     return found
 
 
-def tell(summary: dict[str, Any], folder: Path, how_to_look: str | None) -> None:
+def print_summary(summary: dict[str, Any], folder: Path, view_command: str | None) -> None:
     """Print what came out in words; the last line names the run folder."""
     if summary["status"] == "collapsed":
         print(f"The run COLLAPSED: {summary['reason']}.")
@@ -77,6 +77,6 @@ def tell(summary: dict[str, Any], folder: Path, how_to_look: str | None) -> None
         f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s, "
         f"peak memory {summary['peak_memory_mb']:.0f} MB; probes and collapse watch took {summary['watch_seconds']:.0f} s"
     )
-    if how_to_look:
-        print(f"To look at it in MLflow, type\n  {how_to_look}")
+    if view_command:
+        print(f"To look at it in MLflow, type\n  {view_command}")
     print(f"Run folder: {folder}")

@@ -9,22 +9,22 @@ from hjepa.config.errors import UserError
 from hjepa.models.hjepa import HJEPA
 from hjepa.models.pretrained import load_encoder, load_stacked_teachers
 from hjepa.optim.schedules import Schedule
-from hjepa.optim.step_plan import Plan
+from hjepa.optim.step_plan import StepPlan
 
 
 def parameters(model: HJEPA) -> tuple[list[Tensor], list[Tensor]]:
     """The parameters of all teachers, and those of their students in the same order."""
-    teachers, students = zip(*model.pairs(), strict=True)
+    teachers, students = zip(*model.teacher_student_pairs(), strict=True)
     return [p for t in teachers for p in t.parameters()], [p for s in students for p in s.parameters()]
 
 
-class Teacher:
+class TeacherUpdate:
     """What the trainer asks of a teacher, which equals the student at the start of a run; this one never changes."""
 
     def attach(self, model: HJEPA) -> None:
         """Prepare the model's teacher, once, before its first step."""
 
-    def plan(self, plan: Plan) -> None:
+    def plan(self, plan: StepPlan) -> None:
         """Lay out what it does over a run."""
 
     def update(self, model: HJEPA, step: int) -> None:
@@ -35,7 +35,7 @@ class Teacher:
         return {}
 
 
-class EMA(Teacher):
+class EMA(TeacherUpdate):
     """Exponential moving average of the student (BYOL, Grill et al. 2020): teacher <- m * teacher + (1 - m) * student.
 
     Args:
@@ -49,7 +49,7 @@ class EMA(Teacher):
         self.schedule, self.half_life = momentum, half_life
         self.momentum: Sequence[float] = ()
 
-    def plan(self, plan: Plan) -> None:
+    def plan(self, plan: StepPlan) -> None:
         constant = self.half_life and [2 ** (-1 / self.half_life)] * plan.steps
         self.momentum = constant or self.schedule(plan)
 
@@ -62,7 +62,7 @@ class EMA(Teacher):
         return {"momentum": self.momentum[step]}
 
 
-class Refresh(Teacher):
+class PeriodicCopy(TeacherUpdate):
     """A copy of the student that is renewed at intervals (Parallel JEPA).
 
     Args:
@@ -75,12 +75,12 @@ class Refresh(Teacher):
         self.epochs, self.steps = epochs, steps
         self.due: set[int] = set()
 
-    def plan(self, plan: Plan) -> None:
+    def plan(self, plan: StepPlan) -> None:
         if self.steps:
             self.due = set(range(self.steps, plan.steps + 1, self.steps))
         else:
-            times = int(plan.passed(plan.steps) / (self.epochs or 1))
-            self.due = {max(1, plan.steps_in((i + 1) * (self.epochs or 1))) for i in range(times)}
+            times = int(plan.epochs_done(plan.steps) / (self.epochs or 1))
+            self.due = {max(1, plan.steps_in_first((i + 1) * (self.epochs or 1))) for i in range(times)}
 
     @torch.no_grad()
     def update(self, model: HJEPA, step: int) -> None:
@@ -88,7 +88,7 @@ class Refresh(Teacher):
             torch._foreach_copy_(*parameters(model))
 
 
-class Frozen(Teacher):
+class Frozen(TeacherUpdate):
     """Given weights that never change.
 
     Args:
@@ -105,7 +105,7 @@ class Frozen(Teacher):
             load_stacked_teachers(model, self.weights)
 
 
-class Shared(Teacher):
+class SharedWeights(TeacherUpdate):
     """No teacher: the student gives the targets itself, and gradients flow through both sides. Without a regularizer this
     collapses.
     """

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class SlurmLauncher(Launcher):
-    """See `hjepa.sweeps.slurm`; the options are those of `hjepa.sweeps.slurm.Cluster`."""
+    """See `hjepa.sweeps.slurm`; the options are those of `hjepa.sweeps.slurm.SlurmOptions`."""
 
     def __init__(self, **options: Any) -> None:
         self.options = OmegaConf.to_container(OmegaConf.create(options), resolve=True)

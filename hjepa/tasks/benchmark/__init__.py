@@ -1,0 +1,1 @@
+"""`task=benchmark`: what a training step costs."""

@@ -14,13 +14,13 @@ from hjepa.config.identity import flatten
 from hjepa.config.instantiate import build
 from hjepa.config.schema import Config
 from hjepa.distributed.launch import launch
-from hjepa.distributed.process_group import leave
+from hjepa.distributed.process_group import destroy_process_group
 from hjepa.plotting import COLORS, save
 from hjepa.tasks.benchmark.measure import Figures, measure, steps_needed
 from hjepa.tracking.provenance import git_state
 from hjepa.tracking.resend import deliver
 from hjepa.tracking.run_folder import RunFolder
-from hjepa.training.build import Parts, assemble
+from hjepa.training.build import Components, build_components
 from hjepa.training.trainer import Trainer
 
 # What a step is bound by -> the part of its time that says so.
@@ -31,12 +31,12 @@ BOUNDS = {
 }
 
 
-def benchmark(config: Config, path: Path, warmup: int, steps: int, reference_gflop: float | None) -> float | None:
+def run_benchmark(config: Config, path: Path, warmup: int, steps: int, reference_gflop: float | None) -> float | None:
     """Measure training steps; print, save and track the figures.
 
     Args:
         warmup, steps: steps that are not counted, steps that are.
-        reference_gflop: FLOP (1e9) per image of the work as a reference implementation does it; the normalised figure is
+        reference_gflop: FLOP (1e9) per image of the work as a reference implementation does it; the normalized figure is
             images/s times that, over the machine's matmul rate. None takes this implementation's own count.
 
     Returns:
@@ -52,16 +52,16 @@ def benchmark(config: Config, path: Path, warmup: int, steps: int, reference_gfl
 def measure_here(config: Config, path: Path, warmup: int, steps: int, reference_gflop: float | None) -> float:
     """Measure in this process, alone or as one of several."""
     folder = RunFolder(path, config)
-    parts: Parts = assemble(config)
+    parts: Components = build_components(config)
     train, _ = parts.dataset.train_and_validation()
     length = {"epochs": None, "steps": steps_needed(warmup, steps), "batch_start": None, "batch_warmup": 0}
     trainer: Trainer = build(config["train"] | length, parts=parts, images=train.images)
     trainer.model.train()
     try:
-        every = parts.world.every(measure(trainer, warmup, steps))
+        every = parts.world.all_gather_object(measure(trainer, warmup, steps))
     finally:
         trainer.close()
-    summary = summarise(every, trainer.plan.batch_size, reference_gflop) | {
+    summary = build_summary(every, trainer.plan.batch_size, reference_gflop) | {
         "device": parts.hardware.describe(),
         "processes": parts.world.size,
         "seed": config["seed"],
@@ -70,12 +70,12 @@ def measure_here(config: Config, path: Path, warmup: int, steps: int, reference_
     }
     if parts.world.main:
         save_results(folder, summary)
-        tell(summary, folder.path)
-    leave()
+        print_summary(summary, folder.path)
+    destroy_process_group()
     return float(summary["images_per_second"])
 
 
-def summarise(every: list[Figures], batch_size: int, reference_gflop: float | None) -> dict[str, Any]:
+def build_summary(every: list[Figures], batch_size: int, reference_gflop: float | None) -> dict[str, Any]:
     """The figures of all processes, which share every batch, as those of the machine: rates and FLOP add up, times are the
     main process', memory is that of the process that needs most.
     """
@@ -99,9 +99,9 @@ def summarise(every: list[Figures], batch_size: int, reference_gflop: float | No
         "gflop_per_image": own,
         "flops": flop / seconds,
         "matmul_flops": matmul_flops,
-        "utilisation": flop / seconds / matmul_flops,
+        "utilization": flop / seconds / matmul_flops,
         "reference_gflop": reference_gflop or own,
-        "normalised": speed * (reference_gflop or own) * 1e9 / matmul_flops,
+        "normalized": speed * (reference_gflop or own) * 1e9 / matmul_flops,
         "peak_memory_mb": max(figures.peak_memory_mb for figures in every),
     }
 
@@ -119,7 +119,7 @@ def save_results(folder: RunFolder, summary: dict[str, Any]) -> None:
     folder.release()
 
 
-def tell(summary: dict[str, Any], path: Path) -> None:
+def print_summary(summary: dict[str, Any], path: Path) -> None:
     """Print the table."""
     total, precision = summary["step_seconds"], summary["device"].split(", ")[1]
     print(f"{summary['device']}, batches of {summary['batch_size']}")
@@ -131,9 +131,9 @@ def tell(summary: dict[str, Any], path: Path) -> None:
     print(f"{summary['images_per_second']:.1f} images/s, peak memory {summary['peak_memory_mb']:.0f} MB of a process")
     bound = summary["bound"]
     print(f"bound by {bound}: {summary['shares'][bound]:.0%} of the time {BOUNDS[bound]}")
-    rates = f"{summary['flops'] / 1e9:.0f} GFLOP/s, {summary['utilisation']:.1%} of the machine's matmul rate in {precision}"
+    rates = f"{summary['flops'] / 1e9:.0f} GFLOP/s, {summary['utilization']:.1%} of the machine's matmul rate in {precision}"
     print(f"{summary['gflop_per_image']:.2f} GFLOP per image, {rates}, {summary['matmul_flops'] / 1e9:.0f} GFLOP/s")
-    print(f"normalised: {summary['normalised']:.3f} (images/s x {summary['reference_gflop']:.2f} GFLOP / matmul rate)")
+    print(f"normalized: {summary['normalized']:.3f} (images/s x {summary['reference_gflop']:.2f} GFLOP / matmul rate)")
     print(f"Benchmark folder: {path}")
 
 
@@ -141,7 +141,7 @@ def plot_phases(summary: dict[str, Any], path: Path) -> None:
     """A bar per phase of the step, in the order of the data flow.
 
     Args:
-        summary: see `hjepa.tasks.benchmark.benchmark.summarise`.
+        summary: see `hjepa.tasks.benchmark.benchmark.build_summary`.
     """
     phases, total = summary["phase_seconds"], summary["step_seconds"]
     figure, axis = plt.subplots(figsize=(7.0, 0.9 + 0.32 * len(phases)), layout="constrained")
@@ -152,7 +152,7 @@ def plot_phases(summary: dict[str, Any], path: Path) -> None:
     axis.set_xlabel("ms of a step")
     axis.set_title(
         f"{summary['device']}, batches of {summary['batch_size']}\n{summary['images_per_second']:.1f} images/s, "
-        f"{summary['utilisation']:.0%} of the matmul rate, bound by {summary['bound']}",
+        f"{summary['utilization']:.0%} of the matmul rate, bound by {summary['bound']}",
         fontsize=9,
     )
     axis.spines[["top", "right"]].set_visible(False)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from hjepa.data.stream import Stream
 from hjepa.distributed.device import PRECISIONS, Hardware
-from hjepa.tasks.benchmark.phase_timer import PHASES, Clock, watch_phases
+from hjepa.tasks.benchmark.phase_timer import PHASES, PhaseTimer, attach_phase_timer
 from hjepa.training.trainer import Trainer
 
 SMALL = 2  # images of a step that costs little more than any batch does
@@ -65,16 +65,16 @@ def steps_needed(warmup: int, steps: int) -> int:
 def measure(trainer: Trainer, warmup: int, steps: int) -> Figures:
     """Measure `steps` ordinary training steps after `warmup` others."""
     for step in range(warmup):
-        trainer.step(*trainer.batch(step), step)
+        trainer.train_step(*trainer.batch(step), step)
     flop = count_flop(trainer, warmup)
     peak = trainer.parts.hardware.peak_memory_mb()
-    product, clock = Product(trainer.parts.hardware), Clock(trainer.device)
-    watch_phases(trainer, clock)
+    product, clock = Product(trainer.parts.hardware), PhaseTimer(trainer.device)
+    attach_phase_timer(trainer, clock)
     for step in progress(trainer, range(warmup + 1, warmup + 1 + steps)):
         clock.begin("matmul")
         product()
         clock.enter("augment")
-        trainer.step(*trainer.batch(step), step)
+        trainer.train_step(*trainer.batch(step), step)
     rounds = clock.read()
     products = [seconds.pop("matmul") for seconds in rounds]
     step_seconds, next_step = median(sum(seconds.values()) for seconds in rounds), warmup + 1 + steps
@@ -100,13 +100,13 @@ def count_flop(trainer: Trainer, step: int) -> int:
     torch.compiler.set_stance("force_eager")
     try:
         with FlopCounterMode(display=False) as counter:
-            trainer.step(*trainer.batch(step), step)
+            trainer.train_step(*trainer.batch(step), step)
     finally:
         torch.compiler.set_stance("default")
     return counter.get_total_flops()
 
 
-def fixed_share(trainer: Trainer, clock: Clock, step: int) -> float | None:
+def fixed_share(trainer: Trainer, clock: PhaseTimer, step: int) -> float | None:
     """The share of a step that any batch costs: a line through the times of a few images and of all, at no image at all."""
     clock.begin("augment")
     batch = images, masks, crops = trainer.batch(step)
@@ -115,13 +115,13 @@ def fixed_share(trainer: Trainer, clock: Clock, step: int) -> float | None:
     if count < 2 * few:
         return None
     some = None if crops is None else crops[: few * len(crops) // count]
-    small = images[: few * views], masks.of(torch.arange(few * views)), some
-    trainer.step(*small, step)
+    small = images[: few * views], masks.select(torch.arange(few * views)), some
+    trainer.train_step(*small, step)
     clock.read()
     for _ in range(TURNS):
         for chosen in (small, batch):
             clock.begin("other")
-            trainer.step(*chosen, step)
+            trainer.train_step(*chosen, step)
     seconds = [sum(phases.values()) for phases in clock.read()]
     at_few, at_all = median(seconds[::2]), median(seconds[1::2])
     return min(1.0, max(0.0, (at_few * count - at_all * few) / (count - few) / at_all))

@@ -25,7 +25,7 @@ PHASES = (
 MODULES = {"student": "student", "teacher": "teacher", "predictor": "predictor", "upper": "stacked levels"}
 
 
-class Clock:
+class PhaseTimer:
     """Seconds by phase, round by round; a phase lasts until another one is entered."""
 
     def __init__(self, device: torch.device) -> None:
@@ -91,7 +91,7 @@ class Clock:
         return timed
 
 
-def watch_phases(trainer: Trainer, clock: Clock) -> None:
+def attach_phase_timer(trainer: Trainer, clock: PhaseTimer) -> None:
     """Hang the clock around the parts of a step. Its rounds begin with the phase `augment`."""
     model, parts = trainer.model, trainer.parts
     trainer.pixels = clock.within("data", trainer.pixels)  # type: ignore[method-assign]

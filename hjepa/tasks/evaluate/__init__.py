@@ -1,0 +1,5 @@
+"""`task=evaluate`: score the features of finished runs by several protocols."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

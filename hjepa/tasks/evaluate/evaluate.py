@@ -12,24 +12,24 @@ from typing import Literal
 
 from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
-from hjepa.data.datamodule import Dataset
+from hjepa.data.datamodule import DataModule
 from hjepa.sweeps.sweep import Sweep
-from hjepa.tasks.evaluate.dense import Dense
-from hjepa.tasks.evaluate.few_shot import Fewshot
-from hjepa.tasks.evaluate.finetune import Finetune
-from hjepa.tasks.evaluate.linear_knn import KNN, Linear
-from hjepa.tasks.evaluate.protocol import Judge, Scope, Study
+from hjepa.tasks.evaluate.dense import DenseProbe
+from hjepa.tasks.evaluate.few_shot import FewShot
+from hjepa.tasks.evaluate.finetune import FineTuning
+from hjepa.tasks.evaluate.linear_knn import KNNProbe, LinearProbe
+from hjepa.tasks.evaluate.protocol import EvalContext, EvalOptions, EvalProtocol
 from hjepa.tasks.evaluate.quality import Quality
 from hjepa.tasks.evaluate.results import Results
 from hjepa.tasks.evaluate.seeds import compare
 from hjepa.tasks.evaluate.transfer import Transfer
-from hjepa.tracking.run_folder import refuse_unwritable, runs_below, unheld
-from hjepa.tracking.tracker import Addition, give
+from hjepa.tracking.run_folder import check_writable, runs_below, try_lock
+from hjepa.tracking.tracker import Artifacts, log_artifacts
 
 log = logging.getLogger(__name__)
 
 
-def evaluate(
+def evaluate_runs(
     config: Config,
     path: Path,
     checkpoint: str | None,
@@ -40,20 +40,20 @@ def evaluate(
     test_images: int | None,
     batch_size: int | None,
     depths: list[int] | None,
-    transfer: Dataset | None,
-    linear: Linear,
-    knn: KNN,
-    fewshot: Fewshot,
-    finetune: Finetune,
-    dense: Dense,
+    transfer: DataModule | None,
+    linear: LinearProbe,
+    knn: KNNProbe,
+    fewshot: FewShot,
+    finetune: FineTuning,
+    dense: DenseProbe,
     quality: Quality,
 ) -> float | None:
     """Evaluate the run that `run` names, every one below it, or those of a sweep.
 
     Args:
-        checkpoint, root: see `open_run`.
+        checkpoint, root: see `load_run`.
         protocols: names, or "all", which leaves out what does not apply.
-        split: what is scored on; train_images, test_images: how many labelled images at most, None for all.
+        split: what is scored on; train_images, test_images: how many labeled images at most, None for all.
         batch_size: images per forward pass, None for that of the run's probe.
         depths: of the encoder whose features are judged, None for all.
         transfer: the dataset of the protocol of that name; the others: the protocols.
@@ -61,7 +61,7 @@ def evaluate(
     Returns:
         The linear accuracy of the last depth, the mean over several runs; None without that protocol.
     """
-    judges: dict[str, Judge] = {
+    protocols_by_name: dict[str, EvalProtocol] = {
         "linear": linear,
         "knn": knn,
         "fewshot": fewshot,
@@ -70,11 +70,13 @@ def evaluate(
         "transfer": Transfer(transfer, config["task"]["transfer"], linear, knn),
         "quality": quality,
     }
-    chosen = choose(protocols, judges)
-    scope = Scope(checkpoint, root, split, train_images, test_images, batch_size, depths)
+    chosen = choose(protocols, protocols_by_name)
+    scope = EvalOptions(checkpoint, root, split, train_images, test_images, batch_size, depths)
     folders = run_folders(config["run"])
     try:
-        found = {folder: evaluate_run(config, folder, scope, judges, chosen, skip=protocols == "all") for folder in folders}
+        found = {
+            folder: evaluate_run(config, folder, scope, protocols_by_name, chosen, skip=protocols == "all") for folder in folders
+        }
     except KeyboardInterrupt:
         raise UserError(
             "Interrupted: the protocols that were finished are kept, and the same command goes on after them."
@@ -85,46 +87,50 @@ def evaluate(
     return mean(scores) if scores else None
 
 
-def choose(protocols: list[str] | str, judges: dict[str, Judge]) -> list[str]:
+def choose(protocols: list[str] | str, protocols_by_name: dict[str, EvalProtocol]) -> list[str]:
     """The names of the protocols asked for, in the order of the tables."""
-    names = list(judges) if protocols == "all" else [protocols] if isinstance(protocols, str) else protocols
-    unknown = [name for name in names if name not in judges]
+    names = list(protocols_by_name) if protocols == "all" else [protocols] if isinstance(protocols, str) else protocols
+    unknown = [name for name in names if name not in protocols_by_name]
     if unknown or not names:
-        raise UserError(f"task.protocols={protocols}: expected some of {', '.join(judges)}, or all.")
-    return [name for name in judges if name in names]
+        raise UserError(f"task.protocols={protocols}: expected some of {', '.join(protocols_by_name)}, or all.")
+    return [name for name in protocols_by_name if name in names]
 
 
-def evaluate_run(config: Config, folder: Path, scope: Scope, judges: dict[str, Judge], chosen: list[str], skip: bool) -> Results:
+def evaluate_run(
+    config: Config, folder: Path, scope: EvalOptions, protocols_by_name: dict[str, EvalProtocol], chosen: list[str], skip: bool
+) -> Results:
     """Evaluate one run: open it, do what is missing, print, keep and track all.
 
     Args:
         skip: leave out, and say so, what the run or its data are refused for.
     """
     place = folder / "evaluate"
-    refuse_unwritable(place, "make it writable, or copy the run elsewhere")
+    check_writable(place, "make it writable, or copy the run elsewhere")
     study = scope.study(config, folder, place / "features")
     place.mkdir(exist_ok=True)
-    with unheld(place) as free:
+    with try_lock(place) as free:
         if not free:
             raise UserError(f"Another process is evaluating {folder}; wait for it.")
         results = Results(place, study.run, anew=config["overwrite"])
         print(f"{folder}, checkpoint {study.run.checkpoint.stem} of step {study.run.step}", flush=True)
-        judge(config["task"], study, results, judges, chosen, skip)
+        judge(config["task"], study, results, protocols_by_name, chosen, skip)
         results.end()
     files = [place / "summary.json", place / "table.txt"]
-    give(config, folder, Addition(files, "evaluate", metrics=results.metrics(), step=study.run.step))
+    log_artifacts(config, folder, Artifacts(files, "evaluate", metrics=results.metrics(), step=study.run.step))
     print(f"\nEvaluation: {place}/summary.json and table.txt; features/ beside them can be removed at any time.", flush=True)
     return results
 
 
-def judge(task: Config, study: Study, results: Results, judges: dict[str, Judge], chosen: list[str], skip: bool) -> None:
+def judge(
+    task: Config, study: EvalContext, results: Results, protocols_by_name: dict[str, EvalProtocol], chosen: list[str], skip: bool
+) -> None:
     """Do what is missing of the chosen protocols, and print the tables; everything that can be refused is refused first."""
     options = {name: task[name] for name in chosen} | {"transfer": [task[name] for name in ("transfer", "linear", "knn")]}
     missing = [name for name in chosen if not results.has(name, study.key(options[name]))]
     refused = []
     for name in missing:
         try:
-            judges[name].refuse(study)
+            protocols_by_name[name].check(study)
         except UserError as error:
             if not skip:
                 raise
@@ -134,7 +140,7 @@ def judge(task: Config, study: Study, results: Results, judges: dict[str, Judge]
     for name in results.protocols:
         if name in missing:
             log.info("%s ...", name)
-            results.keep(name, study.key(options[name]), judges[name].about(study), judges[name](study))
+            results.keep(name, study.key(options[name]), protocols_by_name[name].about(study), protocols_by_name[name](study))
         print(f"\n{results.table(name)}", flush=True)
 
 

@@ -19,24 +19,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hjepa.config.errors import UserError
-from hjepa.config.identity import NOT_IDENTITY_DATASET, digits
+from hjepa.config.identity import NOT_IDENTITY_DATASET, short_hash
 from hjepa.config.schema import Config
-from hjepa.data.datamodule import Dataset, Split, unit
+from hjepa.data.datamodule import DataModule, Split, unit
 from hjepa.data.stream import Stream
-from hjepa.metrics.probes import labelled, standardise
-from hjepa.tasks.trained_run import WHO, Opened, Who, networks
-from hjepa.tracking.run_folder import whole_folder
+from hjepa.metrics.probes import labeled_indices, standardize
+from hjepa.tasks.trained_run import NETWORK_KINDS, NetworkKind, TrainedRun, layer_features
+from hjepa.tracking.run_folder import atomic_folder
 
 PIXELS = 32  # raw pixels are compared at this side at most: more would be more numbers than images
 
-Role = Literal["train", "test"]
+Subset = Literal["train", "test"]
 
-ROLES: tuple[Role, Role] = ("train", "test")
+SUBSETS: tuple[Subset, Subset] = ("train", "test")
 
 
 @dataclass(frozen=True)
-class Part:
-    """Labelled images: some positions of a split."""
+class LabeledImages:
+    """Labeled images: some positions of a split."""
 
     split: Split
     index: Tensor
@@ -68,31 +68,31 @@ class Data:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: DataModule,
         node: Config,
         test: Literal["test", "validation"],
         train_images: int | None,
         test_images: int | None,
     ) -> None:
         self.dataset, self.test = dataset, test
-        self.counts: dict[Role, int | None] = {"train": train_images, "test": test_images}
+        self.counts: dict[Subset, int | None] = {"train": train_images, "test": test_images}
         self.key = {name: value for name, value in node.items() if name not in NOT_IDENTITY_DATASET}
         self.key |= {"test": test, "train_images": train_images, "test_images": test_images}
 
     @cached_property
-    def parts(self) -> dict[Role, Part]:
-        """The labelled images.
+    def parts(self) -> dict[Subset, LabeledImages]:
+        """The labeled images.
 
         Raises:
             UserError: there are no labels, or none in common, or the images do not have three channels.
         """
         train, validation = self.dataset.train_and_validation()
-        splits: dict[Role, Split] = {
+        splits: dict[Subset, Split] = {
             "train": train,
             "test": validation if self.test == "validation" else self.dataset.load("test"),
         }
-        refuse_unlabelled(splits)
-        return {role: Part(split, labelled(split, self.counts[role])) for role, split in splits.items()}
+        check_labeled(splits)
+        return {role: LabeledImages(split, labeled_indices(split, self.counts[role])) for role, split in splits.items()}
 
     def describe(self) -> str:
         """What is scored on what, in words."""
@@ -101,13 +101,13 @@ class Data:
         return f"fitted on {train} images of the training part, scored on {test} of {where}"
 
 
-def refuse_unlabelled(splits: dict[Role, Split]) -> None:
+def check_labeled(splits: dict[Subset, Split]) -> None:
     """Refuse images without labels or of another format, and scoring on classes that there are none to learn from of."""
     for role, split in splits.items():
         if not split.labels or int(next(iter(split.labels.values())).max()) < 0:
             raise UserError(
                 f"The {role} images have no labels, which an evaluation needs; sort them into class folders, or judge the "
-                "features on a labelled dataset: task.protocols=[transfer] dataset@task.transfer=cifar100."
+                "features on a labeled dataset: task.protocols=[transfer] dataset@task.transfer=cifar100."
             )
         if split.images[:1].shape[1] != 3:
             raise UserError(
@@ -129,35 +129,37 @@ class Features:
             pass.
     """
 
-    def __init__(self, run: Opened, data: Data, folder: Path, depths: list[int], batch_size: int) -> None:
+    def __init__(self, run: TrainedRun, data: Data, folder: Path, depths: list[int], batch_size: int) -> None:
         self.run, self.data, self.folder, self.depths, self.batch_size = run, data, folder, depths, batch_size
-        self.networks = networks(run, depths)
+        self.layer_features = layer_features(run, depths)
 
     @property
     def key(self) -> dict[str, Any]:
         """What the features are a function of."""
         return self.data.key | {"checkpoint": self.run.hash, "depths": self.depths, "batch_size": self.batch_size}
 
-    def __call__(self, who: Who, role: Role) -> dict[str, Tensor]:
+    def __call__(self, who: NetworkKind, role: Subset) -> dict[str, Tensor]:
         """Features float32 [N, F] by depth and stacked level, mapped from their files."""
-        place = self.folder / f"{self.run.hash}-{digits(self.key | {'who': who, 'role': role})}"
+        place = self.folder / f"{self.run.hash}-{short_hash(self.key | {'who': who, 'role': role})}"
         if not place.exists():
             self.extract(who, role, place)
-        return {name: torch.from_numpy(np.load(place / f"{name}.npy", mmap_mode="c")) for name in self.networks[who].names()}
+        return {
+            name: torch.from_numpy(np.load(place / f"{name}.npy", mmap_mode="c")) for name in self.layer_features[who].names()
+        }
 
-    def look(self, who: Who, images: Tensor) -> dict[str, Tensor]:
-        """Pooled features [B, F] of normalised images [B, 3, S, S], by layer."""
-        return {name: tokens.pooled.float() for name, tokens in self.networks[who].tokens(images).items()}
+    def pooled(self, who: NetworkKind, images: Tensor) -> dict[str, Tensor]:
+        """Pooled features [B, F] of normalized images [B, 3, S, S], by layer."""
+        return {name: tokens.pooled.float() for name, tokens in self.layer_features[who].tokens(images).items()}
 
-    def extract(self, who: Who, role: Role, place: Path) -> None:
+    def extract(self, who: NetworkKind, role: Subset, place: Path) -> None:
         """Compute and write them: all or none."""
         part = self.data.parts[role]
         self.folder.mkdir(exist_ok=True)
-        with whole_folder(place) as temporary:
+        with atomic_folder(place) as temporary:
             files: dict[str, np.memmap] = {}
             first = 0
             for images in part.batches(self.batch_size, self.run.hardware.device, f"{who} features, {role}"):
-                rows = self.look(who, self.run.dataset.normalise(images))
+                rows = self.pooled(who, self.run.dataset.normalize(images))
                 files = files or self.open(temporary, rows, len(part))
                 for name, row in rows.items():
                     files[name][first : first + len(row)] = row.cpu().numpy()
@@ -181,21 +183,21 @@ class Features:
 
     def names(self, last_only: bool = False) -> list[str]:
         """The layers of a network; or its last block and the stacked levels."""
-        names = self.networks["trained"].names()
+        names = self.layer_features["trained"].names()
         return [names[0], *(name for name in names if name.startswith("stacked"))] if last_only else names
 
     def pairs(self, last_only: bool = False) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Every row of a table: its name, and what to fit on [N, F] and to score on [M, F], standardised, on the device."""
+        """Every row of a table: its name, and what to fit on [N, F] and to score on [M, F], standardized, on the device."""
         device = self.run.hardware.device
-        for who in WHO:
+        for who in NETWORK_KINDS:
             for name in self.names(last_only):
-                train, test = (self(who, role)[name].to(device) for role in ROLES)
-                yield (f"{who}/{name}", *standardise(train, test))
-        train, test = (self.pixels(role).to(device) for role in ROLES)
-        train, test = standardise(train, test)  # lets the raw ones go, which may be large
+                train, test = (self(who, role)[name].to(device) for role in SUBSETS)
+                yield (f"{who}/{name}", *standardize(train, test))
+        train, test = (self.pixels(role).to(device) for role in SUBSETS)
+        train, test = standardize(train, test)  # lets the raw ones go, which may be large
         yield "pixels", train, test
 
-    def pixels(self, role: Role) -> Tensor:
+    def pixels(self, role: Subset) -> Tensor:
         """The images themselves in [0, 1], float32 [N, F], larger ones averaged down to 32 pixels a side."""
         part, side = self.data.parts[role], min(PIXELS, self.run.encoder.image_size)
         rows = torch.empty(len(part), 3 * side**2)

@@ -12,17 +12,17 @@ from torch import Generator, Tensor
 from hjepa.config.errors import UserError
 from hjepa.distributed.seeding import generator
 from hjepa.metrics.probes import accuracy, logistic
-from hjepa.sweeps.tables import spread
-from hjepa.tasks.evaluate.protocol import Rows, Study
+from hjepa.sweeps.tables import std
+from hjepa.tasks.evaluate.protocol import EvalContext, Scores
 
 Count = Callable[[int], int]
 
 
 @dataclass(frozen=True)
-class Fewshot:
-    """Logistic regression on few labelled images, drawn anew several times and alike for every source of features.
+class FewShot:
+    """Logistic regression on few labeled images, drawn anew several times and alike for every source of features.
 
-    The features are standardised with the statistics of all images to fit on, which takes no labels.
+    The features are standardized with the statistics of all images to fit on, which takes no labels.
 
     Args:
         shots: images per class; shares: of the images of every class, at least one.
@@ -44,7 +44,7 @@ class Fewshot:
         if any(not 0 < share <= 1 for share in self.shares):
             raise UserError(f"task.fewshot.shares={list(self.shares)}: expected shares above 0 and at most 1.")
 
-    def refuse(self, study: Study) -> None:
+    def check(self, study: EvalContext) -> None:
         """Refuse classes with fewer images than shots."""
         for name, labels, _ in study.labels():
             classes, counts = labels[labels >= 0].unique(return_counts=True)
@@ -54,21 +54,21 @@ class Fewshot:
                     f"{int(counts.min())} images to draw from; ask for fewer shots, or raise task.train_images."
                 )
 
-    def about(self, study: Study) -> str:
+    def about(self, study: EvalContext) -> str:
         return (
             f"Few-shot linear probe, accuracy, mean and standard deviation over {self.draws} draws of the images to fit on, "
             f"{study.data.describe()}"
         )
 
-    def __call__(self, study: Study) -> Rows:
-        rows: Rows = {}
+    def __call__(self, study: EvalContext) -> Scores:
+        rows: Scores = {}
         for source, x, y in study.pairs("fewshot", last_only=True):
             columns = rows[source] = {}
             for name, train, test in study.labels():
                 for what, count in self.settings().items():
                     draws = [draw(train, count, generator(0, "fewshot", what, i)) for i in range(self.draws)]
                     found = [accuracy(self.fit(x, train, chosen, y), test) for chosen in draws]
-                    columns |= {f"{name}/{what}": mean(found), f"{name}/{what} std": spread(found)}
+                    columns |= {f"{name}/{what}": mean(found), f"{name}/{what} std": std(found)}
         return rows
 
     def settings(self) -> dict[str, Count]:

@@ -8,21 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hjepa.config.errors import UserError
-from hjepa.data.datamodule import Dataset, unit
+from hjepa.data.datamodule import DataModule, unit
 from hjepa.distributed.seeding import generator, seed_global
 from hjepa.metrics.probes import accuracy
-from hjepa.models.vit import Encoder
+from hjepa.models.vit import ViTEncoder
 from hjepa.optim.optimizers import TOKENS
-from hjepa.optim.schedules import Cosine
-from hjepa.optim.step_plan import Plan
-from hjepa.tasks.evaluate.features import Part
-from hjepa.tasks.evaluate.protocol import Rows, Study
+from hjepa.optim.schedules import CosineSchedule
+from hjepa.optim.step_plan import StepPlan
+from hjepa.tasks.evaluate.features import LabeledImages
+from hjepa.tasks.evaluate.protocol import EvalContext, Scores
 
 CLIP = 1.0  # norm of the gradient
 
 
 @dataclass(frozen=True)
-class Finetune:
+class FineTuning:
     """AdamW on the sum of every label's cross-entropy; the learning rate warms up and then falls as half a cosine, and images
     are augmented as they were in training.
 
@@ -44,46 +44,48 @@ class Finetune:
                 "image, a positive rate, and no negative numbers."
             )
 
-    def refuse(self, study: Study) -> None:
+    def check(self, study: EvalContext) -> None:
         """Refuse batches that are larger than the training part."""
         self.plan(study)
 
-    def plan(self, study: Study) -> Plan:
+    def plan(self, study: EvalContext) -> StepPlan:
         """The steps, of which the last few images of an epoch are left out."""
         images = len(study.data.parts["train"])
         if self.batch_size > images:
             raise UserError(f"task.finetune.batch_size={self.batch_size}: expected at most {images}, the images to train on.")
-        return Plan(images, self.epochs, None, self.batch_size)
+        return StepPlan(images, self.epochs, None, self.batch_size)
 
-    def about(self, study: Study) -> str:
+    def about(self, study: EvalContext) -> str:
         return f"Fine-tuned for {self.epochs} epochs, accuracy, {study.data.describe()}"
 
-    def __call__(self, study: Study) -> Rows:
+    def __call__(self, study: EvalContext) -> Scores:
         encoders = {"trained": study.run.encoder, "untrained": study.run.untrained}
         return {f"{who}/block {encoder.depth}": self.tune(study, encoder, who) for who, encoder in encoders.items()}
 
-    def tune(self, study: Study, encoder: Encoder, who: str) -> dict[str, float]:
+    def tune(self, study: EvalContext, encoder: ViTEncoder, who: str) -> dict[str, float]:
         """Accuracies on the images to score on, by label, of a fine-tuned copy of an encoder."""
         train, test = (study.data.parts[role] for role in ("train", "test"))
-        device, normalise = study.run.hardware.device, study.run.dataset.normalise
+        device, normalize = study.run.hardware.device, study.run.dataset.normalize
         seed_global(study.run.config["seed"], "finetune")
         network = Classifier(encoder, {name: int(label.max()) + 1 for name, label in train.labels.items()}).to(device)
         self.train(network.train(), study, who)
         network.eval()
         with torch.no_grad():
             batches = test.batches(study.features.batch_size, device, f"scoring the {who} network")
-            logits = [network(normalise(images)) for images in batches]
+            logits = [network(normalize(images)) for images in batches]
         return {name: accuracy(torch.cat([part[name] for part in logits]), label) for name, label in test.labels.items()}
 
-    def train(self, network: "Classifier", study: Study, who: str) -> None:
+    def train(self, network: "Classifier", study: EvalContext, who: str) -> None:
         """Train a network: every draw is a function of the run's seed and the step."""
         plan, part, seed = self.plan(study), study.data.parts["train"], study.run.config["seed"]
         hardware, dataset = study.run.hardware, study.run.dataset
         scaler = hardware.scaler()
-        rates = Cosine(self.lr, 0.0, warmup_epochs=min(self.warmup_epochs, self.epochs))(plan)
+        rates = CosineSchedule(self.lr, 0.0, warmup_epochs=min(self.warmup_epochs, self.epochs))(plan)
         optimizer = torch.optim.AdamW(groups(network, self.weight_decay), lr=self.lr)
         order = torch.cat([shuffled(plan, seed, epoch) for epoch in range(self.epochs)])
-        batches = Part(part.split, part.index[order]).batches(plan.batch_size, hardware.device, f"fine-tuning the {who} network")
+        batches = LabeledImages(part.split, part.index[order]).batches(
+            plan.batch_size, hardware.device, f"fine-tuning the {who} network"
+        )
         for step, (images, rows) in enumerate(zip(batches, order.split(plan.batch_size), strict=True)):
             for group in optimizer.param_groups:
                 group["lr"] = rates[step]
@@ -105,13 +107,13 @@ class Classifier(nn.Module):
         classes: number of classes by label.
     """
 
-    def __init__(self, encoder: Encoder, classes: dict[str, int]) -> None:
+    def __init__(self, encoder: ViTEncoder, classes: dict[str, int]) -> None:
         super().__init__()
         self.encoder = copy.deepcopy(encoder).requires_grad_(True)
         self.heads = nn.ModuleDict({name: nn.Linear(encoder.feature_dim, count) for name, count in classes.items()})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images [B, 3, S, S] -> logits [B, classes] by label."""
+        """Normalized images [B, 3, S, S] -> logits [B, classes] by label."""
         features = self.encoder.features(images)
         return {name: head(features) for name, head in self.heads.items()}
 
@@ -125,16 +127,16 @@ def groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     return [{"params": decays[True], "weight_decay": weight_decay}, {"params": decays[False], "weight_decay": 0.0}]
 
 
-def shuffled(plan: Plan, seed: int, epoch: int) -> Tensor:
+def shuffled(plan: StepPlan, seed: int, epoch: int) -> Tensor:
     """The order of an epoch's images, without those that fill no batch."""
     order = torch.randperm(plan.images, generator=generator(seed, "finetune order", epoch))
-    return order[: plan.steps_of(epoch) * plan.batch_size]
+    return order[: plan.steps_in_epoch(epoch) * plan.batch_size]
 
 
-def augmented(dataset: Dataset, images: Tensor, seed: int, step: int) -> Tensor:
-    """Augmented, normalised images, float [B, 3, S, S], of uint8 ones."""
+def augmented(dataset: DataModule, images: Tensor, seed: int, step: int) -> Tensor:
+    """Augmented, normalized images, float [B, 3, S, S], of uint8 ones."""
     draws = dataset.augment.draw(len(images), generator(seed, "finetune augment", step))
-    return dataset.standardise(dataset.augment(unit(images), draws))
+    return dataset.standardize(dataset.augment(unit(images), draws))
 
 
 def cross_entropy(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:

@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 
 from hjepa.config.errors import UserError
 from hjepa.metrics.probes import accuracy, knn
-from hjepa.tasks.evaluate.protocol import Rows, Study
+from hjepa.tasks.evaluate.protocol import EvalContext, Scores
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearProbe:
     """Logistic regression.
 
     Args:
@@ -21,14 +21,14 @@ class Linear:
         if self.penalties is not None and (not self.penalties or min(self.penalties) <= 0):
             raise UserError(f"task.linear.penalties={list(self.penalties)}: give at least one, all positive, or null.")
 
-    def refuse(self, study: Study) -> None:
-        """Any labelled images will do."""
+    def check(self, study: EvalContext) -> None:
+        """Any labeled images will do."""
         study.labels()
 
-    def about(self, study: Study) -> str:
+    def about(self, study: EvalContext) -> str:
         return f"Linear probe, accuracy, {study.data.describe()}"
 
-    def __call__(self, study: Study) -> Rows:
+    def __call__(self, study: EvalContext) -> Scores:
         probe = replace(study.probe, penalties=self.penalties or study.probe.penalties)
         return {
             source: {name: accuracy(probe.linear(x, train, y), test) for name, train, test in study.labels()}
@@ -37,36 +37,36 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class KNN:
+class KNNProbe:
     """Weighted k-NN vote (Wu et al. 2018).
 
     Args:
-        neighbours, temperature: of the vote; None for those of the probe.
+        neighbors, temperature: of the vote; None for those of the probe.
     """
 
-    neighbours: int | None
+    neighbors: int | None
     temperature: float | None
 
     def __post_init__(self) -> None:
-        for name, value in (("neighbours", self.neighbours), ("temperature", self.temperature)):
+        for name, value in (("neighbors", self.neighbors), ("temperature", self.temperature)):
             if value is not None and value <= 0:
                 raise UserError(f"task.knn.{name}={value} must be positive, or null for that of the run's probe.")
 
-    def refuse(self, study: Study) -> None:
-        """Any labelled images will do."""
+    def check(self, study: EvalContext) -> None:
+        """Any labeled images will do."""
         study.labels()
 
-    def about(self, study: Study) -> str:
-        neighbours, temperature = self.options(study)
-        return f"k-NN ({neighbours} neighbours, temperature {temperature:g}), accuracy, {study.data.describe()}"
+    def about(self, study: EvalContext) -> str:
+        neighbors, temperature = self.options(study)
+        return f"k-NN ({neighbors} neighbors, temperature {temperature:g}), accuracy, {study.data.describe()}"
 
-    def options(self, study: Study) -> tuple[int, float]:
-        """Neighbours and temperature."""
-        return self.neighbours or study.probe.neighbours, self.temperature or study.probe.temperature
+    def options(self, study: EvalContext) -> tuple[int, float]:
+        """Neighbors and temperature."""
+        return self.neighbors or study.probe.neighbors, self.temperature or study.probe.temperature
 
-    def __call__(self, study: Study) -> Rows:
-        neighbours, temperature = self.options(study)
+    def __call__(self, study: EvalContext) -> Scores:
+        neighbors, temperature = self.options(study)
         return {
-            source: {name: accuracy(knn(x, train, y, neighbours, temperature), test) for name, train, test in study.labels()}
+            source: {name: accuracy(knn(x, train, y, neighbors, temperature), test) for name, train, test in study.labels()}
             for source, x, y in study.pairs("knn")
         }

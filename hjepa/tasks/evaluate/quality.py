@@ -8,10 +8,10 @@ from torch import Tensor
 from hjepa.config.errors import UserError
 from hjepa.data.datamodule import unit
 from hjepa.distributed.seeding import generator
-from hjepa.metrics.spectrum import figures, lidar
-from hjepa.tasks.evaluate.features import Part
-from hjepa.tasks.evaluate.protocol import Rows, Study
-from hjepa.tasks.trained_run import WHO, Who
+from hjepa.metrics.spectrum import feature_statistics, lidar
+from hjepa.tasks.evaluate.features import LabeledImages
+from hjepa.tasks.evaluate.protocol import EvalContext, Scores
+from hjepa.tasks.trained_run import NETWORK_KINDS, NetworkKind
 
 
 @dataclass(frozen=True)
@@ -29,33 +29,33 @@ class Quality:
         if self.images < 2 or self.views < 2:
             raise UserError(f"task.quality.images={self.images} and views={self.views}: expected at least 2 of each.")
 
-    def refuse(self, study: Study) -> None:
-        """Any labelled images will do."""
+    def check(self, study: EvalContext) -> None:
+        """Any labeled images will do."""
         study.labels()
 
-    def about(self, study: Study) -> str:
+    def about(self, study: EvalContext) -> str:
         count = len(study.data.parts["test"])
         return (
-            f"Quality of the features of {count} images; rank: effective rank of the centred features; lidar: of "
+            f"Quality of the features of {count} images; rank: effective rank of the centered features; lidar: of "
             f"{min(count, self.images)} images in {self.views} views each"
         )
 
-    def __call__(self, study: Study) -> Rows:
-        rows: Rows = {}
-        for who in WHO:
+    def __call__(self, study: EvalContext) -> Scores:
+        rows: Scores = {}
+        for who in NETWORK_KINDS:
             features, views = study.features(who, "test"), self.augmented(study, who)
             for name in study.features.names():
-                rows[f"{who}/{name}"] = figures(features[name]) | {"lidar": lidar(views[name])}
+                rows[f"{who}/{name}"] = feature_statistics(features[name]) | {"lidar": lidar(views[name])}
         return rows
 
-    def augmented(self, study: Study, who: Who) -> dict[str, Tensor]:
+    def augmented(self, study: EvalContext, who: NetworkKind) -> dict[str, Tensor]:
         """Features [n, q, F] of q views of n images, by depth and stacked level; the same views for every network."""
         part, dataset, device = study.data.parts["test"], study.run.dataset, study.run.hardware.device
-        chosen, found = Part(part.split, part.index[: self.images]), []
+        chosen, found = LabeledImages(part.split, part.index[: self.images]), []
         batches = chosen.batches(max(1, study.features.batch_size // self.views), device, f"{who} views")
         for i, images in enumerate(batches):
             repeated = unit(images).repeat_interleave(self.views, 0)
             draws = dataset.augment.draw(len(repeated), generator(0, "lidar", i))
-            views = dataset.standardise(dataset.augment(repeated, draws))
-            found.append({name: row.cpu() for name, row in study.features.look(who, views).items()})
+            views = dataset.standardize(dataset.augment(repeated, draws))
+            found.append({name: row.cpu() for name, row in study.features.pooled(who, views).items()})
         return {name: torch.cat([rows[name] for rows in found]).unflatten(0, (-1, self.views)) for name in found[0]}

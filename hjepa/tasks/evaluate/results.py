@@ -12,10 +12,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hjepa.tasks.evaluate.protocol import Rows
+from hjepa.tasks.evaluate.protocol import Scores
 from hjepa.tasks.evaluate.tables import table
-from hjepa.tasks.trained_run import Opened
-from hjepa.tracking.run_folder import Record, read_summary, write_whole
+from hjepa.tasks.trained_run import TrainedRun
+from hjepa.tracking.run_folder import Record, atomic_write, read_summary
 
 
 class Results:
@@ -25,7 +25,7 @@ class Results:
         folder: evaluate/ in the run's folder; anew: forget everything and remove the features.
     """
 
-    def __init__(self, folder: Path, run: Opened, anew: bool) -> None:
+    def __init__(self, folder: Path, run: TrainedRun, anew: bool) -> None:
         if anew:
             (folder / "summary.json").unlink(missing_ok=True)
         for place in (folder / "features").glob("*"):
@@ -56,7 +56,7 @@ class Results:
         """Whether a protocol was done with this checkpoint and these options."""
         return bool(self.own.get(protocol, {}).get("key") == key)
 
-    def keep(self, protocol: str, key: str, about: str, rows: Rows) -> None:
+    def keep(self, protocol: str, key: str, about: str, rows: Scores) -> None:
         """Keep what a protocol has found."""
         self.own[protocol] = {"key": key, "about": about, "rows": rows}
         self.write()
@@ -65,15 +65,15 @@ class Results:
         """Everything is there: write it, and the tables."""
         self.summary["status"] = "finished"
         self.write()
-        write_whole(self.folder / "table.txt", "\n\n".join(map(self.table, self.protocols)) + "\n")
+        atomic_write(self.folder / "table.txt", "\n\n".join(map(self.table, self.protocols)) + "\n")
 
     def write(self) -> None:
         """Write summary.json."""
-        write_whole(self.folder / "summary.json", json.dumps(self.summary, indent=2) + "\n")
+        atomic_write(self.folder / "summary.json", json.dumps(self.summary, indent=2) + "\n")
 
-    def rows(self, protocol: str) -> Rows:
+    def rows(self, protocol: str) -> Scores:
         """What a protocol has found."""
-        rows: Rows = self.own[protocol]["rows"]
+        rows: Scores = self.own[protocol]["rows"]
         return rows
 
     def about(self, protocol: str) -> str:

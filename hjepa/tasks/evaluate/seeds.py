@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hjepa.config.identity import digits, identity
+from hjepa.config.identity import identity, short_hash
 from hjepa.tasks.evaluate.results import Results
 from hjepa.tasks.evaluate.tables import over_runs, table_of_runs
-from hjepa.tracking.run_folder import read_config, refuse_unwritable, write_whole
+from hjepa.tracking.run_folder import atomic_write, check_writable, read_config
 
 
 def compare(root: Path, found: dict[Path, Results]) -> None:
@@ -29,10 +29,10 @@ def compare(root: Path, found: dict[Path, Results]) -> None:
         groups.append({"runs": [str(folder) for folder in folders], "means": means})
     if groups:
         place = root / "evaluate"
-        refuse_unwritable(place, "make it writable")
+        check_writable(place, "make it writable")
         place.mkdir(exist_ok=True)
-        write_whole(place / "summary.json", json.dumps({"status": "finished", "groups": groups}, indent=2) + "\n")
-        write_whole(place / "table.txt", "\n\n".join(texts) + "\n")
+        atomic_write(place / "summary.json", json.dumps({"status": "finished", "groups": groups}, indent=2) + "\n")
+        atomic_write(place / "table.txt", "\n\n".join(texts) + "\n")
         print("\n" + "\n\n".join(texts) + f"\n\nOver the seeds: {place}/summary.json and table.txt", flush=True)
 
 
@@ -40,7 +40,7 @@ def same_but_seed(folders: list[Path]) -> list[list[Path]]:
     """The folders in groups of runs that differ by their seed only."""
     groups: dict[str, list[Path]] = {}
     for folder in folders:
-        groups.setdefault(digits(identity(read_config(folder)) | {"seed": None}), []).append(folder)
+        groups.setdefault(short_hash(identity(read_config(folder)) | {"seed": None}), []).append(folder)
     return list(groups.values())
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from statistics import mean
 
-from hjepa.sweeps.tables import aligned, spread
-from hjepa.tasks.evaluate.protocol import Rows
+from hjepa.sweeps.tables import aligned, std
+from hjepa.tasks.evaluate.protocol import Scores
 
 PLAIN = ("quality",)  # figures that are no shares
 
@@ -28,17 +28,17 @@ def cells(columns: Mapping[str, float], plain: bool) -> dict[str, str]:
     }
 
 
-def table(protocol: str, about: str, rows: Rows) -> str:
+def table(protocol: str, about: str, rows: Scores) -> str:
     """One protocol of one run as text."""
     return text(about, grid(protocol, rows))
 
 
-def grid(protocol: str, rows: Rows) -> list[list[str]]:
+def grid(protocol: str, rows: Scores) -> list[list[str]]:
     """One protocol of one run as cells, the heads first."""
     return laid_out(protocol, {(heading(source),): columns for source, columns in rows.items()}, ["features"])
 
 
-def table_of_runs(protocol: str, about: str, runs: Mapping[str, Rows]) -> str:
+def table_of_runs(protocol: str, about: str, runs: Mapping[str, Scores]) -> str:
     """One protocol of several runs as text: each, and their mean and standard deviation."""
     rows: dict[tuple[str, ...], Mapping[str, float]] = {}
     for source, columns in over_runs(runs).items():
@@ -48,17 +48,15 @@ def table_of_runs(protocol: str, about: str, runs: Mapping[str, Rows]) -> str:
     return text(f"{about}; mean and standard deviation over the runs", laid_out(protocol, rows, ["features", "run"]))
 
 
-def over_runs(runs: Mapping[str, Rows]) -> Rows:
+def over_runs(runs: Mapping[str, Scores]) -> Scores:
     """Mean and standard deviation (a column "X std") over runs of everything that all of them have."""
     found = list(runs.values())
-    result: Rows = {}
+    result: Scores = {}
     for source, columns in found[0].items():
         if all(source in rows for rows in found):
             names = [name for name in columns if not name.endswith(" std") and all(name in rows[source] for rows in found)]
             values = {name: [rows[source][name] for rows in found] for name in names}
-            result[source] = {
-                k: v for name in names for k, v in ((name, mean(values[name])), (f"{name} std", spread(values[name])))
-            }
+            result[source] = {k: v for name in names for k, v in ((name, mean(values[name])), (f"{name} std", std(values[name])))}
     return result
 
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
-from hjepa.data.datamodule import Dataset
+from hjepa.data.datamodule import DataModule
 from hjepa.tasks.evaluate.features import Data, Features
-from hjepa.tasks.evaluate.linear_knn import KNN, Linear
-from hjepa.tasks.evaluate.protocol import Rows, Study
+from hjepa.tasks.evaluate.linear_knn import KNNProbe, LinearProbe
+from hjepa.tasks.evaluate.protocol import EvalContext, Scores
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Transfer:
         linear, knn: how its features are judged.
     """
 
-    dataset: Dataset | None
+    dataset: DataModule | None
     node: Config | None
-    linear: Linear
-    knn: KNN
+    linear: LinearProbe
+    knn: KNNProbe
 
-    def refuse(self, study: Study) -> None:
+    def check(self, study: EvalContext) -> None:
         """Refuse to transfer to nothing, and to images that cannot be read or have no labels."""
         there = self.there(study)
         try:
@@ -32,7 +32,7 @@ class Transfer:
         except UserError as error:
             raise UserError(f"In task.transfer, {error}") from error
 
-    def there(self, study: Study) -> Study:
+    def there(self, study: EvalContext) -> EvalContext:
         """The same run on the other dataset."""
         if self.dataset is None or self.node is None:
             raise UserError("task.protocols: transfer needs a dataset to transfer to, such as dataset@task.transfer=cifar100.")
@@ -45,12 +45,12 @@ class Transfer:
             study, data=data, features=Features(study.run, data, features.folder, features.depths, features.batch_size)
         )
 
-    def about(self, study: Study) -> str:
+    def about(self, study: EvalContext) -> str:
         data = self.there(study).data
         name = data.key.get("name") or data.key.get("root") or type(data.dataset).__name__
         return f"Transfer to {name}, accuracy, {data.describe()}"
 
-    def __call__(self, study: Study) -> Rows:
+    def __call__(self, study: EvalContext) -> Scores:
         there = self.there(study)
         linear, knn = self.linear(there), self.knn(there)
         return {

@@ -16,13 +16,13 @@ from tqdm import tqdm
 from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
 from hjepa.distributed.seeding import generator
-from hjepa.models.vit import Encoder
-from hjepa.tasks.export.formats import FORMATS, Function, refuse_missing_packages
-from hjepa.tasks.export.readme import card
-from hjepa.tasks.trained_run import Opened, open_run
+from hjepa.models.vit import ViTEncoder
+from hjepa.tasks.export.formats import FORMATS, Function, check_packages
+from hjepa.tasks.export.readme import render_readme
+from hjepa.tasks.trained_run import TrainedRun, load_run
 from hjepa.tracking.provenance import git_state
-from hjepa.tracking.run_folder import refuse_unwritable, whole_folder
-from hjepa.tracking.tracker import Addition, give
+from hjepa.tracking.run_folder import atomic_folder, check_writable
+from hjepa.tracking.tracker import Artifacts, log_artifacts
 from hjepa.training.signals import StopFlag
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 BATCHES = (1, 3, 8)  # sizes that are compared
 
 
-def export(
+def export_encoder(
     config: Config,
     path: Path,
     formats: list[Literal["timm", "onnx", "torch_export", "torchscript"]],
@@ -42,7 +42,7 @@ def export(
 
     Args:
         tolerance: largest difference to the run's own outputs, relative to their largest absolute value.
-        checkpoint, root: see `hjepa.tasks.trained_run.open_run`.
+        checkpoint, root: see `hjepa.tasks.trained_run.load_run`.
 
     Raises:
         UserError: a format needs a package that is not installed, or is not faithful.
@@ -50,28 +50,28 @@ def export(
     names = list(dict.fromkeys(formats))
     if not names or not tolerance > 0:
         raise UserError(f"task.formats={names}, task.tolerance={tolerance}: expected at least one format and a positive number.")
-    refuse_missing_packages(names)
+    check_packages(names)
     config = config | {"hardware": config["hardware"] | {"device": "cpu", "precision": "float32"}}
-    run = open_run(config, checkpoint, root)
+    run = load_run(config, checkpoint, root)
     folder = run.folder / "export"
-    refuse_unwritable(folder, "copy the run to where it can, and give run=COPY")
+    check_writable(folder, "copy the run to where it can, and give run=COPY")
     pixels, origin = some_images(run, root)
-    images = run.dataset.normalise(pixels)
-    with StopFlag() as stop, whole_folder(folder) as temporary, torch.no_grad():
+    images = run.dataset.normalize(pixels)
+    with StopFlag() as stop, atomic_folder(folder) as temporary, torch.no_grad():
         differences: dict[str, float] = {}
         for name in tqdm(names, desc="exporting", unit="format", disable=None):
             differences[name] = write_format(run, name, images, temporary, tolerance)
             if stop:
                 raise UserError(f"Interrupted: nothing is exported, {folder} is as it was; the same command starts anew.")
-        summary = summarise(run, differences, origin, temporary)
+        summary = build_summary(run, differences, origin, temporary)
         (temporary / "preprocess.json").write_text(json.dumps(preprocessing(run), indent=2) + "\n")
-        (temporary / "README.md").write_text(card(summary, preprocessing(run), temporary))
+        (temporary / "README.md").write_text(render_readme(summary, preprocessing(run), temporary))
         (temporary / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    give(config, run.folder, Addition(sorted(folder.iterdir()), "export"))
-    tell(summary, folder)
+    log_artifacts(config, run.folder, Artifacts(sorted(folder.iterdir()), "export"))
+    print_summary(summary, folder)
 
 
-def some_images(run: Opened, root: str | None) -> tuple[Tensor, str]:
+def some_images(run: TrainedRun, root: str | None) -> tuple[Tensor, str]:
     """Images uint8 [N, 3, S, S] to compare outputs on, and what they are: the dataset's or, where it is not here, random ones."""
     try:
         return run.dataset.sample(max(BATCHES)), "images of the dataset"
@@ -84,7 +84,7 @@ def some_images(run: Opened, root: str | None) -> tuple[Tensor, str]:
     return torch.randint(256, shape, generator=generator(0, "export"), dtype=torch.uint8), "random images"
 
 
-def write_format(run: Opened, name: str, images: Tensor, folder: Path, tolerance: float) -> float:
+def write_format(run: TrainedRun, name: str, images: Tensor, folder: Path, tolerance: float) -> float:
     """Write a format, read it again; returns how far it is from the run's own outputs, or refuses it."""
     FORMATS[name].write(run, images[:2], folder)
     far = difference(FORMATS[name].read(folder), run.encoder, images)
@@ -96,7 +96,7 @@ def write_format(run: Opened, name: str, images: Tensor, folder: Path, tolerance
     return far
 
 
-def difference(function: Function, encoder: Encoder, images: Tensor) -> float:
+def difference(function: Function, encoder: ViTEncoder, images: Tensor) -> float:
     """Largest difference of features or tokens to the encoder's own on batches of several sizes, relative to the largest own
     one; infinite for other shapes, NaN where either is.
     """
@@ -111,7 +111,7 @@ def difference(function: Function, encoder: Encoder, images: Tensor) -> float:
     return worst.item()
 
 
-def preprocessing(run: Opened) -> dict[str, Any]:
+def preprocessing(run: TrainedRun) -> dict[str, Any]:
     """What is done to an image file before the encoder gets it, as in training but for augmentation."""
     return {
         "image_size": run.encoder.image_size,
@@ -126,7 +126,7 @@ def preprocessing(run: Opened) -> dict[str, Any]:
     }
 
 
-def summarise(run: Opened, differences: dict[str, float], origin: str, folder: Path) -> dict[str, Any]:
+def build_summary(run: TrainedRun, differences: dict[str, float], origin: str, folder: Path) -> dict[str, Any]:
     """summary.json of the export."""
     return {
         "status": "finished",
@@ -143,7 +143,7 @@ def summarise(run: Opened, differences: dict[str, float], origin: str, folder: P
     }
 
 
-def tell(summary: dict[str, Any], folder: Path) -> None:
+def print_summary(summary: dict[str, Any], folder: Path) -> None:
     """Print what was exported."""
     print(f"{summary['run']} at {summary['checkpoint']} (step {summary['step']}), compared on {summary['compared_on']}:")
     for name, far in summary["difference"].items():

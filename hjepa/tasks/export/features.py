@@ -1,5 +1,5 @@
 """`task=features run=... task.images=FOLDER task.out=FILE`: the features of every image in a folder, in batches that workers
-decode ahead. The images are read as in training: resized, centre-cropped, the unreadable ones named and, up to a share, left out.
+decode ahead. The images are read as in training: resized, center-cropped, the unreadable ones named and, up to a share, left out.
 """
 
 import os
@@ -12,16 +12,16 @@ from tqdm import tqdm
 
 from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
-from hjepa.data.image_files import Corrupt, Files, walk_images
+from hjepa.data.image_files import CorruptFiles, ImageFiles, walk_images
 from hjepa.data.stream import Stream
 from hjepa.metrics.probes import extract
 from hjepa.tasks.export.writers import STORES, Add, listing
-from hjepa.tasks.trained_run import Opened, open_run
-from hjepa.tracking.run_folder import refuse_unwritable
+from hjepa.tasks.trained_run import TrainedRun, load_run
+from hjepa.tracking.run_folder import check_writable
 from hjepa.training.signals import StopFlag
 
 
-def features(
+def export_features(
     config: Config,
     path: Path,
     images: str,
@@ -37,7 +37,7 @@ def features(
         images: the folder; out: .npy file (float32 [N, F], with a list of paths beside it) or .parquet file (columns path and
             feature); paths are relative to the folder.
         max_corrupt: share of unreadable images that are left out; more end it.
-        workers: see `hjepa.data.stream.Stream`; checkpoint: see `hjepa.tasks.trained_run.open_run`.
+        workers: see `hjepa.data.stream.Stream`; checkpoint: see `hjepa.tasks.trained_run.load_run`.
 
     Raises:
         UserError: there are no images, too many cannot be read, `out` cannot be written, or Ctrl-C.
@@ -48,11 +48,11 @@ def features(
             "between 0 and 1, and at least 0 or null."
         )
     folder, target = Path(images).expanduser().absolute(), Path(out).expanduser().absolute()
-    refuse_target(target)
+    check_output_path(target)
     paths = find(folder, target)
-    run = open_run(config, checkpoint, None)
-    corrupt = Corrupt(len(paths), max_corrupt, "task", "they are left out")
-    files = Files(
+    run = load_run(config, checkpoint, None)
+    corrupt = CorruptFiles(len(paths), max_corrupt, "task", "they are left out")
+    files = ImageFiles(
         np.array([os.fsencode(path) for path in paths]),
         torch.zeros(len(paths), dtype=torch.int64),
         run.encoder.image_size,
@@ -68,13 +68,13 @@ def features(
     print(f"Features: {target}", flush=True)
 
 
-def refuse_target(target: Path) -> None:
+def check_output_path(target: Path) -> None:
     """Refuse a file that cannot be written, or of an unknown kind."""
     if target.suffix not in STORES:
         raise UserError(f"task.out={target}: the kind of file is unknown; let it end in {' or '.join(STORES)}.")
     if target.is_dir():
         raise UserError(f"task.out={target} is a folder; give the name of a file.")
-    refuse_unwritable(target.parent, "give another task.out")
+    check_writable(target.parent, "give another task.out")
 
 
 def find(folder: Path, target: Path) -> list[str]:
@@ -90,7 +90,7 @@ def find(folder: Path, target: Path) -> list[str]:
     return paths
 
 
-def write(run: Opened, files: Files, folder: Path, batch_size: int, add: Add, stop: StopFlag) -> None:
+def write(run: TrainedRun, files: ImageFiles, folder: Path, batch_size: int, add: Add, stop: StopFlag) -> None:
     """Compute and add the features of all files, in batches."""
     positions = torch.arange(len(files)).split(batch_size)
     stream = Stream(files, lambda step: positions[step], len(positions), run.hardware.device)
@@ -99,7 +99,7 @@ def write(run: Opened, files: Files, folder: Path, batch_size: int, add: Add, st
             pixels = stream.batch(step)
             paths = [files.path(position) for position in batch.tolist()]
             readable = [path not in files.corrupt.names for path in paths]
-            features = extract(run.encoder, pixels, run.dataset.normalise, batch_size).cpu().numpy()
+            features = extract(run.encoder, pixels, run.dataset.normalize, batch_size).cpu().numpy()
             kept = [os.path.relpath(path, folder) for path, good in zip(paths, readable, strict=True) if good]
             add(kept, features[readable])
             bar.update(len(batch))

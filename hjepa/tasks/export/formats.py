@@ -1,6 +1,6 @@
 """The formats that an encoder is exported to: each writes its file, and reads it again as those who get it will.
 
-Read again, every format is a function from normalised images [B, 3, S, S], for any B, to the `Outputs` of them.
+Read again, every format is a function from normalized images [B, 3, S, S], for any B, to the `Outputs` of them.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.export import Dim
 
-from hjepa.config.errors import require
-from hjepa.models.conv_stem import conv_embed, convolutions
-from hjepa.models.vit import Encoder
-from hjepa.tasks.trained_run import Opened
+from hjepa.config.errors import import_optional
+from hjepa.models.conv_stem import conv_arguments, conv_embed
+from hjepa.models.vit import ViTEncoder
+from hjepa.tasks.trained_run import TrainedRun
 
 Result = tuple[Tensor, Tensor]
 
@@ -29,11 +29,11 @@ PROTOBUF_BYTES = 1.9e9  # an ONNX file holds less than 2 GB; the weights of larg
 
 
 class Outputs(nn.Module):
-    """What is exported: normalised images float32 [B, 3, S, S] -> features [B, F], those of the probes (mean patch token, then
+    """What is exported: normalized images float32 [B, 3, S, S] -> features [B, F], those of the probes (mean patch token, then
     mean summary token if any), and tokens [B, T + N, D], the T summary tokens first.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: ViTEncoder) -> None:
         super().__init__()
         self.encoder = encoder
         self.eval()
@@ -48,7 +48,7 @@ class Format(Protocol):
 
     packages: tuple[str, ...] = ()  # that it needs and hjepa does not
 
-    def write(self, run: Opened, images: Tensor, folder: Path) -> None:
+    def write(self, run: TrainedRun, images: Tensor, folder: Path) -> None:
         """Write the run's encoder; `images` are there to trace it with."""
 
     def read(self, folder: Path) -> Function:
@@ -58,7 +58,7 @@ class Format(Protocol):
 class Timm(Format):
     """Weights, and the call that makes timm's model of them."""
 
-    def write(self, run: Opened, images: Tensor, folder: Path) -> None:
+    def write(self, run: TrainedRun, images: Tensor, folder: Path) -> None:
         (folder / "encoder.safetensors").write_bytes(
             save({name: value.contiguous() for name, value in run.encoder.state_dict().items()}, {"format": "pt"})
         )
@@ -73,7 +73,7 @@ class Timm(Format):
         return lambda images: timm_outputs(model, images)
 
 
-def timm_call(run: Opened) -> dict[str, Any]:
+def timm_call(run: TrainedRun) -> dict[str, Any]:
     """The arguments of `timm.create_model` that make the encoder of a run from encoder.safetensors; of `embed_layer`, those of
     `conv_embed`.
     """
@@ -107,11 +107,11 @@ def timm_call(run: Opened) -> dict[str, Any]:
     }
 
 
-def stem_call(encoder: Encoder) -> dict[str, Any]:
+def stem_call(encoder: ViTEncoder) -> dict[str, Any]:
     """Those arguments that make its stem."""
     if encoder.stem == "patch":
         return {"patch_size": encoder.patch_size}
-    return {"patch_size": 1, "embed_layer": convolutions(encoder.patch_size, encoder.embed_dim)}
+    return {"patch_size": 1, "embed_layer": conv_arguments(encoder.patch_size, encoder.embed_dim)}
 
 
 def timm_outputs(model: Any, images: Tensor) -> Result:
@@ -126,7 +126,7 @@ class Onnx(Format):
 
     packages = ("onnx", "onnxscript", "onnxruntime")
 
-    def write(self, run: Opened, images: Tensor, folder: Path) -> None:
+    def write(self, run: TrainedRun, images: Tensor, folder: Path) -> None:
         module = Outputs(run.encoder)
         torch.onnx.export(
             module,
@@ -157,7 +157,7 @@ class Onnx(Format):
 class TorchExport(Format):
     """A torch.export program."""
 
-    def write(self, run: Opened, images: Tensor, folder: Path) -> None:
+    def write(self, run: TrainedRun, images: Tensor, folder: Path) -> None:
         program = torch.export.export(Outputs(run.encoder), (images,), dynamic_shapes={"images": {0: Dim("batch")}})
         torch.export.save(program, folder / "encoder.pt2")
 
@@ -168,7 +168,7 @@ class TorchExport(Format):
 class TorchScript(Format):
     """TorchScript, which needs no Python to run; traced."""
 
-    def write(self, run: Opened, images: Tensor, folder: Path) -> None:
+    def write(self, run: TrainedRun, images: Tensor, folder: Path) -> None:
         with warnings.catch_warnings(action="ignore"):  # that it is old, and that the size of the images is fixed
             torch.jit.trace(Outputs(run.encoder), (images,)).save(str(folder / "encoder.torchscript.pt"))
 
@@ -180,8 +180,8 @@ class TorchScript(Format):
 FORMATS: dict[str, Format] = {"timm": Timm(), "onnx": Onnx(), "torch_export": TorchExport(), "torchscript": TorchScript()}
 
 
-def refuse_missing_packages(formats: Sequence[str]) -> None:
+def check_packages(formats: Sequence[str]) -> None:
     """Refuse formats whose packages are not installed."""
     for name in formats:
         for package in FORMATS[name].packages:
-            require(package, f"task.formats=[{name}]", "leave it out; pip install -e '.[export]' has all of them")
+            import_optional(package, f"task.formats=[{name}]", "leave it out; pip install -e '.[export]' has all of them")

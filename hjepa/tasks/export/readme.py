@@ -60,7 +60,7 @@ features, tokens = torch.jit.load("encoder.torchscript.pt")(images)
 }
 
 
-def card(summary: dict[str, Any], preprocess: dict[str, Any], folder: Path) -> str:
+def render_readme(summary: dict[str, Any], preprocess: dict[str, Any], folder: Path) -> str:
     """The text.
 
     Args:
@@ -73,18 +73,18 @@ def card(summary: dict[str, Any], preprocess: dict[str, Any], folder: Path) -> s
         f"# The encoder of {summary['run']}\n\n"
         f"From its checkpoint {summary['checkpoint']} (step {summary['step']}, sha256 {summary['checkpoint_hash']}...). It takes "
         f"RGB images float32 [B, 3, {size}, {size}], B as you like: shorter side resized to {size} (bilinear, antialiased), "
-        f"centre crop, pixels in [0, 1], minus mean {preprocess['mean']}, divided by std {preprocess['std']} "
+        f"center crop, pixels in [0, 1], minus mean {preprocess['mean']}, divided by std {preprocess['std']} "
         "(also in `preprocess.json`).\n\n"
         f"It gives `features` [B, {summary['feature_dim']}] (the mean patch token{mean}) and `tokens` "
         f"[B, {extra + patches}, {dim}]{first}. Paths below are relative to this folder.\n"
     ]
     for name, far in summary["difference"].items():
-        text = timm_text(folder, dim, extra + patches, first) if name == "timm" else OTHERS[name]
+        text = timm_section(folder, dim, extra + patches, first) if name == "timm" else OTHERS[name]
         parts.append(f"{text}\nDiffers from the run's own outputs by {far:.1e} of the largest ({summary['compared_on']}).\n")
     return "\n".join(parts)
 
 
-def timm_text(folder: Path, dim: int, count: int, first: str) -> str:
+def timm_section(folder: Path, dim: int, count: int, first: str) -> str:
     """How to make timm's model, by the very call of timm.json."""
     call, imports = json.loads((folder / "timm.json").read_text()), ""
     written = {key: repr(value) for key, value in call.items()}

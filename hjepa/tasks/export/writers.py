@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from hjepa.config.errors import require
-from hjepa.tracking.run_folder import whole
+from hjepa.config.errors import import_optional
+from hjepa.tracking.run_folder import atomic_files
 
 Add = Callable[[list[str], np.ndarray], None]  # paths of N images and their features float32 [N, F]
 
@@ -21,7 +21,7 @@ GROUP = 4096  # rows of a row group of a parquet file
 def npy(out: Path, dim: int) -> Iterator[Add]:
     """`out` float32 [N, dim], and `listing(out)` with the path of every row."""
     with (
-        whole(out, listing(out)) as (array, names),
+        atomic_files(out, listing(out)) as (array, names),
         array.open("wb") as rows,
         names.open("w", encoding="utf-8", errors="surrogateescape") as paths,
     ):
@@ -50,9 +50,9 @@ def listing(out: Path) -> Path:
 @contextlib.contextmanager
 def parquet(out: Path, dim: int) -> Iterator[Add]:
     """`out` with the columns path (string) and feature (list of `dim` float32)."""
-    pa, pq = (require(f"pyarrow{part}", f"task.out={out.name}", "write .npy") for part in ("", ".parquet"))
+    pa, pq = (import_optional(f"pyarrow{part}", f"task.out={out.name}", "write .npy") for part in ("", ".parquet"))
     schema = pa.schema([("path", pa.string()), ("feature", pa.list_(pa.float32(), dim))])
-    with whole(out) as (name,), pq.ParquetWriter(name, schema) as writer:
+    with atomic_files(out) as (name,), pq.ParquetWriter(name, schema) as writer:
         waiting: list[Any] = []
 
         def flush() -> None:

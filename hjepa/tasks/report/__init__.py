@@ -1,0 +1,1 @@
+"""`task=report`: one HTML file about a run or a sweep."""

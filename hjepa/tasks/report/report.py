@@ -7,16 +7,16 @@ from pathlib import Path
 
 from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
-from hjepa.sweeps.sweep import Sweep, track
+from hjepa.sweeps.sweep import Sweep, log_artifacts_of_jobs
 from hjepa.tasks.report.html import render
-from hjepa.tasks.report.run_page import about_run
-from hjepa.tasks.report.sweep_page import about_sweep
+from hjepa.tasks.report.run_page import run_facts
+from hjepa.tasks.report.sweep_page import sweep_facts
 from hjepa.tasks.trained_run import run_folder
-from hjepa.tracking.run_folder import refuse_unwritable, write_whole
-from hjepa.tracking.tracker import Addition, give
+from hjepa.tracking.run_folder import atomic_write, check_writable
+from hjepa.tracking.tracker import Artifacts, log_artifacts
 
 
-def report(config: Config, path: Path, sweep: str | None) -> None:
+def write_report(config: Config, path: Path, sweep: str | None) -> None:
     """Write the report of the run that `run` names, or of a sweep.
 
     Args:
@@ -30,19 +30,19 @@ def report(config: Config, path: Path, sweep: str | None) -> None:
         raise UserError(f"task=report needs run=outputs/default/NAME or task.sweep=outputs/sweeps/NAME; {given}.")
     if sweep is None:
         folder = run_folder(config)
-        write(folder, "run.html", about_run(folder))
-        give(config, folder, Addition([folder / "report.html"], "report"))
+        write(folder, "run.html", run_facts(folder))
+        log_artifacts(config, folder, Artifacts([folder / "report.html"], "report"))
         return
     its = Sweep(Path(sweep).expanduser().absolute())
     jobs = its.read()
     its.refresh(jobs)
-    write(its.folder, "sweep.html", about_sweep(its.folder, jobs))
+    write(its.folder, "sweep.html", sweep_facts(its.folder, jobs))
     if config["tracking"]:
-        track(jobs, [its.folder / "report.html"], "sweep", {"sweep": its.folder.name})
+        log_artifacts_of_jobs(jobs, [its.folder / "report.html"], "sweep", {"sweep": its.folder.name})
 
 
 def write(folder: Path, template: str, facts: dict[str, object]) -> None:
     """Write report.html of a folder, and say where."""
-    refuse_unwritable(folder)
-    write_whole(folder / "report.html", render(template, facts))
+    check_writable(folder)
+    atomic_write(folder / "report.html", render(template, facts))
     print(f"Report: {folder / 'report.html'}")

@@ -28,10 +28,15 @@ CHOICES = (
     "train",
 )
 
-ENDS = {"stopped": "was stopped", "requeued": "was stopped and waits to go on", "failed": "FAILED", "collapsed": "COLLAPSED"}
+RUN_ENDS = {
+    "stopped": "was stopped",
+    "requeued": "was stopped and waits to go on",
+    "failed": "FAILED",
+    "collapsed": "COLLAPSED",
+}
 
 
-def about_run(folder: Path) -> dict[str, Any]:
+def run_facts(folder: Path) -> dict[str, Any]:
     """The facts of a run's page; also of a run that goes on, failed, or was never probed."""
     config, summary, records = read_config(folder), read_summary(folder), read_records(folder)
     pictures = find_pictures(folder)
@@ -61,7 +66,7 @@ def status(summary: Record, records: list[Record]) -> str:
     if summary["status"] == "finished":
         return ""
     reason = f": {summary['reason']}" if summary.get("reason") else ""
-    return f"This run {ENDS.get(summary['status'], summary['status'])}{reason}."
+    return f"This run {RUN_ENDS.get(summary['status'], summary['status'])}{reason}."
 
 
 def held_out(records: list[Record]) -> dict[str, float] | None:

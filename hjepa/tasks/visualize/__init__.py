@@ -1,0 +1,1 @@
+"""`task=visualize`: pictures of what a run has learned."""

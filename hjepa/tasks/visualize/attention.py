@@ -8,29 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hjepa.plotting import Cell, Scale, gallery
-from hjepa.tasks.trained_run import WHO, Who
-from hjepa.tasks.visualize.samples import Scene
+from hjepa.plotting import GridCell, Scale, image_grid
+from hjepa.tasks.trained_run import NETWORK_KINDS, NetworkKind
+from hjepa.tasks.visualize.samples import Samples
 
 
-def draw_attention(scene: Scene) -> list[Path]:
+def draw_attention(scene: Samples) -> list[Path]:
     """Per layer a picture: the images, the attention of the layer's last block, and the rollout, trained and untrained."""
     return [draw_layer(scene, layer) for layer in scene.layers]
 
 
-def draw_layer(scene: Scene, layer: str) -> Path:
+def draw_layer(scene: Samples, layer: str) -> Path:
     """The picture of one layer."""
-    columns, pictures = ["image"], [[Cell(image) for image in scene.images]]
-    maps = {kind: attention_maps(scene, kind, layer) for kind in WHO}
+    columns, pictures = ["image"], [[GridCell(image) for image in scene.images]]
+    maps = {kind: attention_maps(scene, kind, layer) for kind in NETWORK_KINDS}
     for i, what in enumerate(("attention", "rollout")):
-        most = torch.cat([maps[kind][i].flatten() for kind in WHO]).quantile(0.99).item()
+        most = torch.cat([maps[kind][i].flatten() for kind in NETWORK_KINDS]).quantile(0.99).item()
         scale = Scale(f"{what}, 1 = evenly spread", 0.0, max(most, 1.0))
-        for kind in WHO:
+        for kind in NETWORK_KINDS:
             columns.append(f"{what}\n{kind}")
-            pictures.append([Cell(picture, scale) for picture in maps[kind][i]])
-    who = "summary tokens" if scene.networks["trained"].blocks(layer)[1] else "mean patch"
+            pictures.append([GridCell(picture, scale) for picture in maps[kind][i]])
+    who = "summary tokens" if scene.layer_features["trained"].blocks(layer)[1] else "mean patch"
     path = scene.path("attention", layer)
-    gallery(
+    image_grid(
         list(zip(*pictures, strict=True)),
         columns,
         f"Attention of the {who}, {layer}",
@@ -40,12 +40,12 @@ def draw_layer(scene: Scene, layer: str) -> Path:
     return path
 
 
-def attention_maps(scene: Scene, kind: Who, layer: str) -> tuple[Tensor, Tensor]:
+def attention_maps(scene: Samples, kind: NetworkKind, layer: str) -> tuple[Tensor, Tensor]:
     """Attention and rollout [B, side, side] of the summary tokens or the mean patch, where 1 is evenly spread attention."""
-    network = scene.networks[kind]
+    network = scene.layer_features[kind]
     blocks, summary = network.blocks(layer)
     with recorded(blocks) as weights:
-        network.look(scene.normalised(scene.rows))
+        network.tokens_on_cpu(scene.normalized(scene.rows))
     maps = []
     for matrix in (weights[-1].mean(1), rollout(weights)):
         rows = matrix[:, :summary] if summary else matrix

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hjepa.data.datamodule import Split, spaced, unit
 from hjepa.metrics.probes import subset
-from hjepa.tasks.trained_run import Network, Opened, Tokens, Who, networks
+from hjepa.tasks.trained_run import LayerFeatures, LayerTokens, NetworkKind, TrainedRun, layer_features
 
 PART = 64  # images per forward pass
 
@@ -17,7 +17,7 @@ Pooled = dict[str, dict[str, Tensor]]  # trained, untrained -> layer -> [N, F]
 
 
 @dataclass(frozen=True)
-class Scene:
+class Samples:
     """A run to look at.
 
     Attributes:
@@ -25,20 +25,20 @@ class Scene:
         held_out: the images to show and to search, of the validation part.
     """
 
-    run: Opened
+    run: TrainedRun
     folder: Path
     held_out: Split
     shown: int
 
     @cached_property
-    def networks(self) -> dict[Who, Network]:
+    def layer_features(self) -> dict[NetworkKind, LayerFeatures]:
         """The trained and the untrained network."""
-        return networks(self.run, self.run.model.depths)
+        return layer_features(self.run, self.run.model.depths)
 
     @property
     def layers(self) -> list[str]:
         """Names of the layers that have features of their own."""
-        return self.networks["trained"].names()
+        return self.layer_features["trained"].names()
 
     @cached_property
     def pixels(self) -> Tensor:
@@ -60,22 +60,22 @@ class Scene:
         """The images to show, float [B, 3, S, S] in [0, 1]."""
         return unit(self.pixels[self.rows])
 
-    def normalised(self, rows: Tensor) -> Tensor:
+    def normalized(self, rows: Tensor) -> Tensor:
         """Some held-out images as the network takes them."""
-        return self.run.dataset.normalise(self.pixels[rows].to(self.run.hardware.device))
+        return self.run.dataset.normalize(self.pixels[rows].to(self.run.hardware.device))
 
     @cached_property
-    def tokens(self) -> dict[str, dict[str, Tokens]]:
+    def tokens(self) -> dict[str, dict[str, LayerTokens]]:
         """Every layer's tokens of the images to show, by kind of network."""
-        return {kind: network.look(self.normalised(self.rows)) for kind, network in self.networks.items()}
+        return {kind: network.tokens_on_cpu(self.normalized(self.rows)) for kind, network in self.layer_features.items()}
 
     @cached_property
     def features(self) -> Pooled:
         """Every layer's pooled features of all held-out images."""
         parts = torch.arange(len(self.pixels)).split(PART)
         found: Pooled = {}
-        for kind, network in self.networks.items():
-            looks = [{name: t.pooled for name, t in network.look(self.normalised(part)).items()} for part in parts]
+        for kind, network in self.layer_features.items():
+            looks = [{name: t.pooled for name, t in network.tokens_on_cpu(self.normalized(part)).items()} for part in parts]
             found[kind] = {name: torch.cat([look[name] for look in looks]) for name in self.layers}
         return found
 
@@ -86,7 +86,7 @@ class Scene:
 
 
 def some(split: Split, count: int) -> Split:
-    """At most `count` images of a split: labelled ones, where there are labels."""
+    """At most `count` images of a split: labeled ones, where there are labels."""
     if split.labels:
         return subset(split, count)
     return split[spaced(len(split), count)]

@@ -9,27 +9,27 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from hjepa.config.errors import UserError
-from hjepa.metrics.probes import standardise
+from hjepa.metrics.probes import standardize
 from hjepa.plotting import COLORS, MARKERS, save
-from hjepa.tasks.trained_run import WHO
-from hjepa.tasks.visualize.samples import Scene
+from hjepa.tasks.trained_run import NETWORK_KINDS
+from hjepa.tasks.visualize.samples import Samples
 
-CLASSES = 10  # at most so many are drawn, as more colours cannot be told apart
+CLASSES = 10  # at most so many are drawn, as more colors cannot be told apart
 
 POINTS = 1000
 
 FEWEST = 8  # images that t-SNE can arrange
 
 
-def draw_scatter(scene: Scene) -> list[Path]:
-    """A row of panels per layer: trained beside untrained, every class in a colour."""
+def draw_tsne(scene: Samples) -> list[Path]:
+    """A row of panels per layer: trained beside untrained, every class in a color."""
     keep, label = chosen(scene.label, len(scene.pixels))
     if len(keep) < FEWEST:
         raise UserError(f"{len(keep)} held-out images are too few for scatter; expected at least {FEWEST}.")
     layers = scene.layers
     figure, axes = plt.subplots(len(layers), 2, figsize=(10.5, 4.4 * len(layers)), layout="constrained", squeeze=False)
     for row, layer in zip(axes, layers, strict=True):
-        for axis, kind in zip(row, WHO, strict=True):
+        for axis, kind in zip(row, NETWORK_KINDS, strict=True):
             scatter(axis, arrange(scene.features[kind][layer][keep]), label, names(scene, label))
             axis.set_title(f"{layer}, {kind}", fontsize=10)
     if label is not None:
@@ -51,13 +51,13 @@ def chosen(label: Tensor | None, total: int) -> tuple[Tensor, Tensor | None]:
 
 
 def arrange(features: Tensor) -> Tensor:
-    """Standardised features [N, F] as points [N, 2]; the same for the same features."""
-    plain = standardise(features, features)[0].numpy()
+    """Standardized features [N, F] as points [N, 2]; the same for the same features."""
+    plain = standardize(features, features)[0].numpy()
     perplexity = min(30.0, (len(plain) - 1) / 3)
     return torch.from_numpy(TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(plain))
 
 
-def names(scene: Scene, label: Tensor | None) -> dict[int, str]:
+def names(scene: Samples, label: Tensor | None) -> dict[int, str]:
     """What the classes among the labels are called."""
     if label is None:
         return {}
@@ -66,7 +66,7 @@ def names(scene: Scene, label: Tensor | None) -> dict[int, str]:
 
 
 def scatter(axis: Axes, points: Tensor, label: Tensor | None, classes: dict[int, str]) -> None:
-    """Points [N, 2] in the colours and markers of their classes."""
+    """Points [N, 2] in the colors and markers of their classes."""
     axis.set(xticks=[], yticks=[])
     if label is None:
         axis.plot(points[:, 0], points[:, 1], ".", color=COLORS[0], markersize=4, alpha=0.7)

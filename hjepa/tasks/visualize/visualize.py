@@ -11,44 +11,44 @@ from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
 from hjepa.distributed.seeding import generator
 from hjepa.plotting import CAPTIONS, plot_curves, plot_masks
-from hjepa.tasks.trained_run import open_run, run_folder
+from hjepa.tasks.trained_run import load_run, run_folder
 from hjepa.tasks.visualize.attention import draw_attention
-from hjepa.tasks.visualize.neighbors import draw_neighbours
-from hjepa.tasks.visualize.pca import draw_components
-from hjepa.tasks.visualize.predictions import draw_predictions, refuse_unpredictive
-from hjepa.tasks.visualize.samples import Scene, some
-from hjepa.tasks.visualize.tsne import draw_scatter
-from hjepa.tracking.run_folder import read_records, refuse_unwritable, write_whole
-from hjepa.tracking.tracker import Addition, give
+from hjepa.tasks.visualize.neighbors import draw_neighbors
+from hjepa.tasks.visualize.pca import draw_pca
+from hjepa.tasks.visualize.predictions import check_predictive, draw_predictions
+from hjepa.tasks.visualize.samples import Samples, some
+from hjepa.tasks.visualize.tsne import draw_tsne
+from hjepa.tracking.run_folder import atomic_write, check_writable, read_records
+from hjepa.tracking.tracker import Artifacts, log_artifacts
 
 log = logging.getLogger(__name__)
 
 
-def draw_masks(scene: Scene) -> list[Path]:
+def draw_masks(scene: Samples) -> list[Path]:
     """The masks of the images to show."""
     masks = scene.run.sampler(len(scene.rows), generator(0, "visualize"))
     plot_masks(scene.images, masks, scene.run.model, scene.path("masks"))
     return [scene.path("masks")]
 
 
-def draw_curves(scene: Scene) -> list[Path]:
+def draw_curves(scene: Samples) -> list[Path]:
     """The curves of the run's metrics.jsonl."""
     plot_curves(read_records(scene.run.folder), scene.path("curves"))
     return [scene.path("curves")]
 
 
-PICTURES: dict[str, Callable[[Scene], list[Path]]] = {
+PICTURES: dict[str, Callable[[Samples], list[Path]]] = {
     "curves": draw_curves,
     "masks": draw_masks,
     "predictions": draw_predictions,
-    "pca": draw_components,
+    "pca": draw_pca,
     "attention": draw_attention,
-    "neighbours": draw_neighbours,
-    "scatter": draw_scatter,
+    "neighbors": draw_neighbors,
+    "scatter": draw_tsne,
 }
 
 
-def visualize(
+def visualize_run(
     config: Config,
     path: Path,
     pictures: str | list[str],
@@ -61,8 +61,8 @@ def visualize(
 
     Args:
         pictures: names among those of `PICTURES`, or "all" that the run has something to show for.
-        shown: images in a picture's rows; searched: the most held-out images for neighbours and scatter.
-        checkpoint, root: see `open_run`.
+        shown: images in a picture's rows; searched: the most held-out images for neighbors and scatter.
+        checkpoint, root: see `load_run`.
 
     Raises:
         UserError: an unknown picture, no such run, or one that has nothing to show for a picture that was asked for.
@@ -72,15 +72,15 @@ def visualize(
         if value < least:
             raise UserError(f"task.{name}={value}: expected at least {least} images.")
     folder = run_folder(config) / "visualize"
-    refuse_unwritable(folder)
-    run = open_run(config, checkpoint, root)
+    check_writable(folder)
+    run = load_run(config, checkpoint, root)
     _, validation = run.dataset.train_and_validation()
-    scene = Scene(run, folder, some(validation, max(shown, searched)), shown)
+    scene = Samples(run, folder, some(validation, max(shown, searched)), shown)
     if not run.model.predictor and pictures == "all":
         wanted.remove("predictions")
         log.info("This run predicts nothing (levels=none), so predictions are left out.")
     if "predictions" in wanted:
-        refuse_unpredictive(scene)
+        check_predictive(scene)
     folder.mkdir(exist_ok=True)
     drawn = []
     for name in (bar := tqdm(wanted, unit="picture", disable=None)):
@@ -94,8 +94,8 @@ def visualize(
         "step": run.step,
         "images": len(scene.held_out),
     }
-    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    give(config, run.folder, Addition(drawn, "visualize"))
+    atomic_write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    log_artifacts(config, run.folder, Artifacts(drawn, "visualize"))
     for file in drawn:
         print(f"{file.stem:>22}: {CAPTIONS[file.stem.partition('-')[0]]}")
     print(f"Pictures of step {run.step}: {folder}")

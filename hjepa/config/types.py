@@ -1,0 +1,35 @@
+"""Types with bounds for the options of constructors.
+
+A constructor's signature is the schema of its config. Annotating an option with one of these types, as in
+`batch_size: PositiveInt` or `flip: Fraction`, makes `hjepa.config.schema` refuse a value out of bounds before anything is
+built. At run time they are plain numbers and lists.
+"""
+
+from collections.abc import Callable
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+def ascending(most: float) -> Callable[[list[float]], list[float]]:
+    """Return a validator of `[smallest, largest]` pairs in (0, most]."""
+
+    def validate(pair: list[float]) -> list[float]:
+        if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
+            bound = "" if most == float("inf") else f" <= {most:g}"
+            raise ValueError(f"expected [smallest, largest] with 0 < smallest <= largest{bound}")
+        return pair
+
+    return validate
+
+
+PositiveRange = Annotated[list[float], AfterValidator(ascending(float("inf")))]
+FractionRange = Annotated[list[float], AfterValidator(ascending(1.0))]

@@ -1,0 +1,98 @@
+"""Read run folders, checkpoints and summaries that earlier versions of hjepa wrote.
+
+Version 0.2 renamed classes, options and summary keys. The tables below map every old name to its new one; `upgrade_config`
+and `upgrade_summary` apply them when a file is read, so that nothing on disk has to change.
+"""
+
+from typing import Any
+
+RENAMED_TARGETS = {
+    "hjepa.checkpoint.Checkpoints": "hjepa.training.Checkpointer",
+    "hjepa.data.augment.Augment": "hjepa.data.Augment",
+    "hjepa.data.downloaded.Torchvision": "hjepa.data.TorchvisionDataset",
+    "hjepa.data.embedded.Shapes": "hjepa.data.Shapes",
+    "hjepa.data.folders.ImageFolder": "hjepa.data.ImageFolder",
+    "hjepa.data.folders.ImageNet": "hjepa.data.ImageNet",
+    "hjepa.data.folders.Mixture": "hjepa.data.FolderMixture",
+    "hjepa.encoder.Encoder": "hjepa.models.ViTEncoder",
+    "hjepa.evaluate.dense.Dense": "hjepa.tasks.evaluate.DenseProbe",
+    "hjepa.evaluate.evaluate.evaluate": "hjepa.tasks.evaluate_runs",
+    "hjepa.evaluate.fewshot.Fewshot": "hjepa.tasks.evaluate.FewShot",
+    "hjepa.evaluate.finetune.Finetune": "hjepa.tasks.evaluate.FineTuning",
+    "hjepa.evaluate.probing.KNN": "hjepa.tasks.evaluate.KNNProbe",
+    "hjepa.evaluate.probing.Linear": "hjepa.tasks.evaluate.LinearProbe",
+    "hjepa.evaluate.quality.Quality": "hjepa.tasks.evaluate.Quality",
+    "hjepa.export.export.export": "hjepa.tasks.export_encoder",
+    "hjepa.export.features.features": "hjepa.tasks.export_features",
+    "hjepa.hardware.Hardware": "hjepa.distributed.Hardware",
+    "hjepa.levels.Levels": "hjepa.models.Levels",
+    "hjepa.look.visualize.visualize": "hjepa.tasks.visualize_run",
+    "hjepa.masks.Block": "hjepa.masking.InverseBlockMasking",
+    "hjepa.masks.Everything": "hjepa.masking.NoMasking",
+    "hjepa.masks.Hierarchical": "hjepa.masking.HierarchicalMasking",
+    "hjepa.masks.Multiblock": "hjepa.masking.MultiblockMasking",
+    "hjepa.masks.Partition": "hjepa.masking.PartitionMasking",
+    "hjepa.masks.Random": "hjepa.masking.RandomMasking",
+    "hjepa.measure.benchmark.benchmark": "hjepa.tasks.run_benchmark",
+    "hjepa.model.HJEPA": "hjepa.models.HJEPA",
+    "hjepa.optim.adamw": "hjepa.optim.create_adamw",
+    "hjepa.optim.lars": "hjepa.optim.create_lars",
+    "hjepa.optim.muon": "hjepa.optim.create_muon",
+    "hjepa.optim.soap": "hjepa.optim.create_soap",
+    "hjepa.predictor.Predictor": "hjepa.models.Predictor",
+    "hjepa.probes.Probe": "hjepa.metrics.Probe",
+    "hjepa.projector.Projector": "hjepa.models.Projector",
+    "hjepa.regularizers.InfoNCE": "hjepa.losses.InfoNCE",
+    "hjepa.regularizers.SIGReg": "hjepa.losses.SIGReg",
+    "hjepa.regularizers.VICReg": "hjepa.losses.VICReg",
+    "hjepa.report.report.report": "hjepa.tasks.write_report",
+    "hjepa.run.train": "hjepa.tasks.train_model",
+    "hjepa.schedules.Constant": "hjepa.optim.ConstantSchedule",
+    "hjepa.schedules.Cosine": "hjepa.optim.CosineSchedule",
+    "hjepa.schedules.Linear": "hjepa.optim.LinearSchedule",
+    "hjepa.schedules.Rates": "hjepa.optim.OptimizerSchedules",
+    "hjepa.schedules.WSD": "hjepa.optim.WSDSchedule",
+    "hjepa.stacked.Upper": "hjepa.models.StackedLevel",
+    "hjepa.sweep.compare.compare": "hjepa.tasks.compare_runs",
+    "hjepa.sweep.sweep.SweepStart": "hjepa.sweeps.SweepStart",
+    "hjepa.sweep.sweep.show": "hjepa.tasks.show_sweep",
+    "hjepa.teacher.EMA": "hjepa.training.EMA",
+    "hjepa.teacher.Frozen": "hjepa.training.Frozen",
+    "hjepa.teacher.Refresh": "hjepa.training.PeriodicCopy",
+    "hjepa.teacher.Shared": "hjepa.training.SharedWeights",
+    "hjepa.tracking.board.TensorBoard": "hjepa.tracking.TensorBoard",
+    "hjepa.tracking.mlflow.MLflow": "hjepa.tracking.MLflow",
+    "hjepa.tracking.sync.sync": "hjepa.tasks.sync_runs",
+    "hjepa.tracking.wandb.Wandb": "hjepa.tracking.Wandb",
+    "hjepa.trainer.Trainer": "hjepa.training.Trainer",
+}
+RENAMED_OPTIONS = {"neighbours": "neighbors"}
+RENAMED_SUMMARY_KEYS = {"normalised": "normalized", "utilisation": "utilization"}
+
+
+def upgrade_config(config: Any) -> Any:
+    """Return a config, or a part of one, with the targets and options that this version knows.
+
+    Args:
+        config: Plain data (dicts, lists and values), as read from `config.yaml` or from a checkpoint.
+
+    Returns:
+        A copy with every renamed `_target_` and option replaced; anything else is kept.
+    """
+    if isinstance(config, dict):
+        return {RENAMED_OPTIONS.get(key, key): upgrade_value(key, value) for key, value in config.items()}
+    if isinstance(config, list):
+        return [upgrade_config(value) for value in config]
+    return config
+
+
+def upgrade_value(key: str, value: Any) -> Any:
+    """Return the upgraded value of one option."""
+    if key == "_target_" and isinstance(value, str):
+        return RENAMED_TARGETS.get(value, value)
+    return upgrade_config(value)
+
+
+def upgrade_summary(summary: dict[str, Any]) -> dict[str, Any]:
+    """Return the contents of a `summary.json` with the keys that this version knows."""
+    return {RENAMED_SUMMARY_KEYS.get(key, key): value for key, value in summary.items()}

@@ -1,0 +1,1 @@
+from .probes import Probe as Probe

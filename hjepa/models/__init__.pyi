@@ -1,0 +1,6 @@
+from .hjepa import HJEPA as HJEPA
+from .layers import Projector as Projector
+from .levels import Levels as Levels
+from .predictor import Predictor as Predictor
+from .stacked import StackedLevel as StackedLevel
+from .vit import ViTEncoder as ViTEncoder

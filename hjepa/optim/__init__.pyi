@@ -1,0 +1,11 @@
+from .optimizers import create_adamw as create_adamw
+from .optimizers import create_lars as create_lars
+from .optimizers import create_muon as create_muon
+from .optimizers import create_soap as create_soap
+from .schedules import ConstantSchedule as ConstantSchedule
+from .schedules import CosineSchedule as CosineSchedule
+from .schedules import LinearSchedule as LinearSchedule
+from .schedules import OptimizerSchedules as OptimizerSchedules
+from .schedules import Schedule as Schedule
+from .schedules import WSDSchedule as WSDSchedule
+from .step_plan import StepPlan as StepPlan

@@ -1,0 +1,10 @@
+from .benchmark.benchmark import run_benchmark as run_benchmark
+from .compare import compare_runs as compare_runs
+from .evaluate.evaluate import evaluate_runs as evaluate_runs
+from .export.export import export_encoder as export_encoder
+from .export.features import export_features as export_features
+from .report.report import write_report as write_report
+from .sweep import show_sweep as show_sweep
+from .sync import sync_runs as sync_runs
+from .train import train_model as train_model
+from .visualize.visualize import visualize_run as visualize_run

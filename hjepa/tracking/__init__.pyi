@@ -1,0 +1,4 @@
+from .mlflow import MLflow as MLflow
+from .tensorboard import TensorBoard as TensorBoard
+from .tracker import Tracker as Tracker
+from .wandb import Wandb as Wandb

@@ -1,0 +1,96 @@
+"""Tiny configs, their components, and runs as a user types them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+os.environ["HJEPA_ROOT"] = str(ROOT)
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
+
+# A run of a few seconds: a small ViT on few images.
+TINY = (
+    "model.encoder.dim=32",
+    "model.encoder.depth=2",
+    "model.encoder.heads=2",
+    "model.predictor.dim=32",
+    "model.predictor.depth=1",
+    "model.predictor.heads=2",
+    "dataset.train=240",
+    "dataset.test=40",
+    "train.batch_size=24",
+    "train.epochs=2",
+    "train.log_every=2",
+    "probe.train_images=100",
+    "hardware=cpu",
+    "hardware.threads=1",
+    "tracking=none",
+)
+
+
+def tiny(*overrides: str) -> list[str]:
+    """Overrides of a tiny run with further ones; a dataset of their own keeps its options."""
+    own_data = any(o.startswith("dataset=") for o in overrides)
+    return [*(o for o in TINY if not (own_data and o.startswith("dataset."))), *overrides]
+
+
+def compose(*overrides: str) -> Any:
+    """The composed config with its hydra node set as the current one."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = hydra_compose("config", list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    from omegaconf import open_dict
+
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
+def launch(*overrides: str, cwd: Path = ROOT, timeout: float = 500, **env: str) -> subprocess.CompletedProcess[str]:
+    """`python launch.py ...` as a user types it."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), *overrides],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def build_components(*overrides: str) -> Any:
+    """The parts of a tiny run."""
+    from hjepa.config.schema import check, resolve
+    from hjepa.training.build import build_components as assemble_config
+
+    config = resolve(compose(*tiny(*overrides)))
+    check(config)
+    return assemble_config(config)
+
+
+def trainer(*overrides: str) -> Any:
+    """The trainer of a tiny run, with its images loaded."""
+    from hjepa.config.instantiate import build
+    from hjepa.config.schema import check, resolve
+    from hjepa.training.build import build_components as assemble_config
+
+    config = resolve(compose(*tiny(*overrides)))
+    check(config)
+    parts = assemble_config(config)
+    train, _ = parts.dataset.train_and_validation()
+    return build(config["train"], parts=parts, images=train.images)
+
+
+def plan(steps: int, steps_per_epoch: int) -> Any:
+    """A plan of even epochs."""
+    from hjepa.optim.step_plan import StepPlan
+
+    return StepPlan(images=steps_per_epoch, epochs=None, length=steps, batch_size=1)

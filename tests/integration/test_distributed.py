@@ -1,0 +1,162 @@
+"""Several processes are one: the same weights as a process alone, one voice, one fate. Real processes, gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch.multiprocessing.spawn import start_processes
+
+from hjepa.distributed.launch import free_port
+from hjepa.distributed.process_group import World
+from tests.helpers.runs import ROOT, TINY, launch, trainer
+
+STEPS = 3
+COMMON = ("schedule.lr.warmup_epochs=0", "optimizer.eps=1e-3", "train.clip_norm=0.5", "dataset.augment.jitter=0.5")
+CONFIGS = {
+    "default": (),
+    "accumulated": ("train.accumulate=3", "levels=depth", "regularizer.levels=[1,0.5]", "projector=mlp"),
+    "views": (
+        "model.encoder.stem=conv",
+        "dataset.views=2",
+        "dataset.local_views=2",
+        "regularizer=sigreg",
+        "projector=mlp",
+        "masking=block",
+    ),
+    "regularizer only": ("levels=none", "masking=none", "regularizer=infonce", "teacher=none", "dataset.views=2"),
+    "stacked": ("levels=stacked", "dataset.image_size=32", "levels.upper.detach=false", "masking=multiblock"),
+    "sharded": ("train.accumulate=2", "projector=mlp"),
+    "sharded views": ("dataset.views=2", "dataset.local_views=2", "regularizer=sigreg", "levels=stacked", "teacher=refresh"),
+    "plain": ("levels=flat", "regularizer=none", "hardware.activation_checkpointing=true", "train.batch_size=48"),
+}
+
+
+def train_all(divided: bool) -> dict[str, Any]:
+    """Weights and means of the terms after some steps of every config, continued from a checkpoint on the way."""
+    results = {}
+    for name, overrides in CONFIGS.items():
+        options = [*COMMON, *overrides, f"hardware.shard={divided and name.startswith('sharded')}"]
+        t = trainer(*options)
+        for step in range(STEPS):
+            if step == STEPS - 1:
+                state, t = t.world.broadcast_object(t.state_dict()), trainer(*options)
+                t.load_state_dict(state)
+            t.meter.add(t.train_step(*t.batch(step), step))
+        weights = t.state_dict()["model"]
+        results[name] = ({k: v.detach().clone() for k, v in weights.items()}, t.meter.interval())
+    return results
+
+
+def rank(number: int, count: int, port: int, file: str) -> None:
+    names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | {k: str(v) for k, v in names.items()}
+    results = train_all(divided=True)
+    if number == 0:
+        torch.save(results, file)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of one process, and of two."""
+    file = tmp_path_factory.mktemp("ranks") / "results.pt"
+    start_processes(rank, (2, free_port(), str(file)), nprocs=2, start_method="spawn")
+    return train_all(divided=False), torch.load(file)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_two_processes_with_half_the_batch_each_are_one(name: str, results: Any) -> None:
+    (weights, terms), (divided_weights, divided_terms) = (result[name] for result in results)
+    assert weights.keys() == divided_weights.keys()
+    for key, weight in weights.items():
+        torch.testing.assert_close(divided_weights[key], weight, atol=2e-5, rtol=1e-4)
+    assert terms.keys() == divided_terms.keys()
+    for key, term in terms.items():
+        assert divided_terms[key] == pytest.approx(term, rel=1e-3, abs=1e-5), key
+
+
+def test_shares_of_a_batch_are_a_partition_within_each_accumulated_part() -> None:
+    rows = [World(rank, 4).rows(48, 3) for rank in range(4)]
+    assert torch.equal(torch.cat(rows).sort().values, torch.arange(48))
+    for part in range(3):
+        assert all(set((share[4 * part : 4 * part + 4] // 16).tolist()) == {part} for share in rows)
+
+
+# -- as typed ----------------------------------------------------------------------------------------------------------
+
+OPTIONS = [o for o in TINY if not o.startswith(("dataset.train", "train.epochs"))] + [
+    *("dataset.train=1200", "train.epochs=3", "optimizer.eps=1e-3", "hardware.processes=2"),
+]
+
+
+def started(*overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "launch.py"), *OPTIONS, *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    """Until the run has recorded a step."""
+    end = time.monotonic() + 200
+    file = folder / "metrics.jsonl"
+    while not (file.exists() and any(json.loads(line)["step"] >= step for line in file.read_text().splitlines())):
+        assert time.monotonic() < end, "the run does not get on"
+        time.sleep(0.05)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("undisturbed")
+    done = launch(*OPTIONS, f"output_root={root}", "name=r")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2:") == 1, "the main process speaks for all"
+    assert done.stdout.count("Run folder:") == 1
+    return root / "default" / "r"
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "default" / "r"
+    process = started(f"output_root={tmp_path}", "name=r")
+    wait_for_step(folder, 10)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert stderr.count("Stopped (stopped by signal 15") == 1
+    assert json.loads((folder / "summary.json").read_text())["status"] == "stopped"
+    again = launch(*OPTIONS, f"output_root={tmp_path}", "name=r")
+    assert again.returncode == 0, again.stderr
+    a, b = weights(undisturbed), weights(folder)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    steps, expected = (
+        [json.loads(line)["step"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (folder, undisturbed)
+    )
+    assert steps == expected
+
+
+def test_a_dead_process_ends_the_run_and_another_number_goes_on(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "default" / "r"
+    process = started(f"output_root={tmp_path}", "name=r")
+    wait_for_step(folder, 10)
+    ranks = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    max(ranks, key=lambda r: r.create_time()).kill()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "of 2 died" in stderr
+    assert not any(r.is_running() for r in ranks)
+    assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+    alone = launch(*OPTIONS, f"output_root={tmp_path}", "name=r", "hardware.processes=1")
+    assert alone.returncode == 0, alone.stderr
+    assert "was run by 2 processes, goes on with 1" in alone.stdout
+    a, b = weights(undisturbed), weights(folder)
+    for key in a:
+        torch.testing.assert_close(b[key], a[key], atol=1e-3, rtol=1e-2)

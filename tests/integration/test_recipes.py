@@ -1,0 +1,33 @@
+"""Every recipe composes, passes the checks, instantiates and takes two steps, the large ones on a small network."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hjepa.config.run import run
+from tests.helpers.runs import ROOT, compose
+
+RECIPES = sorted(p.stem for p in (ROOT / "conf" / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_takes_two_steps(recipe: str, tmp_path: Path) -> None:
+    overrides = [f"experiment={recipe}", "debug=small", "dataset=shapes", "dataset.train=60", "dataset.test=10", "name=r"]
+    overrides += ["hardware=cpu", "hardware.threads=1", "tracking=none", f"output_root={tmp_path}"]
+    overrides += ["task.steps=2"] if recipe == "reference_step" else []
+    run(compose(*overrides))
+    (folder,) = tmp_path.glob("*/*r")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] in ("finished", "collapsed")
+    assert summary["images_per_second"] > 0
+    if recipe != "reference_step":
+        assert summary["steps"] == 2
+
+
+@pytest.mark.parametrize("off", ["probe=none", "regularizer=none"])
+def test_a_part_that_a_recipe_configures_can_be_switched_off(off: str, tmp_path: Path) -> None:
+    overrides = ["experiment=cjepa", "experiment_name=e", "debug=small", "+probe.every=2", "dataset.train=60", "name=r"]
+    overrides += ["hardware=cpu", "hardware.threads=1", "tracking=none", f"output_root={tmp_path}", off]
+    run(compose(*(o for o in overrides if off == "probe=none" or not o.startswith("+probe"))))
+    assert json.loads((tmp_path / "e" / "r" / "summary.json").read_text())["status"] in ("finished", "collapsed")

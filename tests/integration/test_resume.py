@@ -1,0 +1,185 @@
+"""A run that is killed and started again ends as if nothing had happened; nothing is torn, repeated or lost."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from hjepa.config.errors import UserError
+from hjepa.models.pretrained import read
+from hjepa.training.checkpoint import Checkpointer, best_rank, save_atomically
+from tests.helpers.runs import ROOT, TINY, launch
+
+LONG = (
+    "train.epochs=4",
+    "train.log_every=3",
+    "probe.every=2",
+    "checkpoint.every_seconds=0.01",
+    "model.encoder.drop_path=0.1",
+)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)["model"]
+
+
+def metrics(folder: Path) -> list[dict]:
+    timing = ("images_per_second", "seconds", "peak_memory_mb")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in timing} for r in records]
+
+
+def start(*overrides: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "launch.py"), *overrides],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_records(folder: Path, count: int, process: subprocess.Popen) -> None:
+    """Until the run has written `count` records."""
+    file = folder / "metrics.jsonl"
+    while process.poll() is None and not (file.exists() and len(file.read_text().splitlines()) >= count):
+        time.sleep(0.005)  # polling a file, no assumption on speed
+
+
+def test_sigkill_and_the_same_command_give_the_same_bits(tmp_path: Path) -> None:
+    options = [*TINY, *LONG, "train.accumulate=3", "tracking=mlflow", "experiment_name=e"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert launch(*options, f"output_root={whole}", "name=r").returncode == 0
+    command = [*options, f"output_root={killed}", "name=r"]
+    process = start(*command)
+    wait_for_records(killed / "e" / "r", random.RandomMasking(3).randrange(2, 13), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = launch(*command)
+    assert resumed.returncode == 0, resumed.stderr
+    a, b = weights(whole / "e" / "r"), weights(killed / "e" / "r")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a), "bit-identical weights"
+    assert metrics(whole / "e" / "r") == metrics(killed / "e" / "r"), "no step repeated, missing or different"
+    check_mlflow(killed, ["r"])
+
+
+def check_mlflow(root: Path, names: Sequence[str]) -> None:
+    """One finished run for each name, each metric once per step of metrics.jsonl."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("e").experiment_id])
+    assert sorted(run.info.run_name for run in runs) == sorted(names)
+    for run in runs:
+        assert run.info.status == "FINISHED"
+        records = [json.loads(line) for line in (root / "e" / run.info.run_name / "metrics.jsonl").read_text().splitlines()]
+        for key in {k for r in records for k in r} - {"step"}:
+            tracked = sorted(m.step for m in client.get_metric_history(run.info.run_id, key))
+            assert tracked == [r["step"] for r in records if key in r], key
+        assert run.data.params["model.patch_size"] == "4"
+        files = {f.path for folder in (None, "plots") for f in client.list_artifacts(run.info.run_id, folder)}
+        assert {"config.yaml", "summary.json", "plots/curves.png", "plots/masks.png"} <= files
+
+
+def test_sigterm_saves_ends_as_stopped_and_continues(tmp_path: Path) -> None:
+    command = [*TINY, "train.epochs=40", f"output_root={tmp_path}", "experiment_name=e", "name=r"]
+    folder = tmp_path / "e" / "r"
+    process = start(*command)
+    wait_for_records(folder, 4, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "stopped"
+    state = torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)
+    assert state["step"] == summary["steps"] < 40 * 9
+
+
+def test_finished_run_started_again_does_nothing_and_says_so(run, tmp_path: Path, capsys) -> None:
+    first = run("name=r")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "default" / "r").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert run("name=r") == first
+    assert "overwrite=true" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "default" / "r").rglob("*") if p.is_file()}
+
+
+def test_folder_of_another_config_is_refused_and_overwrite_replaces_it(run, tmp_path: Path) -> None:
+    run("name=r")
+    with pytest.raises(UserError, match=r"optimizer.lr: 0.0015 -> 0.002"):
+        run("name=r", "optimizer.lr=0.002")
+    run("name=r", "optimizer.lr=0.002", "overwrite=true")
+    assert "lr: 0.002" in (tmp_path / "default" / "r" / "config.yaml").read_text()
+
+
+def test_torn_checkpoint_is_refused_loudly(run, tmp_path: Path) -> None:
+    run("name=r")
+    folder = tmp_path / "default" / "r"
+    (folder / "summary.json").unlink()
+    latest = folder / "checkpoints" / "latest.pt"
+    latest.write_bytes(latest.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        run("name=r")
+
+
+def test_foreign_and_missing_checkpoints_are_refused(tmp_path: Path) -> None:
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
+    with pytest.raises(UserError, match="lacks identity, model, optimizer, step"):
+        read(tmp_path / "foreign.pt", torch.device("cpu"))
+    with pytest.raises(UserError, match="no checkpoint"):
+        read(tmp_path / "nothing.pt", torch.device("cpu"))
+
+
+def test_pickled_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "owned",))
+
+    torch.save({"step": 0, "model": Evil(), "optimizer": {}, "identity": {}}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="cannot be read"):
+        read(tmp_path / "evil.pt", torch.device("cpu"))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "latest.pt"
+    save_atomically(path, {"step": 1})
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_atomically(path, {"step": 2})
+    assert torch.load(path, weights_only=True) == {"step": 1}
+
+
+def test_which_checkpoints_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpointer(every_seconds=60, every_epochs=3, last=2, best=2)
+    checkpoints.open(tmp_path, {})
+    checkpoints.clean(tmp_path)
+    for epoch, score in enumerate([0.2, 0.5, 0.3, 0.5, 0.4, 0.1, 0.45], start=1):
+        checkpoints.save({"step": epoch}, epoch, score)
+    assert {p.name for p in tmp_path.glob("epoch-*")} == {f"epoch-{n:05d}.pt" for n in (3, 6, 7)}
+    assert sorted(best_rank(p) for p in tmp_path.glob("best-*")) == [(0.5, -4), (0.5, -2)]
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["step"] == 2, "the earlier of equals"
+    assert torch.load(tmp_path / "latest.pt", weights_only=True)["step"] == 7
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_two_processes_cannot_share_a_folder(tmp_path: Path, run) -> None:
+    import fcntl
+
+    folder = tmp_path / "default" / "r"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="Another process"):
+            run("name=r")

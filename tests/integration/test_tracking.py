@@ -1,0 +1,367 @@
+"""Trackers for real: resumed without repeats, right about how a run ended, and never in the way of training."""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from hjepa.config.errors import UserError
+from hjepa.tracking import mlflow as track_mlflow
+from hjepa.tracking.dead_runs import locks_reach, machine_tags
+from hjepa.tracking.mlflow import MLflow
+from hjepa.tracking.run_folder import RunFolder, read_records, try_lock
+from tests.helpers.children import begin, run_config
+from tests.helpers.runs import tiny
+
+
+@pytest.fixture
+def tracker(tmp_path: Path, monkeypatch) -> Callable[..., MLflow]:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "run").mkdir()
+
+    def start(records: tuple = ()) -> MLflow:
+        t = MLflow(uri=None, output_root=str(tmp_path), system_metrics=False)
+        t.start(tmp_path / "run", "e", {f"p{i}": i for i in range(250)}, {"commit": "abc"}, list(records))
+        return t
+
+    return start
+
+
+def client(tmp_path: Path) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def history(client: mlflow.MlflowClient, run_id: str, key: str) -> list[int]:
+    return sorted(m.step for m in client.get_metric_history(run_id, key))
+
+
+def check_complete(client: mlflow.MlflowClient, folder: Path) -> None:
+    """The one run of the folder is finished and has every metric once per step of metrics.jsonl."""
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (run,) = client.search_runs(experiments, f"tags.run_folder = '{folder}'")
+    assert run.info.status == "FINISHED"
+    records = read_records(folder)
+    assert records
+    for key in {key for record in records for key in record} - {"step"}:
+        assert history(client, run.info.run_id, key) == [r["step"] for r in records if key in r], key
+    files = {f.path for place in (None, "plots") for f in client.list_artifacts(run.info.run_id, place)}
+    assert {"config.yaml", "summary.json", "plots/curves.png", "plots/masks.png"} <= files
+
+
+def test_everything_arrives_once(tracker, tmp_path: Path) -> None:
+    t = tracker()
+    for step in range(1200):
+        t.log({"step": step, "loss": 1.0 / (step + 1)})
+    assert t.finish("FINISHED")
+    run = client(tmp_path).get_run(t.run_id)
+    assert run.info.status == "FINISHED"
+    assert len(run.data.params) == 250
+    assert run.data.tags["commit"] == "abc"
+    assert run.data.tags["run_folder"] == str(tmp_path / "run")
+    assert history(client(tmp_path), t.run_id, "loss") == list(range(1200))
+
+
+@pytest.mark.parametrize("remembered", [True, False])
+def test_resume_sends_only_what_is_missing(tracker, tmp_path: Path, remembered: bool) -> None:
+    first = tracker()
+    for step in range(10):
+        first.log({"step": step, "loss": 0.0})
+    first.flush()
+    first.thread.shutdown()  # and then the process dies: the run still counts as running
+    if not remembered:
+        (tmp_path / "run" / "run_id").unlink()  # it died before it could keep the id
+    second = tracker([{"step": step, "loss": 0.0, "late": 1.0} for step in range(7)])  # rewound to the last checkpoint
+    assert second.run_id == first.run_id
+    for step in range(7, 15):
+        second.log({"step": step, "loss": 0.0, "late": 1.0})
+    second.finish("FINISHED")
+    assert history(client(tmp_path), first.run_id, "loss") == list(range(15))
+    assert history(client(tmp_path), first.run_id, "late") == list(range(15))
+
+
+def test_a_dead_server_is_said_once_and_stops_nothing(run, tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with caplog.at_level(logging.WARNING):
+        run("tracking=mlflow", "tracking.mlflow.uri=http://127.0.0.1:9", "name=r")
+    assert ["the run goes on" in r.getMessage() for r in caplog.records] == [True]
+    folder = tmp_path / "default" / "r"
+    assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+    assert len(read_records(folder)) > 5
+    with pytest.raises(UserError, match="1 of 1 runs could not be sent"):
+        run("task=sync", f"run={folder}", "tracking=mlflow", "tracking.mlflow.uri=http://127.0.0.1:9")
+
+
+def use_database(root: Path, name: str) -> None:
+    """A whole tracked run, in a process of its own."""
+    t = MLflow(uri=None, output_root=str(root), system_metrics=False)
+    (root / name).mkdir(parents=True)
+    t.start(root / name, "e", {"a": 1}, {}, [])
+    for step in range(50):
+        t.log({"step": step, "x": 1.0})
+    assert t.finish("FINISHED")
+
+
+def test_eight_jobs_starting_at_once_on_a_fresh_database(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    processes = [begin(use_database, tmp_path, f"run{i}") for i in range(8)]
+    for process in processes:
+        process.join(400)
+    assert [process.exitcode for process in processes] == [0] * 8
+    runs = client(tmp_path).search_runs([client(tmp_path).get_experiment_by_name("e").experiment_id])
+    assert sorted((r.info.run_name, r.info.status) for r in runs) == [(f"run{i}", "FINISHED") for i in range(8)]
+    assert all(history(client(tmp_path), r.info.run_id, "x") == list(range(50)) for r in runs)
+
+
+# -- a server ----------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """`mlflow server` on a free loopback port, which can be killed and started again."""
+
+    def __init__(self, root: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.root, self.uri = root, f"http://127.0.0.1:{self.port}"
+        self.client = mlflow.MlflowClient(self.uri)
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        store = ["--backend-store-uri", f"sqlite:///{self.root}/server.db", "--artifacts-destination", str(self.root / "files")]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *store, "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"],
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            try:
+                self.client.search_experiments()
+                return
+            except mlflow.MlflowException:
+                time.sleep(0.2)
+        raise AssertionError("the server does not answer")
+
+    def kill(self) -> None:
+        """As if its machine had gone away."""
+        os.killpg(self.process.pid, 9)
+        self.process.wait()
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch) -> Iterator[Server]:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    server = Server(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+def test_a_server_that_goes_away_and_comes_back(server: Server, run, tmp_path: Path, monkeypatch, caplog) -> None:
+    """A run that ends meanwhile is sent by task=sync, twice without repeats; one that goes on sends what it missed itself."""
+    folder, other = tmp_path / "default" / "r", tmp_path / "other"
+    for place in (folder / "plots", other / "plots"):
+        place.mkdir(parents=True)
+    survivor = MLflow(server.uri, str(tmp_path), system_metrics=False)
+    survivor.start(other, "default", {"a": 1}, {}, [])
+
+    def record(step: int) -> None:
+        with (other / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "x": 1.0}) + "\n")
+        survivor.log({"step": step, "x": 1.0})
+
+    def kill_in_the_middle() -> None:
+        while len(read_records(folder)) < 4:
+            time.sleep(0.005)
+        server.kill()
+
+    for step in range(5):
+        record(step)
+    killer = threading.Thread(target=kill_in_the_middle)
+    killer.start()
+    tracking = ("tracking=mlflow", f"tracking.mlflow.uri={server.uri}")
+    with caplog.at_level(logging.WARNING):
+        run(*tracking, "name=r", "train.epochs=4", "train.log_every=1")
+    killer.join()
+    assert ["task=sync run=" in r.getMessage() for r in caplog.records] == [True], "said once"
+    for step in range(5, 10):
+        record(step)
+    server.start()
+    monkeypatch.setattr(track_mlflow, "RETRY_SECONDS", 0.0)
+    record(10)
+    assert survivor.finish("FINISHED")
+    assert history(server.client, survivor.run_id, "x") == list(range(11))
+    assert server.client.get_run(survivor.run_id).info.status == "FINISHED"
+    for _ in range(2):
+        run("task=sync", f"run={tmp_path}/default", *tracking)
+        check_complete(server.client, folder)
+
+
+def test_a_run_that_was_killed_at_the_very_end_is_sent_by_the_same_command(run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(MLflow, "finish", lambda self, status: self.thread.shutdown() or False)
+    run("tracking=mlflow", "name=r")
+    monkeypatch.undo()
+    run("tracking=mlflow", "name=r")
+    check_complete(client(tmp_path), tmp_path / "default" / "r")
+
+
+def test_sync_copies_a_run_to_another_database(run, tmp_path: Path, capsys) -> None:
+    run("name=r")
+    folder = tmp_path / "default" / "r"
+    for name in ("a", "b", "b", "a"):
+        run("task=sync", f"run={folder}", "tracking=mlflow", f"tracking.mlflow.uri=sqlite:///{tmp_path}/{name}.db")
+    for name in ("a", "b"):
+        check_complete(mlflow.MlflowClient(f"sqlite:///{tmp_path}/{name}.db"), folder)
+    assert "records" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["tracking=mlflow"], "needs a run folder"),
+        (["tracking=none", "run=x"], "nothing to send to"),
+        (["tracking=mlflow", "run=/nowhere"], "holds no run"),
+    ],
+)
+def test_sync_refuses_what_it_cannot_do(run, overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        run("task=sync", *overrides)
+
+
+# -- statuses ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_next_start_closes_dead_runs_and_no_others(tracker, tmp_path: Path) -> None:
+    t = tracker()
+    t.finish("FINISHED")
+    c, experiment = client(tmp_path), t.experiment_id
+    cases = {
+        "dead": "KILLED",
+        "failed": "FAILED",
+        "alive": "RUNNING",
+        "elsewhere": "RUNNING",
+        "gone": "RUNNING",
+        "replaced": "KILLED",
+    }
+    ids = {}
+    for name in cases:
+        folder = tmp_path / name
+        tags = {"run_folder": str(folder)} | (machine_tags() if name != "elsewhere" else {"host": "another", "boot": "x"})
+        ids[name] = c.create_run(experiment, tags=tags).info.run_id
+        if name != "gone":
+            folder.mkdir()
+            (folder / ".lock").touch()
+            (folder / "run_id").write_text("another" if name == "replaced" else ids[name])
+    (tmp_path / "failed" / "summary.json").write_text('{"status": "failed"}')
+    with try_lock(tmp_path / "alive"):  # takes the lock
+        second = MLflow(uri=None, output_root=str(tmp_path), system_metrics=False)
+        (tmp_path / "second").mkdir()
+        second.start(tmp_path / "second", "another experiment", {}, {}, [])
+        second.finish("FINISHED")
+    assert {name: c.get_run(run_id).info.status for name, run_id in ids.items()} == cases
+
+
+MOUNT_TABLES = {
+    "server:/home /home nfs4 rw,vers=4.2,local_lock=none 0 0": True,
+    "server:/home /home nfs rw,local_lock=all 0 0": False,
+    "server:/home /home nfs rw,nolock 0 0": False,
+    "mds:/x /home lustre rw,flock 0 0": True,
+    "mds:/x /home lustre rw 0 0": False,
+    "/dev/sda1 /home ext4 rw 0 0": False,
+    "server:/ / nfs4 rw 0 0\ntmpfs /home tmpfs rw 0 0": False,
+}
+
+
+@pytest.mark.parametrize(("table", "reach"), MOUNT_TABLES.items())
+def test_which_locks_are_the_same_on_every_machine(tmp_path: Path, table: str, reach: bool) -> None:
+    (tmp_path / "mounts").write_text(f"/dev/root / ext4 rw 0 0\n{table}\n")
+    assert locks_reach(Path("/home/user/outputs/e/r"), tmp_path / "mounts") is reach
+
+
+def work_with_a_child(folder: Path) -> None:
+    """Claim a folder, fork a worker that lives on, die."""
+    RunFolder(folder, {}).claim(overwrite=True)
+    if os.fork() == 0:
+        time.sleep(20)
+    os._exit(0)
+
+
+def test_an_orphaned_worker_does_not_keep_the_folder(tmp_path: Path) -> None:
+    process = begin(work_with_a_child, tmp_path / "r")
+    process.join(60)
+    with try_lock(tmp_path / "r") as free:
+        assert free
+
+
+# -- other trackers ----------------------------------------------------------------------------------------------------
+
+
+def test_several_trackers_at_once(run, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run("tracking=[mlflow,tensorboard]", "name=r")
+    folder = tmp_path / "default" / "r"
+    check_complete(client(tmp_path), folder)
+    (folder / "summary.json").unlink()
+    run("tracking=[mlflow,tensorboard]", "name=r")  # a second sitting
+    check_complete(client(tmp_path), folder)
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    records = read_records(folder)
+    for key in {key for record in records for key in record} - {"step"}:
+        assert [e.step for e in events.Scalars(key)] == [r["step"] for r in records if key in r], key
+
+
+def test_wandb_offline_keeps_one_run_in_the_folder(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed: pip install -e '.[wandb]' to test it")
+    folder = tmp_path / "default" / "r"
+    for _ in range(2):
+        process = begin(
+            run_config,
+            [*tiny("tracking=wandb", "tracking.wandb.mode=offline"), f"output_root={tmp_path}", "name=r"],
+            tmp_path / "said",
+        )
+        process.join(300)
+        assert process.exitcode == 0, (tmp_path / "said").read_text()
+        assert "left out" not in (tmp_path / "said").read_text()
+        (written,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+        assert written.stat().st_size > 1000
+        assert (folder / "wandb" / "id").read_text() in written.name
+        (folder / "summary.json").unlink()
+
+
+@pytest.mark.parametrize("package", ["mlflow", "tensorboard", "wandb"])
+def test_a_missing_package_is_named_before_the_work(run, tmp_path: Path, monkeypatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"tracking={package} needs the package {package}; pip install {package}"):
+        run(f"tracking={package}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tracker_that_breaks_is_left_out(run, tmp_path: Path, monkeypatch, caplog) -> None:
+    from hjepa.tracking.tensorboard import TensorBoard
+
+    def broken(self: TensorBoard, record: dict) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TensorBoard, "log", broken)
+    with caplog.at_level(logging.WARNING):
+        run("tracking=[mlflow,tensorboard]", "name=r")
+    assert ["tracking=tensorboard failed" in r.getMessage() for r in caplog.records] == [True]
+    check_complete(client(tmp_path), tmp_path / "default" / "r")
+
+
+def test_the_server_that_a_run_offers_is_on_loopback(tracker) -> None:
+    t = tracker()
+    assert "--host 127.0.0.1" in (t.view_command() or "")
+    t.finish("FINISHED")

@@ -1,0 +1,326 @@
+"""Encoder, predictor and their composition: exactness against full attention, timm and I-JEPA written out."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from hjepa.config.errors import UserError
+from hjepa.masking import PartitionMasking
+from hjepa.models.layers import CrossBlock, LeanMlp, patchify
+from hjepa.models.predictor import Fusion
+from hjepa.models.vit import ViTEncoder
+from tests.helpers.runs import build_components
+
+
+def small_encoder(**options) -> ViTEncoder:
+    torch.manual_seed(0)
+    return ViTEncoder(**({"image_size": 32, "patch_size": 4, "dim": 32, "depth": 3, "heads": 2} | options)).eval()
+
+
+@pytest.mark.parametrize("summary_tokens", [0, 3])
+def test_dropping_tokens_equals_full_attention_with_masked_keys(summary_tokens: int) -> None:
+    encoder = small_encoder(summary_tokens=summary_tokens)
+    images = torch.randn(2, 3, 32, 32)
+    keep = torch.stack([torch.randperm(64)[:20].sort().values for _ in range(4)]).view(2, 2, 20)
+    dropped = encoder(images, keep=keep)[-1].view(2, 2, summary_tokens + 20, 32)
+    for context in range(2):
+        visible = torch.zeros(2, summary_tokens + 64, dtype=torch.bool)
+        visible[:, :summary_tokens] = True
+        visible.scatter_(1, keep[:, context] + summary_tokens, True)
+        x = encoder.embed(images, None)
+        for block in encoder.blocks:
+            x = block(x, attn_mask=visible[:, None, None, :])
+        full = encoder.norm(x)
+        index = torch.cat([torch.arange(summary_tokens).expand(2, -1), keep[:, context] + summary_tokens], dim=1)
+        expected = full.gather(1, index.unsqueeze(-1).expand(-1, -1, 32))
+        assert torch.allclose(dropped[:, context], expected, atol=1e-5)
+
+
+def test_dropped_patches_are_never_computed() -> None:
+    encoder, images = small_encoder(), torch.randn(2, 3, 32, 32)
+
+    def flops(keep: torch.Tensor | None) -> int:
+        with FlopCounterMode(display=False) as counter:
+            encoder(images, keep=keep)
+        return counter.get_total_flops()
+
+    assert flops(torch.arange(16).expand(2, 1, 16)) <= flops(None) / 4
+
+
+@pytest.mark.parametrize("options", [{}, {"summary_tokens": 4}, {"layer_scale": 0.1, "positions": "learned"}])
+def test_state_dict_and_features_are_timms(options: dict) -> None:
+    encoder, images = small_encoder(**options), torch.randn(2, 3, 32, 32)
+    other = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=4,
+        embed_dim=32,
+        depth=3,
+        num_heads=2,
+        class_token=False,
+        reg_tokens=options.get("summary_tokens", 0),
+        init_values=options.get("layer_scale"),
+        no_embed_class=True,
+        global_pool="avg",
+        fc_norm=False,
+        num_classes=0,
+    ).eval()
+    other.load_state_dict(encoder.state_dict())
+    assert torch.allclose(other.forward_features(images), encoder(images)[-1], atol=1e-5)
+
+
+def test_hidden_states_at_depths() -> None:
+    encoder, images = small_encoder(), torch.randn(2, 3, 32, 32)
+    middle, last = encoder(images, depths=[1, 3])
+    assert torch.equal(middle, encoder.blocks[0](encoder.embed(images, None)))
+    assert torch.equal(last, encoder(images)[-1])
+
+
+def test_patchify_matches_the_convolution() -> None:
+    encoder, images = small_encoder(), torch.randn(2, 3, 32, 32)
+    projection = encoder.patch_embed.proj
+    ours = F.linear(patchify(images, 4), projection.weight.flatten(1), projection.bias)
+    assert torch.allclose(ours, encoder.patch_embed(images), atol=1e-5)
+
+
+# -- the convolutional stem --------------------------------------------------------------------------------------------
+
+
+def test_convolutions_see_nothing_of_dropped_patches() -> None:
+    encoder, images = small_encoder(stem="conv"), torch.randn(2, 3, 32, 32)
+    keep = torch.stack([torch.randperm(64)[:20] for _ in range(4)]).view(2, 2, 20)
+    before = encoder(images, keep=keep)[-1].view(2, 2, 20, 32)
+    dropped = torch.ones(64).scatter(0, keep[0, 1], 0).view(1, 8, 8)  # by the second context of the first image
+    pixels = dropped.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    after = encoder(images + 10 * torch.randn(2, 3, 32, 32) * pixels, keep=keep)[-1].view(2, 2, 20, 32)
+    assert torch.equal(before[0, 1], after[0, 1])
+    assert not torch.allclose(before[0, 0], after[0, 0], atol=0.1)
+
+
+def test_convolutions_that_keep_all_patches_see_all() -> None:
+    encoder, images = small_encoder(stem="conv", summary_tokens=2), torch.randn(3, 3, 32, 32)
+    everything = torch.arange(64).expand(3, 1, 64)
+    assert torch.allclose(encoder(images, keep=everything)[-1], encoder(images)[-1], atol=1e-5)
+    assert encoder(images[:, :, :16, :16])[-1].shape == (3, 2 + 16, 32), "also of smaller crops"
+
+
+def test_convolutions_that_cannot_end_at_a_patch_are_refused() -> None:
+    with pytest.raises(UserError, match=r"model\.patch_size=6 must be a power of two"):
+        small_encoder(stem="conv", image_size=36, patch_size=6)
+
+
+@pytest.mark.parametrize("option", ["flat", "pyramid", "summary"])
+def test_teacher_equals_student_at_start_bit_for_bit(option: str) -> None:
+    model = build_components(f"levels={option}").model
+    student, teacher = model.student.state_dict(), model.teacher.state_dict()
+    assert student.keys() == teacher.keys()
+    assert all(torch.equal(student[k], teacher[k]) for k in student)
+
+
+def test_blocks_are_those_of_all_parts() -> None:
+    model = build_components("levels=stacked", "model.encoder.depth=3").model
+    assert len(model.blocks()) == len(set(model.blocks())) == 2 * 3 + 1 + 2 * 2 + 2, "encoders, predictors, stacked ones"
+
+
+@pytest.mark.parametrize("joint", ["false", "true"])
+def test_flat_is_ijepa_written_out(joint: str) -> None:
+    """Assran et al. 2023, eq. of section 3: mean over blocks of the distance of predicted and EMA-encoded patches.
+
+    With one target block the joint pass is the same objective.
+    """
+    parts = build_components(
+        "levels=flat",
+        "masking=multiblock",
+        "regularizer=none",
+        "model.predictor.attention=self",
+        f"model.predictor.joint={joint}",
+        f"masking.blocks={4 if joint == 'false' else 1}",
+    )
+    model = parts.model.eval()
+    images, masks = torch.randn(3, 3, 32, 32), parts.sampler(3, torch.Generator().manual_seed(0))
+    loss, _ = parts.objective(model(images, masks))
+
+    def encode(vit, pixels, keep):
+        x = vit.patch_embed(pixels) + vit.pos_embed
+        x = x if keep is None else torch.stack([x[i, keep[i]] for i in range(len(x))])
+        return vit.norm(vit.blocks(x))
+
+    with torch.no_grad():
+        whole = F.layer_norm(encode(model.teacher, images, None), (32,))
+    context = encode(model.student, images, masks.context[:, 0])
+    p = model.predictor
+    terms = []
+    for block in range(masks.targets[0].shape[2]):
+        index = masks.targets[0][:, 0, block]
+        seen = p.embed(context) + p.patch_positions[masks.context[:, 0]]
+        asked = p.mask_tokens[0] + p.patch_positions[index]
+        x = torch.cat([seen, asked], dim=1)
+        for layer in p.blocks:
+            x = layer(x)
+        answer = p.norm(x)[:, seen.shape[1] :]
+        target = torch.stack([whole[i, index[i]] for i in range(len(index))])
+        terms.append(F.smooth_l1_loss(p.heads[0](answer), target))
+    assert torch.allclose(loss, torch.stack(terms).mean(), atol=1e-6)
+
+
+def test_cross_attention_answers_each_query_from_the_context_alone() -> None:
+    parts = build_components("levels=pyramid", "model.predictor.attention=cross", "masking=multiblock")
+    model, images = parts.model.eval(), torch.randn(2, 3, 32, 32)
+    masks = parts.sampler(2, torch.Generator().manual_seed(0))
+    tokens = model.student(images, keep=masks.context)[-1]
+    together = model.predictor(tokens, masks.context, masks.targets)
+    single = [index[:, :, :1, :1] for index in masks.targets]
+    alone = model.predictor(tokens, masks.context, single)
+    assert all(torch.allclose(a, b[:, :, :1, :1], atol=1e-5) for a, b in zip(alone, together, strict=True))
+    other = model.predictor(tokens + 0.1, masks.context, masks.targets)
+    assert not torch.allclose(together[0], other[0], atol=1e-3)
+
+
+def test_cross_block_is_attention_written_out() -> None:
+    torch.manual_seed(0)
+    block, queries, context = CrossBlock(8, 2), torch.randn(3, 4, 8), torch.randn(3, 5, 8)
+    q, (k, v) = block.q(block.norm1(queries)), block.kv(block.norm_context(context)).chunk(2, dim=-1)
+    heads = []
+    for part in (slice(0, 4), slice(4, 8)):
+        weights = (q[..., part] @ k[..., part].mT / 2).softmax(-1)
+        heads.append(weights @ v[..., part])
+    x = queries + block.proj(torch.cat(heads, dim=-1))
+    assert torch.allclose(block(queries, context), x + block.mlp(block.norm2(x)), atol=1e-5)
+
+
+def test_parts_by_reshape_equal_block_diagonal_attention() -> None:
+    """Each part alone, by a reshape to a longer batch, is full attention under a block-diagonal mask; without the mask's cost."""
+    encoder, images = small_encoder(), torch.randn(2, 3, 32, 32)
+    masks = PartitionMasking(8, [1], num_parts=4)(2, torch.Generator().manual_seed(0))
+    reshaped = encoder(images, keep=masks.context)[-1].unflatten(0, (2, 4)).flatten(1, 2)
+    order = masks.context.flatten(1)
+    x = encoder.embed(images, order.unsqueeze(1))
+    part = torch.arange(64) // 16
+    diagonal = part[:, None] == part[None, :]
+    for block in encoder.blocks:
+        x = block(x, attn_mask=diagonal)
+    assert torch.allclose(reshaped, encoder.norm(x), atol=1e-5)
+
+
+def test_loss_is_on_targets_only() -> None:
+    """Changing the teacher's view of visible patches alone leaves the loss as it is."""
+    parts = build_components("levels=flat")
+    model = parts.model.eval()
+    images, masks = torch.randn(2, 3, 32, 32), parts.sampler(2, torch.Generator().manual_seed(0))
+    before, _ = parts.objective(model(images, masks))
+    original = model.teacher.forward
+
+    def disturbed(*args, **kwargs):
+        states = original(*args, **kwargs)
+        flags = torch.zeros(2, 64, 1).scatter_(1, masks.context[:, 0].unsqueeze(-1), 1.0)
+        return [state + 100 * flags for state in states]
+
+    model.teacher.forward = disturbed
+    after, _ = parts.objective(model(images, masks))
+    assert torch.equal(before, after)
+
+
+def test_contexts_share_one_teacher_pass() -> None:
+    parts = build_components("masking=block", "masking.contexts=3")
+    calls = []
+    parts.model.teacher.register_forward_hook(lambda *args: calls.append(1))
+    parts.model(torch.randn(2, 3, 32, 32), parts.sampler(2, torch.Generator().manual_seed(0)))
+    assert len(calls) == 1
+
+
+def test_several_contexts_equal_separate_ones() -> None:
+    parts = build_components("masking=block", "masking.contexts=2", "levels=pyramid")
+    model, images = parts.model.eval(), torch.randn(2, 3, 32, 32)
+    masks = parts.sampler(2, torch.Generator().manual_seed(0))
+    together = model(images, masks)
+    for context in range(2):
+        single = copy.replace(masks) if hasattr(copy, "replace") else masks
+        single = type(masks)(masks.context[:, [context]], tuple(t[:, [context]] for t in masks.targets))
+        alone = model(images, single)
+        for a, b in zip(alone.levels, together.levels, strict=True):
+            assert torch.allclose(a.prediction[:, 0], b.prediction[:, context], atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_activation_checkpointing_changes_nothing(precision: str) -> None:
+    grads = []
+    for switch in ("false", "true"):
+        parts = build_components(f"hardware.activation_checkpointing={switch}", f"hardware.precision={precision}")
+        images, masks = (
+            torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+            parts.sampler(2, torch.Generator().manual_seed(0)),
+        )
+        with parts.hardware.autocast():
+            loss, _ = parts.objective(parts.model(images, masks))
+        loss.backward()
+        grads.append([p.grad for p in parts.model.student.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads, strict=True))
+
+
+def test_lean_mlp_is_timms_with_less_kept_for_the_backward_pass() -> None:
+    torch.manual_seed(0)
+    lean, plain = LeanMlp(8, 32), timm.layers.Mlp(8, 32)
+    plain.load_state_dict(lean.state_dict())
+    x, grads, kept = torch.randn(5, 8), [], []
+    for mlp in (lean, plain):
+        leaf, sizes = x.clone().requires_grad_(), {}
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = mlp(leaf)
+        out.square().sum().backward()
+        grads.append([out, leaf.grad, *(p.grad for p in mlp.parameters())])
+        kept.append(sum(sizes.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert kept[0] <= kept[1] - 5 * 32, "the activation's output is not kept"
+
+
+def test_fusion_by_adding_starts_as_no_fusion_and_concat_uses_every_depth() -> None:
+    g = torch.Generator().manual_seed(0)
+    states = [torch.randn(2, 5, 8, generator=g) for _ in range(3)]
+    assert torch.equal(Fusion("none", 8, 3)(states), states[-1])
+    assert torch.equal(Fusion("add", 8, 3)(states), states[-1])
+    concat = Fusion("concat", 8, 3)
+    before = concat(states)
+    for position in range(3):
+        changed = [state + (i == position) * torch.randn(2, 5, 8, generator=g) for i, state in enumerate(states)]
+        assert not torch.allclose(concat(changed), before)
+
+
+@pytest.mark.parametrize("mode", ["add", "concat"])
+def test_fusion_is_on_the_students_side_only(mode: str) -> None:
+    model = build_components("levels=depth", f"levels.fusion={mode}").model
+    plain = build_components("levels=depth").model
+    model.student.load_state_dict(plain.student.state_dict())
+    model.teacher.load_state_dict(plain.teacher.state_dict())
+    images, masks = torch.randn(2, 3, 32, 32), build_components("levels=depth").sampler(2, torch.Generator().manual_seed(0))
+    rows = zip(model(images, masks).levels, plain(images, masks).levels, strict=True)
+    assert all(torch.equal(a.target, b.target) for a, b in rows)
+    with pytest.raises(UserError, match=f"levels.fusion={mode} needs a level at another depth"):
+        build_components("levels=flat", f"levels.fusion={mode}")
+
+
+def test_other_image_sizes_take_resampled_positions() -> None:
+    encoder = small_encoder()
+    assert encoder(torch.randn(2, 3, 16, 16))[-1].shape == (2, 16, 32)
+    center = encoder.positions(4).view(4, 4, 32)
+    own = encoder.positions(8).view(4, 2, 4, 2, 32).mean((1, 3))
+    assert torch.nn.functional.cosine_similarity(center, own, dim=-1)[1:-1, 1:-1].min() > 0.98, "a crop's centers lie between"
+
+
+def test_parameter_counts_add_up() -> None:
+    counts = build_components().model.parameter_counts()
+    assert counts["total"] == counts["student"] + counts["teacher"] + counts["predictor"]
+    assert counts["trainable"] < counts["student"] + counts["predictor"], "fixed positions are not trained"
+
+
+def test_patch_size_must_divide() -> None:
+    with pytest.raises(UserError, match=r"patch_size=5 does not divide .*32"):
+        small_encoder(patch_size=5)

@@ -21,6 +21,7 @@ from hjepa.config.errors import UserError
 from hjepa.config.identity import flatten
 from hjepa.sweeps.job import Job
 from hjepa.sweeps.tables import default_metric, groups, lookup, results, table
+from hjepa.tracking.atomic import atomic_write
 from hjepa.tracking.provenance import SWEEP
 from hjepa.tracking.run_folder import check_writable, read_config, read_summary
 from hjepa.tracking.tracker import Artifacts, build_trackers
@@ -41,9 +42,7 @@ class Sweep:
     def write(self, jobs: list[Job]) -> None:
         """Write sweep.json whole or not at all."""
         rows = [{key: getattr(job, key) for key in KEPT} | {"results": results(job.summary)} for job in jobs]
-        temporary = self.folder / ".sweep.json.tmp"
-        temporary.write_text(json.dumps({"sweep": self.folder.name, "jobs": rows}, indent=2, default=str) + "\n")
-        temporary.replace(self.file)
+        atomic_write(self.file, json.dumps({"sweep": self.folder.name, "jobs": rows}, indent=2, default=str) + "\n")
 
     def read(self) -> list[Job]:
         """The jobs as they were written."""
@@ -78,7 +77,7 @@ class Sweep:
         text = table(jobs, metric, f"Sweep {self.folder.name}", self.folder)
         print(f"\n{text}", flush=True)
         files = [self.folder / "table.txt"]
-        files[0].write_text(text + "\n")
+        atomic_write(files[0], text + "\n")
         if groups(jobs, metric)[1]:
             from hjepa.sweeps.plots import plot, plot_progress
 

@@ -19,7 +19,8 @@ from hjepa.config.schema import Config
 from hjepa.sweeps.job import Job
 from hjepa.sweeps.sweep import Sweep, check_metric, log_artifacts_of_jobs
 from hjepa.sweeps.tables import columns, default_metric, difference, lookup, members, numbers, options, std, table
-from hjepa.tracking.run_folder import atomic_write, check_writable, read_config, read_summary
+from hjepa.tracking.atomic import atomic_write
+from hjepa.tracking.run_folder import check_writable, read_config, read_summary
 
 MISSING = object()
 

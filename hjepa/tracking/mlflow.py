@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from hjepa.config.errors import first_line, import_optional
+from hjepa.tracking.atomic import atomic_write
 from hjepa.tracking.dead_runs import close_dead_runs, end_run, machine_tags
-from hjepa.tracking.run_folder import Record, atomic_write, read_records
+from hjepa.tracking.run_folder import Record, read_records
 from hjepa.tracking.tracker import Artifacts, Tracker
 
 log = logging.getLogger(__name__)

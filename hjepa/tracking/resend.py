@@ -8,7 +8,8 @@ from pathlib import Path
 
 from hjepa.config.identity import config_hash, flatten
 from hjepa.config.schema import Config
-from hjepa.tracking.run_folder import UNSENT_MARKER, atomic_write, read_config, read_records, read_summary, try_lock
+from hjepa.tracking.atomic import atomic_write
+from hjepa.tracking.run_folder import UNSENT_MARKER, read_config, read_records, read_summary, try_lock
 from hjepa.tracking.tracker import TRACKER_STATUS, build_trackers
 
 

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from hjepa.config.errors import UserError
 from hjepa.config.identity import differences, identity
 from hjepa.config.upgrade import upgrade_config, upgrade_summary
+from hjepa.tracking.atomic import atomic_write
 
 Record = dict[str, Any]
 
@@ -29,39 +30,6 @@ PREDECESSOR_SECONDS = 120.0  # a job that SLURM started again waits so long for 
 UNSENT_MARKER = ".unsent"  # is there while trackers may lack something of a run
 
 LOCK_SECONDS = 2.0  # a look at whether a folder is in use takes its lock, but never so long
-
-
-def atomic_write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with atomic_files(path) as (temporary,):
-        temporary.write_text(text)
-
-
-@contextlib.contextmanager
-def atomic_files(*paths: Path) -> Iterator[list[Path]]:
-    """Names to write files under that get their own ones if the context ends well, and are removed if it does not."""
-    names = [path.with_name(f".{path.name}.tmp") for path in paths]
-    try:
-        yield names
-        for name, path in zip(names, paths, strict=True):
-            name.replace(path)
-    finally:
-        for name in names:
-            name.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `path` if the context ends well, and is removed if it does not."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_records(folder: Path) -> list[Record]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hjepa.config.errors import import_optional
-from hjepa.tracking.run_folder import Record, atomic_write
+from hjepa.tracking.atomic import atomic_write
+from hjepa.tracking.run_folder import Record
 from hjepa.tracking.tracker import Tracker
 
 

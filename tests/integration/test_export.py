@@ -20,7 +20,8 @@ from hjepa.tasks.export.features import write
 from hjepa.tasks.export.formats import FORMATS, Outputs
 from hjepa.tasks.export.writers import GROUP, STORES, listing
 from hjepa.tasks.trained_run import TrainedRun, load_run
-from hjepa.tracking.run_folder import atomic_folder, read_summary
+from hjepa.tracking.atomic import atomic_folder
+from hjepa.tracking.run_folder import read_summary
 from hjepa.training.signals import StopFlag
 from tests.helpers.runs import compose, tiny
 

@@ -25,7 +25,7 @@ from hjepa.data.datamodule import DataModule, Split, unit
 from hjepa.data.stream import Stream
 from hjepa.metrics.probes import labeled_indices, standardize
 from hjepa.tasks.trained_run import NETWORK_KINDS, NetworkKind, TrainedRun, layer_features
-from hjepa.tracking.run_folder import atomic_folder
+from hjepa.tracking.atomic import atomic_folder
 
 PIXELS = 32  # raw pixels are compared at this side at most: more would be more numbers than images
 

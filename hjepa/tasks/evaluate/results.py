@@ -15,7 +15,8 @@ from typing import Any
 from hjepa.tasks.evaluate.protocol import Scores
 from hjepa.tasks.evaluate.tables import table
 from hjepa.tasks.trained_run import TrainedRun
-from hjepa.tracking.run_folder import Record, atomic_write, read_summary
+from hjepa.tracking.atomic import atomic_write
+from hjepa.tracking.run_folder import Record, read_summary
 
 
 class Results:

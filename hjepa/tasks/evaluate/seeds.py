@@ -7,7 +7,8 @@ from typing import Any
 from hjepa.config.identity import identity, short_hash
 from hjepa.tasks.evaluate.results import Results
 from hjepa.tasks.evaluate.tables import over_runs, table_of_runs
-from hjepa.tracking.run_folder import atomic_write, check_writable, read_config
+from hjepa.tracking.atomic import atomic_write
+from hjepa.tracking.run_folder import check_writable, read_config
 
 
 def compare(root: Path, found: dict[Path, Results]) -> None:

@@ -20,8 +20,9 @@ from hjepa.models.vit import ViTEncoder
 from hjepa.tasks.export.formats import FORMATS, Function, check_packages
 from hjepa.tasks.export.readme import render_readme
 from hjepa.tasks.trained_run import TrainedRun, load_run
+from hjepa.tracking.atomic import atomic_folder
 from hjepa.tracking.provenance import git_state
-from hjepa.tracking.run_folder import atomic_folder, check_writable
+from hjepa.tracking.run_folder import check_writable
 from hjepa.tracking.tracker import Artifacts, log_artifacts
 from hjepa.training.signals import StopFlag
 

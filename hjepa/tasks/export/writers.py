@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hjepa.config.errors import import_optional
-from hjepa.tracking.run_folder import atomic_files
+from hjepa.tracking.atomic import atomic_files
 
 Add = Callable[[list[str], np.ndarray], None]  # paths of N images and their features float32 [N, F]
 

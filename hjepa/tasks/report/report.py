@@ -12,7 +12,8 @@ from hjepa.tasks.report.html import render
 from hjepa.tasks.report.run_page import run_facts
 from hjepa.tasks.report.sweep_page import sweep_facts
 from hjepa.tasks.trained_run import run_folder
-from hjepa.tracking.run_folder import atomic_write, check_writable
+from hjepa.tracking.atomic import atomic_write
+from hjepa.tracking.run_folder import check_writable
 from hjepa.tracking.tracker import Artifacts, log_artifacts
 
 

@@ -18,7 +18,8 @@ from hjepa.tasks.visualize.pca import draw_pca
 from hjepa.tasks.visualize.predictions import check_predictive, draw_predictions
 from hjepa.tasks.visualize.samples import Samples, some
 from hjepa.tasks.visualize.tsne import draw_tsne
-from hjepa.tracking.run_folder import atomic_write, check_writable, read_records
+from hjepa.tracking.atomic import atomic_write
+from hjepa.tracking.run_folder import check_writable, read_records
 from hjepa.tracking.tracker import Artifacts, log_artifacts
 
 log = logging.getLogger(__name__)

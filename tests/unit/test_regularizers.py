@@ -70,7 +70,7 @@ def test_epps_pulley_tells_normal_samples_from_others() -> None:
 
 def test_sigreg_pulls_views_to_the_mean_of_the_whole_ones() -> None:
     z = features(5, 4, 3)
-    _, terms = SIGReg(1.0, 1.0, directions=8, knots=17, reach=3.0, levels=[1.0])(Output([], [z], whole=2))
+    _, terms = SIGReg(1.0, 1.0, directions=8, knots=17, reach=3.0, levels=[1.0])(Output([], [z], num_global=2))
     expected = sum((z[i, v] - (z[i, 0] + z[i, 1]) / 2).square().mean() for i in range(5) for v in range(4)) / 20
     assert torch.allclose(terms["invariance"], expected)
 
@@ -78,7 +78,7 @@ def test_sigreg_pulls_views_to_the_mean_of_the_whole_ones() -> None:
 def test_infonce_written_out() -> None:
     """Every pair of a view with another whole view of its image, against the whole views of the other images, one by one."""
     z = features(4, 3, 5)
-    total, terms = InfoNCE(contrast=2.0, temperature=0.5, levels=[1.0])(Output([], [z], whole=2))
+    total, terms = InfoNCE(contrast=2.0, temperature=0.5, levels=[1.0])(Output([], [z], num_global=2))
     costs = []
     for i, v, w in itertools.product(range(4), range(3), range(2)):
         if v != w:

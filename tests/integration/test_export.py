@@ -1,4 +1,4 @@
-"""What is taken away from a run is the run's: every export, loaded as its README says, and every row of features."""
+"""Tests of `task=export` and `task=features`: exported encoders and features equal those of the run."""
 
 import os
 import re
@@ -15,10 +15,10 @@ from hjepa.config.errors import UserError
 from hjepa.config.run import run as run_config
 from hjepa.config.schema import resolve
 from hjepa.data.image_files import CorruptFiles, ImageFiles, read_image, walk_images
-from hjepa.tasks.export.export import difference
-from hjepa.tasks.export.features import write
-from hjepa.tasks.export.formats import FORMATS, Outputs
-from hjepa.tasks.export.writers import GROUP, STORES, listing
+from hjepa.tasks.export.export import relative_difference
+from hjepa.tasks.export.features import write_features
+from hjepa.tasks.export.formats import FORMATS, ExportedEncoder
+from hjepa.tasks.export.writers import ROW_GROUP_SIZE, WRITERS, paths_file
 from hjepa.tasks.trained_run import TrainedRun, load_run
 from hjepa.tracking.atomic import atomic_folder
 from hjepa.tracking.run_folder import read_summary
@@ -31,7 +31,7 @@ COMMAND = ("hardware=cpu", "hardware.threads=1", "tracking=none")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Images of several sizes in a folder of classes."""
+    """Return a folder of images of several sizes, in one subfolder per class."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for i in range(24):
@@ -44,7 +44,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(root: Path, tmp_path_factory) -> Path:
-    """A run folder of two steps, with what an encoder can have: summary tokens, LayerScale, stochastic depth."""
+    """Return the folder of a run of two steps, whose encoder has summary tokens, LayerScale and stochastic depth."""
     out = tmp_path_factory.mktemp("o")
     options = (
         "dataset=image_folder",
@@ -75,30 +75,29 @@ def exported(trained: Path) -> Path:
 
 
 def own_features(run: TrainedRun, paths: list[Path]) -> torch.Tensor:
-    """Features by the code of the probes, image by image."""
+    """Compute features as the probes do, image by image."""
     pixels = [torch.from_numpy(read_image(str(path), 16)).permute(2, 0, 1) for path in paths]
     with torch.no_grad():
         return torch.cat([run.encoder.features(run.dataset.normalize(image[None])) for image in pixels])
 
 
-def codes(folder: Path) -> dict[str, str]:
-    """The code blocks of an export's README by the file that they load."""
+def code_blocks(folder: Path) -> dict[str, str]:
+    """Return the code blocks of the README of an export, by the file that they load."""
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     return {next(file.name for file in folder.glob("encoder.*") if file.name in block): block for block in blocks}
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # TorchScript is old
-def test_every_format_gives_the_runs_features_as_its_readme_says(
+def test_the_code_of_the_readme_computes_the_features_of_the_run(
     exported: Path, opened: TrainedRun, root: Path, monkeypatch
 ) -> None:
     monkeypatch.chdir(exported)
     paths = sorted(root.rglob("*.png"))[:5]
     expected = own_features(opened, paths)
-    code = codes(exported)
+    code = code_blocks(exported)
     assert len(code) == len(FORMATS)
     scope: dict = {}
     exec(code.pop("encoder.safetensors"), scope)
-    images = torch.stack([scope["transform"](Image.open(path)) for path in paths])  # timm's own reading of the files
+    images = torch.stack([scope["transform"](Image.open(path)) for path in paths])  # the preprocessing of timm
     with torch.no_grad():
         patches, tokens = scope["model"](images), scope["model"].forward_features(images)
     torch.testing.assert_close(patches, expected[:, : patches.shape[1]], atol=1e-5, rtol=0)
@@ -111,7 +110,7 @@ def test_every_format_gives_the_runs_features_as_its_readme_says(
             torch.testing.assert_close(torch.as_tensor(scope["tokens"]), tokens[:count], atol=1e-4, rtol=0, msg=file)
 
 
-def test_the_summary_tells_what_was_compared(exported: Path, opened: TrainedRun) -> None:
+def test_summary_contains_the_comparison(exported: Path, opened: TrainedRun) -> None:
     summary = read_summary(exported)
     assert summary["compared_on"] == "images of the dataset"
     assert summary["checkpoint_hash"] == opened.hash
@@ -120,7 +119,7 @@ def test_the_summary_tells_what_was_compared(exported: Path, opened: TrainedRun)
     assert not [path for path in exported.parent.iterdir() if path.name.endswith(".tmp")]
 
 
-def test_a_run_with_convolutions_and_without_summary_tokens_exports(tmp_path: Path, run, monkeypatch) -> None:
+def test_encoder_with_conv_stem_and_without_summary_tokens_is_exported(tmp_path: Path, run, monkeypatch) -> None:
     run(
         "levels=flat",
         "name=flat",
@@ -136,13 +135,13 @@ def test_a_run_with_convolutions_and_without_summary_tokens_exports(tmp_path: Pa
     assert read_summary(flat / "export")["feature_dim"] == 32
     monkeypatch.chdir(flat / "export")
     scope: dict = {}
-    exec(codes(flat / "export")["encoder.safetensors"], scope)
+    exec(code_blocks(flat / "export")["encoder.safetensors"], scope)
     encoder, images = load_run(resolve(compose(f"run={flat}", *COMMAND)), None, None).encoder, torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(scope["model"](images), encoder.features(images), atol=1e-5, rtol=0)
 
 
-def test_what_is_not_faithful_is_refused_and_what_was_there_stays(exported: Path, trained: Path) -> None:
+def test_unfaithful_format_is_refused_and_earlier_export_is_kept(exported: Path, trained: Path) -> None:
     before = {file.name: file.read_bytes() for file in exported.iterdir()}
     with pytest.raises(UserError, match=r"timm is not faithful.*nothing is exported"):
         task("export", trained, "task.formats=[torch_export,timm]", "task.tolerance=1e-12")
@@ -150,18 +149,18 @@ def test_what_is_not_faithful_is_refused_and_what_was_there_stays(exported: Path
     assert not list(trained.glob(".export*"))
 
 
-def test_the_comparison_sees_every_kind_of_difference(opened: TrainedRun) -> None:
+def test_comparison_detects_every_kind_of_difference(opened: TrainedRun) -> None:
     images = opened.dataset.normalize(opened.dataset.sample(8))
-    own = Outputs(opened.encoder)
+    own = ExportedEncoder(opened.encoder)
     with torch.no_grad():
-        assert difference(own, opened.encoder, images) == 0
-        assert difference(Outputs(opened.untrained), opened.encoder, images) > 1e-5
-        assert difference(lambda x: (own(x)[0], own(x)[1] + 1e-3), opened.encoder, images) > 1e-5
-        assert difference(lambda x: own(images[:3]), opened.encoder, images) == float("inf")  # a fixed batch size
-        assert not difference(lambda x: (own(x)[0] * torch.nan, own(x)[1]), opened.encoder, images) <= 1e9
+        assert relative_difference(own, opened.encoder, images) == 0
+        assert relative_difference(ExportedEncoder(opened.untrained), opened.encoder, images) > 1e-5
+        assert relative_difference(lambda x: (own(x)[0], own(x)[1] + 1e-3), opened.encoder, images) > 1e-5
+        assert relative_difference(lambda x: own(images[:3]), opened.encoder, images) == float("inf")  # a fixed batch size
+        assert not relative_difference(lambda x: (own(x)[0] * torch.nan, own(x)[1]), opened.encoder, images) <= 1e9
 
 
-def test_without_the_images_random_ones_are_compared(trained: Path, root: Path, tmp_path: Path, caplog) -> None:
+def test_random_images_are_compared_if_the_dataset_is_missing(trained: Path, root: Path, tmp_path: Path, caplog) -> None:
     run, moved = tmp_path / "r", root.with_name("moved")
     run.mkdir()
     for name in ("config.yaml", "checkpoints"):
@@ -169,7 +168,7 @@ def test_without_the_images_random_ones_are_compared(trained: Path, root: Path, 
     root.rename(moved)
     try:
         task("export", run)
-        assert "random ones are compared" in caplog.text
+        assert "compared on random images" in caplog.text
         assert read_summary(run / "export")["compared_on"] == "random images"
         task("export", run, f"task.root={moved}")
         assert read_summary(run / "export")["compared_on"] == "images of the dataset"
@@ -180,29 +179,30 @@ def test_without_the_images_random_ones_are_compared(trained: Path, root: Path, 
 
 
 @pytest.mark.parametrize(
-    ("override", "word"),
+    ("override", "message"),
     [
         ("task.formats=[]", r"task.formats=\[\].*at least one"),
         ("task.formats=onnx", "task.formats='onnx'"),
         ("task.formats=[tflite]", "task.formats.*'tflite'.*onnx"),
-        ("task.tolerance=0.0", r"task.tolerance=0.0.*positive"),
+        ("task.formats=[torchscript]", "task.formats.*'torchscript'.*torch_export"),
+        ("task.tolerance=0.0", r"task.tolerance=0.0: expected PositiveFloat"),
         ("task.checkpoint=epoch-9", "no checkpoint .*epoch-9.pt; choose task.checkpoint among .*latest"),
     ],
 )
-def test_bad_options_of_an_export_are_one_sentence(trained: Path, override: str, word: str) -> None:
-    with pytest.raises(UserError, match=word) as error:
+def test_invalid_options_of_export_raise_one_sentence(trained: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
         task("export", trained, override)
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_package_is_named_before_any_work(monkeypatch) -> None:
+def test_missing_package_is_reported_before_any_work(monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"task.formats=\[onnx\] needs the package onnxruntime; pip install"):
         task("export", Path("/nowhere"), "task.formats=[onnx]")
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".parquet"])
-def test_features_are_those_of_every_image(suffix: str, trained: Path, opened: TrainedRun, root: Path, tmp_path: Path) -> None:
+def test_features_of_every_image_are_written(suffix: str, trained: Path, opened: TrainedRun, root: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / f"f{suffix}"
     task("features", trained, f"task.images={root}", f"task.out={out}", "task.batch_size=7", "task.workers=0")
     paths, features = load(out)
@@ -212,23 +212,23 @@ def test_features_are_those_of_every_image(suffix: str, trained: Path, opened: T
 
 
 def load(out: Path) -> tuple[list[str], torch.Tensor]:
-    """Paths and features of a file."""
+    """Read paths and features from a file."""
     if out.suffix == ".npy":
-        return os.fsdecode(listing(out).read_bytes()).splitlines(), torch.from_numpy(np.load(out))
+        return os.fsdecode(paths_file(out).read_bytes()).splitlines(), torch.from_numpy(np.load(out))
     table = pq.read_table(out)
     return table["path"].to_pylist(), torch.tensor(table["feature"].to_pylist())
 
 
-@pytest.mark.parametrize("suffix", STORES)
-def test_a_store_holds_what_was_added(suffix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_writer_stores_all_appended_rows(suffix: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    sizes = (1, 0, GROUP + 1, 3000)
+    sizes = (1, 0, ROW_GROUP_SIZE + 1, 3000)
     features = rng.standard_normal((sum(sizes), 3)).astype(np.float32)
     paths = [f"b/ä{i}" for i in range(len(features))]
-    with STORES[suffix](tmp_path / f"f{suffix}", 3) as add:
+    with WRITERS[suffix](tmp_path / f"f{suffix}", 3) as append:
         done = 0
         for size in sizes:
-            add(paths[done : done + size], features[done : done + size])
+            append(paths[done : done + size], features[done : done + size])
             done += size
     got_paths, got = load(tmp_path / f"f{suffix}")
     assert got_paths == paths
@@ -236,9 +236,9 @@ def test_a_store_holds_what_was_added(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def spoiled(root: Path, tmp_path: Path) -> Path:
-    """The images, in deep folders, one of 24 unreadable, and a file that is none."""
-    folder = tmp_path / "spoiled"
+def corrupted(root: Path, tmp_path: Path) -> Path:
+    """Return a folder with the images in nested subfolders, one of 24 unreadable, and a text file."""
+    folder = tmp_path / "corrupted"
     for path in sorted(root.rglob("*.png")):
         target = folder / "deep" / "er" / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -248,95 +248,95 @@ def spoiled(root: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_unreadable_images_are_named_and_left_out(
-    spoiled: Path, trained: Path, opened: TrainedRun, tmp_path: Path, caplog
+def test_unreadable_images_are_reported_and_left_out(
+    corrupted: Path, trained: Path, opened: TrainedRun, tmp_path: Path, caplog
 ) -> None:
     out = tmp_path / "f.npy"
-    task("features", trained, f"task.images={spoiled}", f"task.out={out}", "task.batch_size=4", "task.max_corrupt=0.1")
+    task("features", trained, f"task.images={corrupted}", f"task.out={out}", "task.batch_size=4", "task.max_corrupt=0.1")
     assert re.search(r"1 of 24 images cannot be read, they are left out: .*05.png", caplog.text)
     paths, features = load(out)
     assert paths == [f"deep/er/{i:02d}.png" for i in range(24) if i != 5]
-    torch.testing.assert_close(features, own_features(opened, [spoiled / path for path in paths]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(features, own_features(opened, [corrupted / path for path in paths]), atol=1e-5, rtol=0)
 
 
-def test_too_many_unreadable_images_end_it_and_leave_what_was_there(spoiled: Path, trained: Path, tmp_path: Path) -> None:
+def test_too_many_unreadable_images_raise_and_keep_the_earlier_file(corrupted: Path, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "f.npy"
     out.write_text("old")
     with pytest.raises(UserError, match=r"1 of 24 images cannot be read, more than task.max_corrupt=0.01 allows: .*05.png"):
-        task("features", trained, f"task.images={spoiled}", f"task.out={out}", "task.workers=0")
+        task("features", trained, f"task.images={corrupted}", f"task.out={out}", "task.workers=0")
     assert out.read_text() == "old"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.npy", "spoiled"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.npy", "corrupted"]
 
 
-@pytest.mark.parametrize("suffix", STORES)
-def test_interrupted_features_leave_nothing(suffix: str, opened: TrainedRun, root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_interrupted_features_leave_no_files(suffix: str, opened: TrainedRun, root: Path, tmp_path: Path) -> None:
     paths = [os.fsencode(path) for path in walk_images(root)]
     files = ImageFiles(np.array(paths), torch.zeros(24, dtype=torch.int64), 16, CorruptFiles(24, 0.0), 0)
     with pytest.raises(UserError, match="Interrupted after 8 of 24"):
-        interrupted(opened, files, root, tmp_path / f"f{suffix}")
+        write_features_interrupted(opened, files, root, tmp_path / f"f{suffix}")
     assert not list(tmp_path.iterdir())
 
 
-def interrupted(run: TrainedRun, files: ImageFiles, root: Path, out: Path) -> None:
-    """Features with a Ctrl-C after the second batch of four."""
-    with StopFlag() as stop, STORES[out.suffix](out, 64) as add:
+def write_features_interrupted(run: TrainedRun, files: ImageFiles, root: Path, out: Path) -> None:
+    """Write features in batches of four and press Ctrl-C after the second one."""
+    with StopFlag() as stop, WRITERS[out.suffix](out, 64) as append:
         batches = iter((0, 1))
 
-        def add_and_interrupt(paths: list[str], features: np.ndarray) -> None:
-            add(paths, features)
+        def append_and_interrupt(paths: list[str], features: np.ndarray) -> None:
+            append(paths, features)
             if next(batches):
                 os.kill(os.getpid(), signal.SIGINT)
 
-        write(run, files, root, 4, add_and_interrupt, stop)
+        write_features(run, files, root, 4, append_and_interrupt, stop)
 
 
 @pytest.mark.parametrize(
-    ("images", "out", "more", "word"),
+    ("images", "out", "more", "message"),
     [
-        ("{root}", "f.csv", (), r"f.csv: the kind of file is unknown.*\.npy or \.parquet"),
-        ("{root}", "class.npy", (), "is a folder; give the name of a file"),
-        ("{root}", "file/f.npy", (), "cannot be written .*give another task.out"),
-        ("{tmp}/class.npy", "f.npy", (), "holds no images"),
+        ("{root}", "f.csv", (), r"f.csv: unknown kind of file.*\.npy or \.parquet"),
+        ("{root}", "class.npy", (), "is a folder; expected the name of a file"),
+        ("{root}", "file/f.npy", (), "cannot be written .*set another task.out"),
+        ("{tmp}/class.npy", "f.npy", (), "contains no images"),
         ("{tmp}/nowhere", "f.npy", (), "nowhere is not a folder"),
         ("{tmp}/file", "f.npy", (), "file is not a folder"),
-        ("{tmp}/lines", "f.npy", (), "breaks the list of files"),
-        ("{root}", "f.npy", ("task.batch_size=0",), "task.batch_size=0.*at least 1"),
-        ("{root}", "f.npy", ("task.max_corrupt=2.0",), "task.max_corrupt=2.0"),
+        ("{tmp}/lines", "f.npy", (), "contains a line break"),
+        ("{root}", "f.npy", ("task.batch_size=0",), "task.batch_size=0: expected PositiveInt"),
+        ("{root}", "f.npy", ("task.max_corrupt=2.0",), "task.max_corrupt=2.0: expected Fraction"),
         ("{root}", "f.npy", ("task.checkpoint=epoch-9",), "no checkpoint .*epoch-9.pt"),
     ],
 )
-def test_bad_options_of_features_are_one_sentence(
-    images: str, out: str, more: tuple[str, ...], word: str, trained: Path, root: Path, tmp_path: Path
+def test_invalid_options_of_features_raise_one_sentence(
+    images: str, out: str, more: tuple[str, ...], message: str, trained: Path, root: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "class.npy").mkdir()
     (tmp_path / "lines").mkdir()
     (tmp_path / "lines" / "a\nb.png").write_text("")
-    with pytest.raises(UserError, match=word) as error:
+    with pytest.raises(UserError, match=message) as error:
         task("features", trained, f"task.images={images.format(root=root, tmp=tmp_path)}", f"task.out={tmp_path}/{out}", *more)
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["class.npy", "file", "lines"]
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_atomic_folder_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
     folder = tmp_path / "f"
     for text in ("old", "new"):
         with atomic_folder(folder) as new:
             (new / text).write_text(text)
     assert [path.name for path in folder.iterdir()] == ["new"]
-    with pytest.raises(UserError, match="torn"):
-        tear(folder)
+    with pytest.raises(UserError, match="failed"):
+        replace_and_fail(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
     assert [path.name for path in folder.iterdir()] == ["new"]
 
 
-def tear(folder: Path) -> None:
+def replace_and_fail(folder: Path) -> None:
     with atomic_folder(folder) as new:
-        (new / "torn").write_text("")
-        raise UserError("torn")
+        (new / "partial").write_text("")
+        raise UserError("failed")
 
 
-def test_trackers_get_the_export(tmp_path: Path, run, monkeypatch) -> None:
+def test_export_is_logged_to_the_tracker(tmp_path: Path, run, monkeypatch) -> None:
     import mlflow
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -352,5 +352,5 @@ def test_trackers_get_the_export(tmp_path: Path, run, monkeypatch) -> None:
     folder = tmp_path / "default" / "t"
     run_config(compose("task=export", f"run={folder}", *COMMAND[:2]))
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    there = {Path(file.path).name for file in client.list_artifacts(read_summary(folder)["run_id"], "export")}
-    assert there == {file.name for file in (folder / "export").iterdir()}
+    logged = {Path(file.path).name for file in client.list_artifacts(read_summary(folder)["run_id"], "export")}
+    assert logged == {file.name for file in (folder / "export").iterdir()}

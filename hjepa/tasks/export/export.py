@@ -1,7 +1,7 @@
-"""`task=export run=...`: the encoder of a run as files that need no hjepa, in the run's folder `export/`.
+"""`task=export run=...`: write the encoder of a run to files that can be used without hjepa, in the folder `export/` of the run.
 
-Every format is read again from its files and must give the outputs of the run's own encoder, for batches of several sizes of
-the run's own images, before the folder gets its name; else nothing is left.
+Every format is loaded from its files and compared with the encoder of the run, on batches of several sizes. If any output
+differs by more than the tolerance, nothing is exported and an earlier export stays as it was.
 """
 
 import json
@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
+from hjepa.config.types import PositiveFloat
 from hjepa.distributed.seeding import generator
 from hjepa.models.vit import ViTEncoder
-from hjepa.tasks.export.formats import FORMATS, Function, check_packages
+from hjepa.tasks.export.formats import FORMATS, EncoderFunction, check_packages
 from hjepa.tasks.export.readme import render_readme
 from hjepa.tasks.trained_run import TrainedRun, load_run
 from hjepa.tracking.atomic import atomic_folder
@@ -28,43 +29,47 @@ from hjepa.training.signals import StopFlag
 
 log = logging.getLogger(__name__)
 
-BATCHES = (1, 3, 8)  # sizes that are compared
+COMPARED_BATCH_SIZES = (1, 3, 8)
 
 
 def export_encoder(
     config: Config,
     path: Path,
-    formats: list[Literal["timm", "onnx", "torch_export", "torchscript"]],
-    tolerance: float,
+    formats: list[Literal["timm", "onnx", "torch_export"]],
+    tolerance: PositiveFloat,
     checkpoint: str | None,
     root: str | None,
 ) -> None:
-    """Write the run's encoder in these formats, on the CPU and in float32.
+    """Export the encoder of the run in one or several formats, on the CPU and in float32.
 
     Args:
-        tolerance: largest difference to the run's own outputs, relative to their largest absolute value.
-        checkpoint, root: see `hjepa.tasks.trained_run.load_run`.
+        config: Resolved config, whose `run` names the run folder.
+        path: Not used.
+        formats: Formats to write.
+        tolerance: Largest difference from the outputs of the run's encoder, relative to their largest absolute value.
+        checkpoint: See `hjepa.tasks.trained_run.load_run`.
+        root: See `hjepa.tasks.trained_run.load_run`.
 
     Raises:
-        UserError: a format needs a package that is not installed, or is not faithful.
+        UserError: If a format requires a package that is not installed, or its outputs differ by more than the tolerance.
     """
     names = list(dict.fromkeys(formats))
-    if not names or not tolerance > 0:
-        raise UserError(f"task.formats={names}, task.tolerance={tolerance}: expected at least one format and a positive number.")
+    if not names:
+        raise UserError(f"task.formats=[]: expected at least one of {', '.join(FORMATS)}.")
     check_packages(names)
     config = config | {"hardware": config["hardware"] | {"device": "cpu", "precision": "float32"}}
     run = load_run(config, checkpoint, root)
     folder = run.folder / "export"
-    check_writable(folder, "copy the run to where it can, and give run=COPY")
-    pixels, origin = some_images(run, root)
+    check_writable(folder, "copy the run to a folder that can be written, and set run=COPY")
+    pixels, image_source = comparison_images(run, root)
     images = run.dataset.normalize(pixels)
     with StopFlag() as stop, atomic_folder(folder) as temporary, torch.no_grad():
         differences: dict[str, float] = {}
         for name in tqdm(names, desc="exporting", unit="format", disable=None):
-            differences[name] = write_format(run, name, images, temporary, tolerance)
+            differences[name] = export_format(run, name, images, temporary, tolerance)
             if stop:
-                raise UserError(f"Interrupted: nothing is exported, {folder} is as it was; the same command starts anew.")
-        summary = build_summary(run, differences, origin, temporary)
+                raise UserError(f"Interrupted: nothing is exported, {folder} is unchanged; repeat the command to start again.")
+        summary = build_summary(run, differences, image_source, temporary)
         (temporary / "preprocess.json").write_text(json.dumps(preprocessing(run), indent=2) + "\n")
         (temporary / "README.md").write_text(render_readme(summary, preprocessing(run), temporary))
         (temporary / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -72,48 +77,57 @@ def export_encoder(
     print_summary(summary, folder)
 
 
-def some_images(run: TrainedRun, root: str | None) -> tuple[Tensor, str]:
-    """Images uint8 [N, 3, S, S] to compare outputs on, and what they are: the dataset's or, where it is not here, random ones."""
+def comparison_images(run: TrainedRun, root: str | None) -> tuple[Tensor, str]:
+    """Return images uint8 [N, 3, S, S] on which outputs are compared, and a description of them.
+
+    They are images of the dataset or, if the dataset is not on this machine, random ones.
+    """
     try:
-        return run.dataset.sample(max(BATCHES)), "images of the dataset"
+        return run.dataset.sample(max(COMPARED_BATCH_SIZES)), "images of the dataset"
     except UserError as error:
         if root:
             raise
-        log.warning("The run's images are not here, random ones are compared instead (%s)", error)
+        log.warning("The images of the run were not found, outputs are compared on random images (%s)", error)
     size = run.encoder.image_size
-    shape = (max(BATCHES), 3, size, size)
+    shape = (max(COMPARED_BATCH_SIZES), 3, size, size)
     return torch.randint(256, shape, generator=generator(0, "export"), dtype=torch.uint8), "random images"
 
 
-def write_format(run: TrainedRun, name: str, images: Tensor, folder: Path, tolerance: float) -> float:
-    """Write a format, read it again; returns how far it is from the run's own outputs, or refuses it."""
-    FORMATS[name].write(run, images[:2], folder)
-    far = difference(FORMATS[name].read(folder), run.encoder, images)
-    if not far <= tolerance:
-        raise UserError(
-            f"task.formats: {name} is not faithful: its outputs differ from the run's own by {far:.2g} of their largest "
-            f"value, more than task.tolerance={tolerance:g}; nothing is exported. Leave {name} out, or raise the tolerance."
-        )
-    return far
+def export_format(run: TrainedRun, name: str, images: Tensor, folder: Path, tolerance: float) -> float:
+    """Export one format, load it, and return its relative difference from the encoder of the run.
 
-
-def difference(function: Function, encoder: ViTEncoder, images: Tensor) -> float:
-    """Largest difference of features or tokens to the encoder's own on batches of several sizes, relative to the largest own
-    one; infinite for other shapes, NaN where either is.
+    Raises:
+        UserError: If the difference exceeds the tolerance.
     """
-    worst = torch.tensor(0.0)
-    for size in BATCHES:
+    FORMATS[name].export(run, images[:2], folder)
+    difference = relative_difference(FORMATS[name].load(folder), run.encoder, images)
+    if not difference <= tolerance:
+        raise UserError(
+            f"task.formats: {name} is not faithful: its outputs differ from those of the run by {difference:.2g} of their "
+            f"largest value, more than task.tolerance={tolerance:g}; nothing is exported. Omit {name}, or increase the tolerance."
+        )
+    return difference
+
+
+def relative_difference(function: EncoderFunction, encoder: ViTEncoder, images: Tensor) -> float:
+    """Return the largest difference between the outputs of an exported encoder and the original.
+
+    It is the largest over features, tokens and the batch sizes, relative to the largest absolute value of the original. It is
+    infinite if shapes differ, and NaN if any output is NaN.
+    """
+    largest = torch.tensor(0.0)
+    for size in COMPARED_BATCH_SIZES:
         batch = images[:size]
-        own = (encoder.features(batch), encoder(batch)[-1])
-        for given, expected in zip(function(batch), own, strict=True):
-            if given.shape != expected.shape:
+        expected_outputs = (encoder.features(batch), encoder(batch)[-1])
+        for actual, expected in zip(function(batch), expected_outputs, strict=True):
+            if actual.shape != expected.shape:
                 return float("inf")
-            worst = torch.maximum(worst, (given - expected).abs().max() / expected.abs().max())  # which a NaN survives
-    return worst.item()
+            largest = torch.maximum(largest, (actual - expected).abs().max() / expected.abs().max())  # propagates NaN
+    return largest.item()
 
 
 def preprocessing(run: TrainedRun) -> dict[str, Any]:
-    """What is done to an image file before the encoder gets it, as in training but for augmentation."""
+    """Return the preprocessing of image files, which is that of training without augmentation."""
     return {
         "image_size": run.encoder.image_size,
         "color": "RGB",
@@ -122,13 +136,13 @@ def preprocessing(run: TrainedRun) -> dict[str, Any]:
         "scale": "pixels to [0, 1], then (pixel - mean) / std per channel",
         "mean": run.config["dataset"]["mean"],
         "std": run.config["dataset"]["std"],
-        "jpeg": "hjepa lets the decoder shrink images that are several times larger (PIL's Image.draft), which is faster and "
-        "changes their features a little",
+        "jpeg": "hjepa decodes JPEG files that are several times larger at a reduced size (PIL's Image.draft), which is faster "
+        "and changes their features slightly",
     }
 
 
-def build_summary(run: TrainedRun, differences: dict[str, float], origin: str, folder: Path) -> dict[str, Any]:
-    """summary.json of the export."""
+def build_summary(run: TrainedRun, differences: dict[str, float], image_source: str, folder: Path) -> dict[str, Any]:
+    """Return the content of summary.json."""
     return {
         "status": "finished",
         "run": run.folder.name,
@@ -137,7 +151,7 @@ def build_summary(run: TrainedRun, differences: dict[str, float], origin: str, f
         "step": run.step,
         "feature_dim": run.encoder.feature_dim,
         "tokens": {"summary": run.encoder.summary_tokens, "patches": run.encoder.grid**2},
-        "compared_on": origin,
+        "compared_on": image_source,
         "difference": differences,
         "megabytes": {file.name: file.stat().st_size / 1e6 for file in sorted(folder.iterdir()) if file.suffix != ".json"},
         **git_state(),
@@ -145,10 +159,10 @@ def build_summary(run: TrainedRun, differences: dict[str, float], origin: str, f
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:
-    """Print what was exported."""
+    """Print the differences and file sizes."""
     print(f"{summary['run']} at {summary['checkpoint']} (step {summary['step']}), compared on {summary['compared_on']}:")
-    for name, far in summary["difference"].items():
-        print(f"  {name:<14}differs from the run's own outputs by {far:.1e} of their largest value")
+    for name, difference in summary["difference"].items():
+        print(f"  {name:<14}differs from the outputs of the run by {difference:.1e} of their largest value")
     for name, size in summary["megabytes"].items():
         print(f"  {name:<26}{size:8.1f} MB")
     print(f"How to use them: {folder / 'README.md'}")

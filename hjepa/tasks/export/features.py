@@ -1,5 +1,7 @@
-"""`task=features run=... task.images=FOLDER task.out=FILE`: the features of every image in a folder, in batches that workers
-decode ahead. The images are read as in training: resized, center-cropped, the unreadable ones named and, up to a share, left out.
+"""`task=features run=... task.images=FOLDER task.out=FILE`: write the features of every image below a folder.
+
+Workers decode the images ahead, in batches, as in training: resized and center-cropped. Unreadable images are reported and, up
+to `max_corrupt` of all images, left out.
 """
 
 import os
@@ -12,10 +14,11 @@ from tqdm import tqdm
 
 from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
+from hjepa.config.types import Fraction, NonNegativeInt, PositiveInt
 from hjepa.data.image_files import CorruptFiles, ImageFiles, walk_images
 from hjepa.data.stream import Stream
 from hjepa.metrics.probes import extract
-from hjepa.tasks.export.writers import STORES, Add, listing
+from hjepa.tasks.export.writers import WRITERS, AppendRows, paths_file
 from hjepa.tasks.trained_run import TrainedRun, load_run
 from hjepa.tracking.run_folder import check_writable
 from hjepa.training.signals import StopFlag
@@ -26,30 +29,31 @@ def export_features(
     path: Path,
     images: str,
     out: str,
-    batch_size: int,
-    max_corrupt: float,
-    workers: int | None,
+    batch_size: PositiveInt,
+    max_corrupt: Fraction,
+    workers: NonNegativeInt | None,
     checkpoint: str | None,
 ) -> None:
-    """Write the features [F] of the probe protocol of all images below a folder.
+    """Write the features [F] of all images below a folder, the same features that the probes use.
 
     Args:
-        images: the folder; out: .npy file (float32 [N, F], with a list of paths beside it) or .parquet file (columns path and
-            feature); paths are relative to the folder.
-        max_corrupt: share of unreadable images that are left out; more end it.
-        workers: see `hjepa.data.stream.Stream`; checkpoint: see `hjepa.tasks.trained_run.load_run`.
+        config: Resolved config, whose `run` names the run folder.
+        path: Not used.
+        images: Folder of the images, searched recursively.
+        out: Output file, either .npy (float32 [N, F], with a list of paths beside it) or .parquet (columns path and feature).
+            The paths are relative to the folder of the images.
+        batch_size: Number of images per forward pass.
+        max_corrupt: Largest fraction of unreadable images that may be left out; more raise an error.
+        workers: See `hjepa.data.stream.Stream`.
+        checkpoint: See `hjepa.tasks.trained_run.load_run`.
 
     Raises:
-        UserError: there are no images, too many cannot be read, `out` cannot be written, or Ctrl-C.
+        UserError: If the folder contains no images, too many of them cannot be read, `out` cannot be written, or Ctrl-C was
+            pressed.
     """
-    if batch_size < 1 or not 0 <= max_corrupt <= 1 or (workers is not None and workers < 0):
-        raise UserError(
-            f"task.batch_size={batch_size}, task.max_corrupt={max_corrupt}, task.workers={workers}: expected at least 1, a share "
-            "between 0 and 1, and at least 0 or null."
-        )
     folder, target = Path(images).expanduser().absolute(), Path(out).expanduser().absolute()
     check_output_path(target)
-    paths = find(folder, target)
+    paths = find_images(folder, target)
     run = load_run(config, checkpoint, None)
     corrupt = CorruptFiles(len(paths), max_corrupt, "task", "they are left out")
     files = ImageFiles(
@@ -60,49 +64,55 @@ def export_features(
         workers,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    with StopFlag() as stop, STORES[target.suffix](target, run.encoder.feature_dim) as add:
-        write(run, files, folder, batch_size, add, stop)
+    with StopFlag() as stop, WRITERS[target.suffix](target, run.encoder.feature_dim) as append:
+        write_features(run, files, folder, batch_size, append, stop)
     print(f"{len(paths) - len(corrupt.names)} images, {run.encoder.feature_dim} features each, from {run.checkpoint}")
     if target.suffix == ".npy":
-        print(f"Files: {listing(target)}")
+        print(f"Files: {paths_file(target)}")
     print(f"Features: {target}", flush=True)
 
 
 def check_output_path(target: Path) -> None:
-    """Refuse a file that cannot be written, or of an unknown kind."""
-    if target.suffix not in STORES:
-        raise UserError(f"task.out={target}: the kind of file is unknown; let it end in {' or '.join(STORES)}.")
+    """Raise `UserError` if the output file has an unknown suffix or cannot be written."""
+    if target.suffix not in WRITERS:
+        raise UserError(f"task.out={target}: unknown kind of file; expected a name that ends in {' or '.join(WRITERS)}.")
     if target.is_dir():
-        raise UserError(f"task.out={target} is a folder; give the name of a file.")
-    check_writable(target.parent, "give another task.out")
+        raise UserError(f"task.out={target} is a folder; expected the name of a file.")
+    check_writable(target.parent, "set another task.out")
 
 
-def find(folder: Path, target: Path) -> list[str]:
-    """All images below a folder."""
+def find_images(folder: Path, target: Path) -> list[str]:
+    """Return the paths of all images below a folder.
+
+    Raises:
+        UserError: If there are none, or the list of paths beside an .npy file cannot represent one of them.
+    """
     if not folder.is_dir():
-        raise UserError(f"task.images={folder} is not a folder; give one that holds images, in any folders.")
+        raise UserError(f"task.images={folder} is not a folder; set it to a folder of images, which may have subfolders.")
     paths = walk_images(folder)
     if not paths:
-        raise UserError(f"task.images={folder} holds no images, nor do the folders in it; give one that does.")
-    broken = next((path for path in paths if "\n" in path), None)
-    if broken and target.suffix == ".npy":
-        raise UserError(f"The name {broken!r} breaks the list of files, which has one a line; rename it, or write .parquet.")
+        raise UserError(f"task.images={folder} contains no images, nor do its subfolders; set it to a folder that does.")
+    multiline = next((path for path in paths if "\n" in path), None)
+    if multiline and target.suffix == ".npy":
+        raise UserError(
+            f"The file name {multiline!r} contains a line break, and the list of paths has one path per line; rename it, or "
+            "write .parquet."
+        )
     return paths
 
 
-def write(run: TrainedRun, files: ImageFiles, folder: Path, batch_size: int, add: Add, stop: StopFlag) -> None:
-    """Compute and add the features of all files, in batches."""
-    positions = torch.arange(len(files)).split(batch_size)
-    stream = Stream(files, lambda step: positions[step], len(positions), run.hardware.device)
-    with closing(stream), tqdm(total=len(files), desc="features", unit="image", disable=None) as bar:
-        for step, batch in enumerate(positions):
+def write_features(run: TrainedRun, files: ImageFiles, folder: Path, batch_size: int, append: AppendRows, stop: StopFlag) -> None:
+    """Compute the features of all readable files in batches and append them to the output."""
+    batches = torch.arange(len(files)).split(batch_size)
+    stream = Stream(files, lambda step: batches[step], len(batches), run.hardware.device)
+    with closing(stream), tqdm(total=len(files), desc="extracting features", unit="image", disable=None) as bar:
+        for step, batch in enumerate(batches):
             pixels = stream.batch(step)
             paths = [files.path(position) for position in batch.tolist()]
             readable = [path not in files.corrupt.names for path in paths]
             features = extract(run.encoder, pixels, run.dataset.normalize, batch_size).cpu().numpy()
-            kept = [os.path.relpath(path, folder) for path, good in zip(paths, readable, strict=True) if good]
-            add(kept, features[readable])
+            append([os.path.relpath(path, folder) for path, ok in zip(paths, readable, strict=True) if ok], features[readable])
             bar.update(len(batch))
             if stop:
                 done = f"{int(batch[-1]) + 1} of {len(files)} images"
-                raise UserError(f"Interrupted after {done}: nothing is written; the same command starts anew.")
+                raise UserError(f"Interrupted after {done}: nothing is written; repeat the command to start again.")

@@ -1,11 +1,12 @@
-"""The formats that an encoder is exported to: each writes its file, and reads it again as those who get it will.
+"""Export formats: each one writes an encoder to files and loads it from them in the way its users will.
 
-Read again, every format is a function from normalized images [B, 3, S, S], for any B, to the `Outputs` of them.
+A loaded encoder is a function that maps normalized images [B, 3, S, S], for any batch size, to features and tokens as
+`ExportedEncoder` does. To add a format, implement `Format`, add it to `FORMATS` and to the signature of
+`hjepa.tasks.export_encoder`, and explain in `readme.py` how to load it.
 """
 
 import contextlib
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,16 +22,18 @@ from hjepa.models.conv_stem import conv_arguments, conv_embed
 from hjepa.models.vit import ViTEncoder
 from hjepa.tasks.trained_run import TrainedRun
 
-Result = tuple[Tensor, Tensor]
+FeaturesAndTokens = tuple[Tensor, Tensor]
 
-Function = Callable[[Tensor], Result]
+EncoderFunction = Callable[[Tensor], FeaturesAndTokens]
 
-PROTOBUF_BYTES = 1.9e9  # an ONNX file holds less than 2 GB; the weights of larger ones lie beside it
+MAX_PROTOBUF_BYTES = 1.9e9  # an ONNX file is smaller than 2 GB; the weights of larger models are stored in a file beside it
 
 
-class Outputs(nn.Module):
-    """What is exported: normalized images float32 [B, 3, S, S] -> features [B, F], those of the probes (mean patch token, then
-    mean summary token if any), and tokens [B, T + N, D], the T summary tokens first.
+class ExportedEncoder(nn.Module):
+    """The exported function: normalized images float32 [B, 3, S, S] to features [B, F] and tokens [B, T + N, D].
+
+    The features are those of the probes: the mean patch token, followed by the mean summary token if the encoder has any. The
+    T summary tokens precede the N patch tokens.
     """
 
     def __init__(self, encoder: ViTEncoder) -> None:
@@ -38,34 +41,38 @@ class Outputs(nn.Module):
         self.encoder = encoder
         self.eval()
 
-    def forward(self, images: Tensor) -> Result:
+    def forward(self, images: Tensor) -> FeaturesAndTokens:
         tokens = self.encoder(images)[-1]
         return self.encoder.pooled(tokens), tokens
 
 
 class Format(Protocol):
-    """One of them."""
+    """An export format.
 
-    packages: tuple[str, ...] = ()  # that it needs and hjepa does not
+    Attributes:
+        packages: Optional packages that the format requires.
+    """
 
-    def write(self, run: TrainedRun, images: Tensor, folder: Path) -> None:
-        """Write the run's encoder; `images` are there to trace it with."""
+    packages: tuple[str, ...] = ()
 
-    def read(self, folder: Path) -> Function:
-        """What was written, from the files alone."""
+    def export(self, run: TrainedRun, images: Tensor, folder: Path) -> None:
+        """Write the encoder of a run to a folder; `images` [B, 3, S, S] are example inputs for tracing."""
+
+    def load(self, folder: Path) -> EncoderFunction:
+        """Load the exported encoder from the folder alone."""
 
 
 class Timm(Format):
-    """Weights, and the call that makes timm's model of them."""
+    """The weights as safetensors, and the arguments with which `timm.create_model` loads them."""
 
-    def write(self, run: TrainedRun, images: Tensor, folder: Path) -> None:
+    def export(self, run: TrainedRun, images: Tensor, folder: Path) -> None:
         (folder / "encoder.safetensors").write_bytes(
             save({name: value.contiguous() for name, value in run.encoder.state_dict().items()}, {"format": "pt"})
         )
         (folder / "timm.json").write_text(json.dumps(timm_call(run), indent=2) + "\n")
 
-    def read(self, folder: Path) -> Function:
-        with contextlib.chdir(folder):  # the call names its file relative to itself
+    def load(self, folder: Path) -> EncoderFunction:
+        with contextlib.chdir(folder):  # timm.json contains the name of the weights file, without its folder
             call = json.loads(Path("timm.json").read_text())
             if "embed_layer" in call:
                 call["embed_layer"] = conv_embed(**call["embed_layer"])
@@ -74,12 +81,13 @@ class Timm(Format):
 
 
 def timm_call(run: TrainedRun) -> dict[str, Any]:
-    """The arguments of `timm.create_model` that make the encoder of a run from encoder.safetensors; of `embed_layer`, those of
-    `conv_embed`.
+    """Return the arguments with which `timm.create_model` builds the encoder of a run and loads encoder.safetensors.
+
+    The value of `embed_layer`, if present, holds the arguments of `conv_embed`.
     """
     encoder, options, data = run.encoder, run.config["model"]["encoder"], run.config["dataset"]
     return {
-        "model_name": "vit_base_patch16_224",  # a plain ViT, which the arguments make the run's
+        "model_name": "vit_base_patch16_224",  # a plain ViT; the other arguments override its architecture
         "pretrained": True,
         "pretrained_cfg_overlay": {
             "file": "encoder.safetensors",
@@ -108,26 +116,26 @@ def timm_call(run: TrainedRun) -> dict[str, Any]:
 
 
 def stem_call(encoder: ViTEncoder) -> dict[str, Any]:
-    """Those arguments that make its stem."""
+    """Return the arguments that define the stem of the encoder."""
     if encoder.stem == "patch":
         return {"patch_size": encoder.patch_size}
     return {"patch_size": 1, "embed_layer": conv_arguments(encoder.patch_size, encoder.embed_dim)}
 
 
-def timm_outputs(model: Any, images: Tensor) -> Result:
-    """`Outputs` of timm's model, whose own output is the mean patch token."""
+def timm_outputs(model: Any, images: Tensor) -> FeaturesAndTokens:
+    """Return the features and tokens of a timm model, whose own output is the mean patch token."""
     tokens, patches = model.forward_features(images), model(images)
     summary = tokens[:, : model.num_prefix_tokens]
     return torch.cat([patches, summary.mean(1)], dim=1) if model.num_prefix_tokens else patches, tokens
 
 
 class Onnx(Format):
-    """ONNX, by torch's exporter; read by ONNX Runtime."""
+    """ONNX, written by the exporter of PyTorch and loaded by ONNX Runtime."""
 
     packages = ("onnx", "onnxscript", "onnxruntime")
 
-    def write(self, run: TrainedRun, images: Tensor, folder: Path) -> None:
-        module = Outputs(run.encoder)
+    def export(self, run: TrainedRun, images: Tensor, folder: Path) -> None:
+        module = ExportedEncoder(run.encoder)
         torch.onnx.export(
             module,
             (images,),
@@ -136,52 +144,42 @@ class Onnx(Format):
             dynamic_shapes={"images": {0: Dim("batch")}},
             input_names=["images"],
             output_names=["features", "tokens"],
-            external_data=sum(p.nbytes for p in module.parameters()) > PROTOBUF_BYTES,
+            external_data=sum(p.nbytes for p in module.parameters()) > MAX_PROTOBUF_BYTES,
             verbose=False,
         )
 
-    def read(self, folder: Path) -> Function:
+    def load(self, folder: Path) -> EncoderFunction:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(folder / "encoder.onnx", options, providers=["CPUExecutionProvider"])
 
-        def call(images: Tensor) -> Result:
+        def encode(images: Tensor) -> FeaturesAndTokens:
             features, tokens = session.run(["features", "tokens"], {"images": images.numpy()})
             return torch.from_numpy(features), torch.from_numpy(tokens)
 
-        return call
+        return encode
 
 
 class TorchExport(Format):
-    """A torch.export program."""
+    """A program of torch.export."""
 
-    def write(self, run: TrainedRun, images: Tensor, folder: Path) -> None:
-        program = torch.export.export(Outputs(run.encoder), (images,), dynamic_shapes={"images": {0: Dim("batch")}})
+    def export(self, run: TrainedRun, images: Tensor, folder: Path) -> None:
+        program = torch.export.export(ExportedEncoder(run.encoder), (images,), dynamic_shapes={"images": {0: Dim("batch")}})
         torch.export.save(program, folder / "encoder.pt2")
 
-    def read(self, folder: Path) -> Function:
+    def load(self, folder: Path) -> EncoderFunction:
         return torch.export.load(folder / "encoder.pt2").module()
 
 
-class TorchScript(Format):
-    """TorchScript, which needs no Python to run; traced."""
-
-    def write(self, run: TrainedRun, images: Tensor, folder: Path) -> None:
-        with warnings.catch_warnings(action="ignore"):  # that it is old, and that the size of the images is fixed
-            torch.jit.trace(Outputs(run.encoder), (images,)).save(str(folder / "encoder.torchscript.pt"))
-
-    def read(self, folder: Path) -> Function:
-        with warnings.catch_warnings(action="ignore"):
-            return torch.jit.load(str(folder / "encoder.torchscript.pt"))
-
-
-FORMATS: dict[str, Format] = {"timm": Timm(), "onnx": Onnx(), "torch_export": TorchExport(), "torchscript": TorchScript()}
+FORMATS: dict[str, Format] = {"timm": Timm(), "onnx": Onnx(), "torch_export": TorchExport()}
 
 
 def check_packages(formats: Sequence[str]) -> None:
-    """Refuse formats whose packages are not installed."""
+    """Raise `UserError` if a format requires a package that is not installed."""
     for name in formats:
         for package in FORMATS[name].packages:
-            import_optional(package, f"task.formats=[{name}]", "leave it out; pip install -e '.[export]' has all of them")
+            import_optional(
+                package, f"task.formats=[{name}]", "omit this format; pip install -e '.[export]' installs all of them"
+            )

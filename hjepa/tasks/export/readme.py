@@ -1,10 +1,10 @@
-"""README.md of an export: how to load what is in the folder, as code that runs as it stands."""
+"""The README.md of an export, with runnable code that loads every exported file."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-TIMM = """## timm
+TIMM_SECTION = """## timm
 
 ```python
 {imports}import timm
@@ -15,23 +15,23 @@ model = timm.create_model(
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
 
-`model(images)` is the mean patch token [B, {dim}]; `model.forward_features(images)` are all tokens [B, {count}, {dim}]{first}.
+`model(images)` is the mean patch token [B, {dim}]; `model.forward_features(images)` are all tokens [B, {count}, {dim}]{order}.
 """
 
-CONV_IMPORTS = """from functools import partial
+CONV_STEM_IMPORTS = """from functools import partial
 
 from timm.layers import HybridEmbed, GroupNorm1
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 """
 
-CONV = """partial(
+CONV_STEM = """partial(
         HybridEmbed,
         backbone=ConvStem(3, {depth}, {channels}, {kernel_size}, {stride}, norm_layer=GroupNorm1, act_layer=nn.GELU),
         proj=False,
     )"""
 
-OTHERS = {
+SECTIONS = {
     "onnx": """## ONNX
 
 ```python
@@ -49,46 +49,45 @@ import torch
 features, tokens = torch.export.load("encoder.pt2").module()(images)
 ```
 """,
-    "torchscript": """## TorchScript
-
-```python
-import torch
-
-features, tokens = torch.jit.load("encoder.torchscript.pt")(images)
-```
-""",
 }
 
 
 def render_readme(summary: dict[str, Any], preprocess: dict[str, Any], folder: Path) -> str:
-    """The text.
+    """Return the text of README.md.
 
     Args:
-        summary: of the export; preprocess: what is in preprocess.json; folder: with timm.json, if it was exported.
+        summary: Content of the summary.json of the export.
+        preprocess: Content of preprocess.json.
+        folder: Folder of the export, which contains timm.json if that format was exported.
     """
-    size, (extra, patches) = preprocess["image_size"], summary["tokens"].values()
-    dim = summary["feature_dim"] // (2 if extra else 1)
-    mean, first = (", then the mean summary token", f", the {extra} summary tokens first") if extra else ("", "")
-    parts = [
+    size, (num_summary, num_patches) = preprocess["image_size"], summary["tokens"].values()
+    dim = summary["feature_dim"] // (2 if num_summary else 1)
+    count = num_summary + num_patches
+    mean_summary = ", then the mean summary token" if num_summary else ""
+    order = f", the {num_summary} summary tokens first" if num_summary else ""
+    sections = [
         f"# The encoder of {summary['run']}\n\n"
-        f"From its checkpoint {summary['checkpoint']} (step {summary['step']}, sha256 {summary['checkpoint_hash']}...). It takes "
-        f"RGB images float32 [B, 3, {size}, {size}], B as you like: shorter side resized to {size} (bilinear, antialiased), "
-        f"center crop, pixels in [0, 1], minus mean {preprocess['mean']}, divided by std {preprocess['std']} "
+        f"Exported from checkpoint {summary['checkpoint']} (step {summary['step']}, sha256 {summary['checkpoint_hash']}...). The "
+        f"input is a batch of RGB images, float32 [B, 3, {size}, {size}], for any B: shorter side resized to {size} (bilinear, "
+        f"antialiased), center crop, pixels in [0, 1], minus mean {preprocess['mean']}, divided by std {preprocess['std']} "
         "(also in `preprocess.json`).\n\n"
-        f"It gives `features` [B, {summary['feature_dim']}] (the mean patch token{mean}) and `tokens` "
-        f"[B, {extra + patches}, {dim}]{first}. Paths below are relative to this folder.\n"
+        f"The outputs are `features` [B, {summary['feature_dim']}] (the mean patch token{mean_summary}) and `tokens` "
+        f"[B, {count}, {dim}]{order}. Paths below are relative to this folder.\n"
     ]
-    for name, far in summary["difference"].items():
-        text = timm_section(folder, dim, extra + patches, first) if name == "timm" else OTHERS[name]
-        parts.append(f"{text}\nDiffers from the run's own outputs by {far:.1e} of the largest ({summary['compared_on']}).\n")
-    return "\n".join(parts)
+    for name, difference in summary["difference"].items():
+        text = timm_section(folder, dim, count, order) if name == "timm" else SECTIONS[name]
+        sections.append(
+            f"{text}\nIts outputs differ from those of the run by {difference:.1e} of the largest value "
+            f"({summary['compared_on']}).\n"
+        )
+    return "\n".join(sections)
 
 
-def timm_section(folder: Path, dim: int, count: int, first: str) -> str:
-    """How to make timm's model, by the very call of timm.json."""
+def timm_section(folder: Path, dim: int, count: int, order: str) -> str:
+    """Return the section about timm, whose code makes the call that timm.json describes."""
     call, imports = json.loads((folder / "timm.json").read_text()), ""
-    written = {key: repr(value) for key, value in call.items()}
+    arguments = {key: repr(value) for key, value in call.items()}
     if "embed_layer" in call:
-        imports, written["embed_layer"] = CONV_IMPORTS, CONV.format(**call["embed_layer"])
-    arguments = "\n    ".join(f"{key}={value}," for key, value in written.items())
-    return TIMM.format(imports=imports, arguments=arguments, dim=dim, count=count, first=first)
+        imports, arguments["embed_layer"] = CONV_STEM_IMPORTS, CONV_STEM.format(**call["embed_layer"])
+    lines = "\n    ".join(f"{key}={value}," for key, value in arguments.items())
+    return TIMM_SECTION.format(imports=imports, arguments=lines, dim=dim, count=count, order=order)

@@ -1,7 +1,7 @@
-"""A run that is looked at afterwards: its model at a checkpoint, the same model before training, and its data.
+"""A finished run, reopened: its model at a checkpoint, the same model before training, and its data.
 
-Every task that reads a run (`run=outputs/default/NAME`) opens it here. What the run is comes from its folder; where and how to
-compute comes from the command line (`hardware`, `tracking`, `task`).
+Every task that reads a run (`run=outputs/default/NAME`) loads it with `load_run`. The run's folder determines the model and the
+data; the command line determines where and how to compute (`hardware`, `tracking`, `task`).
 """
 
 import copy
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hjepa.config.errors import UserError
 from hjepa.config.instantiate import build
@@ -29,16 +29,25 @@ from hjepa.models.stacked import StackedLevel
 from hjepa.models.vit import ViTEncoder
 from hjepa.tracking.run_folder import read_config
 from hjepa.training.build import build_model
+from hjepa.training.teacher import TeacherUpdate
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run at one of its checkpoints, everything on the device and in evaluation mode.
+    """A run at one of its checkpoints, with all modules on the device and in evaluation mode.
 
     Attributes:
-        folder: of the run; config: its own, as it was trained, but for `hardware` and `tracking`, which are the command's.
-        checkpoint: the file; step: optimizer steps that it had taken.
-        untrained: the teacher as it was initialized at random; untrained_upper: the stacked levels likewise, None for none.
+        folder: Run folder.
+        config: Config of the run as it was trained, except for `hardware` and `tracking`, which come from the command line.
+        checkpoint: Checkpoint file.
+        step: Number of optimizer steps that the checkpoint had taken.
+        hardware: Device and precision to compute with.
+        dataset: Dataset of the run.
+        model: Model with the weights of the checkpoint.
+        sampler: Mask sampler of the run.
+        objective: Loss and regularizer of the run.
+        untrained: Teacher encoder with its random initial weights.
+        untrained_upper: First stacked level with its random initial weights, None without stacked levels.
     """
 
     folder: Path
@@ -55,63 +64,79 @@ class TrainedRun:
 
     @property
     def encoder(self) -> ViTEncoder:
-        """The teacher: whose features are probed, looked at and exported."""
+        """The teacher, which is the encoder that is probed, visualized and exported."""
         return self.model.teacher
 
     @cached_property
     def hash(self) -> str:
-        """12 hexadecimal digits of the checkpoint file."""
+        """The first 12 hexadecimal digits of the checkpoint file's SHA-256 hash."""
         with self.checkpoint.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def load_run(config: Config, checkpoint: str | None, root: str | None) -> TrainedRun:
-    """Open the run that `run` names.
+    """Load the run that `run` names.
 
     Args:
-        checkpoint: name of a checkpoint of the run, such as latest, best or epoch-00005; None takes the best by probe or,
+        config: Config of the command.
+        checkpoint: Name of a checkpoint of the run, such as latest, best or epoch-00005. None selects the best one by probe or,
             without one, the latest.
-        root: folder of the images, if they are not where they were in training.
+        root: Folder of the images, if it is not the one used in training.
 
     Raises:
-        UserError: there is no run, no such checkpoint, or it is of another version of this framework.
+        UserError: If the run or the checkpoint does not exist, or was written by an incompatible version of this package.
     """
     folder = run_folder(config)
     run = load_run_config(folder, config, root)
     path = find_checkpoint(folder) if checkpoint is None else folder / "checkpoints" / f"{checkpoint.removesuffix('.pt')}.pt"
     if not path.exists():
-        there = sorted(file.stem for file in (folder / "checkpoints").glob("*.pt"))
-        raise UserError(
-            f"There is no checkpoint {path}; "
-            + (f"choose task.checkpoint among {', '.join(there)}." if there else "the run was stopped before its first one.")
-        )
+        names = sorted(file.stem for file in (folder / "checkpoints").glob("*.pt"))
+        remedy = f"choose task.checkpoint among {', '.join(names)}" if names else "the run was stopped before its first one"
+        raise UserError(f"There is no checkpoint {path}; {remedy}.")
     hardware: Hardware = build(run["hardware"])
     hardware.prepare(World())
     dataset: DataModule = build(run["dataset"])
     model, sampler, objective = build_model(run)
-    untrained, upper = copy.deepcopy((model.teacher, model.upper))
-    if run["teacher"]["_target_"] == "hjepa.training.SharedWeights":
+    untrained, untrained_upper = copy.deepcopy((model.teacher, model.upper))
+    teacher: TeacherUpdate = build(run["teacher"])
+    if teacher.shares_weights:
         model.share_teacher()
     state = read(path, hardware.device)
     check_fits(model.state_dict(), state["model"], str(path))
     model.load_state_dict(state["model"])
-    for module in (model, untrained, *([upper] if upper else [])):
+    for module in (model, untrained, *([untrained_upper] if untrained_upper else [])):
         module.to(hardware.device).eval()
-    return TrainedRun(folder, run, path, int(state["step"]), hardware, dataset, model, sampler, objective, untrained, upper)
+    return TrainedRun(
+        folder=folder,
+        config=run,
+        checkpoint=path,
+        step=int(state["step"]),
+        hardware=hardware,
+        dataset=dataset,
+        model=model,
+        sampler=sampler,
+        objective=objective,
+        untrained=untrained,
+        untrained_upper=untrained_upper,
+    )
 
 
 def run_folder(config: Config) -> Path:
-    """The run folder that `run` names."""
+    """Return the run folder that `run` names.
+
+    Raises:
+        UserError: If `run` is not set or is not a run folder.
+    """
     if not config["run"]:
         raise UserError("This task needs a run folder: run=outputs/default/NAME.")
     folder = Path(config["run"]).expanduser().absolute()
     if not (folder / "config.yaml").exists():
-        raise UserError(f"run={folder} is no run folder: it has no config.yaml; give one of those that runs name at their ends.")
+        raise UserError(f"run={folder} is no run folder: it has no config.yaml; use a folder that a run printed when it ended.")
     return folder
 
 
 def load_run_config(folder: Path, config: Config, root: str | None) -> Config:
-    """The config of a run, to be computed where the command says and with random weights to begin with."""
+    """Return the config of a run, with the hardware of the command and without pretrained weights to load."""
     run = read_config(folder)
     run |= {"hardware": config["hardware"] | {"processes": 1, "shard": False, "compile": False}, "tracking": config["tracking"]}
     run["init_from"] = None
@@ -122,7 +147,7 @@ def load_run_config(folder: Path, config: Config, root: str | None) -> Config:
     run["model"]["pretrained"] = None
     if root:
         if "root" not in run["dataset"]:
-            raise UserError(f"task.root={root}: the dataset of {folder.name} has no root; leave it out.")
+            raise UserError(f"task.root={root}: the dataset of {folder.name} does not read a folder; leave task.root out.")
         run["dataset"]["root"] = root
     return run
 
@@ -134,46 +159,60 @@ NETWORK_KINDS: tuple[NetworkKind, NetworkKind] = ("trained", "untrained")
 
 @dataclass(frozen=True)
 class LayerTokens:
-    """What a layer says of B images: `cells` [B, side^2, D] in raster order, and `pooled` [B, F] as the probes see them."""
+    """The output of one layer for B images.
+
+    Attributes:
+        cells: Patch tokens, or the tokens of a stacked level, in raster order [B, side^2, D].
+        pooled: Image features as the probes use them [B, F].
+    """
 
     cells: Tensor
     pooled: Tensor
 
 
-class LayerFeatures:
-    """An encoder and the teachers stacked on it, trained or not.
+class LayerFeatures(nn.Module):
+    """The layers of an encoder and of the levels stacked on it, in evaluation mode.
 
     Args:
-        depths: ascending numbers of blocks after which the encoder is looked at, the last one its depth.
+        encoder: Encoder, trained or not.
+        upper: First stacked level, None without stacked levels.
+        depths: Numbers of encoder blocks after which the features are taken, ascending; the last one is the encoder's depth.
     """
 
     def __init__(self, encoder: ViTEncoder, upper: StackedLevel | None, depths: list[int]) -> None:
+        super().__init__()
         self.encoder, self.depths = encoder, depths
         self.stacked_levels = upper.stacked_levels() if upper else []
+        self.eval()
 
     def names(self) -> list[str]:
-        """The layers, the encoder's last block first, then its other depths, then the stacked levels."""
-        return [*(f"block {d}" for d in reversed(self.depths)), *(f"stacked {i + 1}" for i in range(len(self.stacked_levels)))]
+        """Return the names of the layers: the encoder's last block, its other depths from last to first, the stacked levels."""
+        blocks = [f"block {depth}" for depth in reversed(self.depths)]
+        return [*blocks, *(f"stacked {i + 1}" for i in range(len(self.stacked_levels)))]
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the pooled features [B, F] of normalized images [B, 3, S, S] by layer."""
+        return {name: tokens.pooled.float() for name, tokens in self.tokens(images).items()}
 
     def tokens_on_cpu(self, images: Tensor) -> dict[str, LayerTokens]:
-        """All layers' tokens of float images [B, 3, S, S], by name, on the CPU."""
+        """Return the same as `tokens`, moved to the CPU."""
         return {name: LayerTokens(t.cells.float().cpu(), t.pooled.float().cpu()) for name, t in self.tokens(images).items()}
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> dict[str, LayerTokens]:
-        """The same where the images are."""
+        """Return the tokens of normalized images [B, 3, S, S] by layer, on the device of the images."""
         states = dict(zip(self.depths, self.encoder(images, depths=self.depths), strict=True))
         s = self.encoder.summary_tokens
-        layers = {d: LayerTokens(states[d][:, s:], self.encoder.pooled(states[d])) for d in reversed(self.depths)}
-        found = list(layers.values())
-        below = layers[self.encoder.depth].cells
-        for stage in self.stacked_levels:
-            below = stage.teacher(pool_cells(below, stage.grid, stage.pool))
-            found.append(LayerTokens(below, below.mean(1)))
-        return dict(zip(self.names(), found, strict=True))
+        blocks = {depth: LayerTokens(states[depth][:, s:], self.encoder.pooled(states[depth])) for depth in reversed(self.depths)}
+        layers = list(blocks.values())
+        cells = blocks[self.encoder.depth].cells
+        for level in self.stacked_levels:
+            cells = level.teacher(pool_cells(cells, level.grid, level.pool))
+            layers.append(LayerTokens(cells, cells.mean(1)))
+        return dict(zip(self.names(), layers, strict=True))
 
     def blocks(self, name: str) -> tuple[list[Any], int]:
-        """The transformer blocks that lead to a layer, and how many summary tokens pass through them with its cells."""
+        """Return the transformer blocks that lead to a layer, and the number of summary tokens that pass through them."""
         kind, number = name.split()
         if kind == "block":
             return list(self.encoder.blocks)[: int(number)], self.encoder.summary_tokens
@@ -181,6 +220,6 @@ class LayerFeatures:
 
 
 def layer_features(run: TrainedRun, depths: list[int]) -> dict[NetworkKind, LayerFeatures]:
-    """The trained and the untrained network of a run, to be looked at at these depths."""
-    pairs = ((run.encoder, run.model.upper), (run.untrained, run.untrained_upper))
-    return {who: LayerFeatures(*pair, depths) for who, pair in zip(NETWORK_KINDS, pairs, strict=True)}
+    """Return the layers of the trained and of the untrained network of a run, with the encoder's features at these depths."""
+    networks = ((run.encoder, run.model.upper), (run.untrained, run.untrained_upper))
+    return {kind: LayerFeatures(*network, depths) for kind, network in zip(NETWORK_KINDS, networks, strict=True)}

@@ -21,6 +21,8 @@ def parameters(model: HJEPA) -> tuple[list[Tensor], list[Tensor]]:
 class TeacherUpdate:
     """What the trainer asks of a teacher, which equals the student at the start of a run; this one never changes."""
 
+    shares_weights = False  # True if the teacher is the student itself
+
     def attach(self, model: HJEPA) -> None:
         """Prepare the model's teacher, once, before its first step."""
 
@@ -109,6 +111,8 @@ class SharedWeights(TeacherUpdate):
     """No teacher: the student gives the targets itself, and gradients flow through both sides. Without a regularizer this
     collapses.
     """
+
+    shares_weights = True
 
     def attach(self, model: HJEPA) -> None:
         model.share_teacher()

@@ -81,7 +81,7 @@ class Regularizer(ABC):
             student's hidden state at the level's depth, pooled over the patches it sees.
     """
 
-    compares = False  # whether there is nothing for it to do with one view and context per image
+    needs_several_views = False  # whether there is nothing for it to do with one view and context per image
 
     def __init__(self, weights: dict[str, float], levels: list[float]) -> None:
         if min(weights.values()) < 0 or not levels or min(levels) < 0:
@@ -164,7 +164,7 @@ class InfoNCE(Regularizer):
         levels: see `Regularizer`.
     """
 
-    compares = True
+    needs_several_views = True
 
     def __init__(self, contrast: float, temperature: float, levels: list[float]) -> None:
         super().__init__({"contrast": contrast}, levels)

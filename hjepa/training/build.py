@@ -1,4 +1,4 @@
-"""The parts of a run, instantiated from the config groups in the order in which they need one another."""
+"""Build the components of a run from the config groups, in the order in which they depend on one another."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from hjepa.config.schema import Config
 from hjepa.data.datamodule import DataModule
 from hjepa.distributed.device import Hardware
 from hjepa.distributed.process_group import World, init_process_group
-from hjepa.distributed.seeding import generator, seed_global
+from hjepa.distributed.seeding import seed_global
 from hjepa.losses import Objective
 from hjepa.masking import MaskSampler
 from hjepa.models.hjepa import HJEPA
@@ -23,7 +23,7 @@ from hjepa.training.teacher import TeacherUpdate
 
 @dataclass(frozen=True)
 class Components:
-    """What a run is made of, instantiated from the config groups."""
+    """Everything that a training step needs; most fields are instantiated from the config group of the same name."""
 
     seed: int
     world: World
@@ -33,27 +33,27 @@ class Components:
     sampler: MaskSampler
     model: HJEPA
     objective: Objective
-    teacher: TeacherUpdate
+    teacher_update: TeacherUpdate
     optimizer: Optimizer
     schedule: OptimizerSchedules
 
 
 def build_components(config: Config) -> Components:
-    """Instantiate everything that a step needs; refuses what does not fit together before any data is read."""
+    """Build the components of a run; raise `UserError` for options that do not fit together, before any data is read."""
     hardware: Hardware = build(config["hardware"])
     world = init_process_group(hardware.device.type == "cuda")
     hardware.prepare(world)
     dataset: DataModule = build(config["dataset"])
-    check_useful(config, dataset)
+    check_options(config, dataset)
     model, sampler, objective = build_model(config)
     check_view_count(objective, dataset, sampler)
     if config["init_from"]:
         load_model(model, config["init_from"])
-    teacher: TeacherUpdate = build(config["teacher"])
-    teacher.attach(model)
-    hardware.place(model)
+    teacher_update: TeacherUpdate = build(config["teacher"])
+    teacher_update.attach(model)
+    hardware.place(model, model.blocks())
     strategy = FSDPStrategy(world) if hardware.shard else DDPStrategy(world)
-    strategy.divide(model, hardware.device)
+    strategy.shard(model, hardware.device)
     return Components(
         seed=config["seed"],
         world=world,
@@ -63,14 +63,14 @@ def build_components(config: Config) -> Components:
         sampler=sampler,
         model=model,
         objective=objective,
-        teacher=teacher,
+        teacher_update=teacher_update,
         optimizer=build(config["optimizer"], model=model),
         schedule=build(config["schedule"]),
     )
 
 
 def build_model(config: Config) -> tuple[HJEPA, MaskSampler, Objective]:
-    """The model as the seed initializes it, on the CPU, with the sampler of its masks and its objective."""
+    """Build the model with the initial weights of the seed, on the CPU, its mask sampler and its objective."""
     seed_global(config["seed"], "init")
     levels = build(config["levels"])
     projector = build_or_none(config["projector"])
@@ -82,22 +82,22 @@ def build_model(config: Config) -> tuple[HJEPA, MaskSampler, Objective]:
     return model, sampler, objective
 
 
-def check_useful(config: Config, dataset: DataModule) -> None:
-    """Refuse parts that have nothing to do, or do not fit, beside the other parts."""
+def check_options(config: Config, dataset: DataModule) -> None:
+    """Raise `UserError` for combinations of options that have no effect or do not fit together."""
     regularizer, levels, patch = "_target_" in config["regularizer"], config["levels"]["pool"], config["model"]["patch_size"]
     if not regularizer and not levels:
         raise UserError("levels=none with regularizer=none leaves nothing to minimize; choose levels or a regularizer.")
     if dataset.local_views and not regularizer:
-        raise UserError(f"dataset.local_views={dataset.local_views} serves a regularizer only; choose one, or set it to 0.")
+        raise UserError(f"dataset.local_views={dataset.local_views} has an effect only with a regularizer; choose one, or set it to 0.")
     if dataset.local_views and dataset.local_size % patch:
-        raise UserError(f"dataset.local_size={dataset.local_size} is no multiple of model.patch_size={patch}; make it one.")
+        raise UserError(f"dataset.local_size={dataset.local_size} must be a multiple of model.patch_size={patch}.")
 
 
 def check_view_count(objective: Objective, dataset: DataModule, sampler: MaskSampler) -> None:
-    """Refuse a regularizer that compares views where an image has one alone."""
-    regularizer, contexts = objective.regularizer, sampler(1, generator(0)).context.shape[1]
-    if regularizer and regularizer.compares and dataset.views * contexts + dataset.local_views < 2:
+    """Raise `UserError` if the regularizer compares views of an image and there is only one view."""
+    regularizer, num_views = objective.regularizer, dataset.views * sampler.num_contexts + dataset.local_views
+    if regularizer and regularizer.needs_several_views and num_views < 2:
         raise UserError(
-            f"{type(regularizer).__name__} compares views of an image, and there is one: set dataset.views=2 or more, "
+            f"{type(regularizer).__name__} compares views of an image, but there is only one: set dataset.views=2 or more, "
             "dataset.local_views, or masking.contexts=2 or more."
         )

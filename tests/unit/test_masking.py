@@ -1,22 +1,27 @@
 """The mask contract, on every sampler and grid."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hjepa.config.errors import UserError
+from hjepa.config.schema import check_node
 from hjepa.masking import (
     HierarchicalMasking,
     InverseBlockMasking,
     Masks,
+    MaskSampler,
     MultiblockMasking,
+    NoMasking,
     PartitionMasking,
     RandomMasking,
-    cells_to_patches,
 )
+from hjepa.masking.geometry import cells_to_patches
 
-SAMPLERS = {
+SAMPLERS: dict[str, Callable[[int, list[int]], MaskSampler]] = {
     "multiblock": lambda g, p: MultiblockMasking(g, p, [0.05, 0.2], [0.75, 1.5], [0.85, 1.0], 2),
     "hierarchical": lambda g, p: HierarchicalMasking(g, p, [[0.05, 0.1], [0.1, 0.25]], [0.75, 1.5], [0.85, 1.0], [2, 1]),
     "random": lambda g, p: RandomMasking(g, p, 0.6, 2),
@@ -26,6 +31,7 @@ SAMPLERS = {
 
 
 def check_contract(masks: Masks, grid: int, pools: list[int], batch: int) -> None:
+    """Assert that masks keep to the contract in the docstring of `hjepa.masking.samplers`."""
     b, c, k = masks.context.shape
     assert b == batch
     assert k >= 1
@@ -62,8 +68,10 @@ def test_contract(kind: str, grid: int, pools: list[int], batch: int, seed: int)
     try:
         sampler = SAMPLERS[kind](grid, pools)
     except UserError:
-        return  # a clear refusal; the next test pins which grids must work
-    check_contract(sampler(batch, torch.Generator().manual_seed(seed)), grid, pools, batch)
+        return  # the grid is too small; the next test pins which grids must work
+    masks = sampler(batch, torch.Generator().manual_seed(seed))
+    check_contract(masks, grid, pools, batch)
+    assert masks.context.shape[1] == sampler.num_contexts
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
@@ -116,19 +124,45 @@ def test_partition_parts_are_disjoint_and_complete() -> None:
     assert torch.equal(together, torch.arange(64).expand(3, 4, 64))
 
 
+def test_without_masking_every_patch_is_context() -> None:
+    masks = NoMasking(3, [])(2, torch.Generator())
+    assert masks.context.tolist() == [[list(range(9))]] * 2
+    assert masks.targets == ()
+
+
 @pytest.mark.parametrize(
-    ("build", "word"),
+    ("build", "message"),
     [
         (lambda: MultiblockMasking(4, [1], [0.5, 0.6], [1.0, 1.0], [0.85, 1.0], 4), "leave no context"),
-        (lambda: MultiblockMasking(8, [1], [0.2, 0.1], [1.0, 1.0], [0.85, 1.0], 4), "target_scale"),
-        (lambda: MultiblockMasking(8, [1], [0.1, 0.2], [1.0, 1.0], [0.85, 1.0], 0), "blocks=0"),
         (lambda: HierarchicalMasking(4, [1, 2], [[0.5, 0.9]], [1.0, 1.0], [0.85, 1.0], [4]), "leave no context"),
-        (lambda: RandomMasking(4, [1], 0.0, 1), "target_share"),
-        (lambda: RandomMasking(4, [1], 1.0, 1), "target_share"),
+        (lambda: HierarchicalMasking(4, [1, 2], [[0.5, 0.9]], [1.0, 1.0], [0.85, 1.0], []), "entry per level"),
+        (lambda: RandomMasking(4, [1], 0.01, 1), "target_share"),
+        (lambda: RandomMasking(4, [1], 0.99, 1), "target_share"),
         (lambda: InverseBlockMasking(4, [2], [0.9, 1.0], [1.0, 1.0], 1), "context_scale"),
         (lambda: PartitionMasking(5, [1], 4), "num_parts=4"),
+        (lambda: NoMasking(4, [1]), "levels=none"),
     ],
 )
-def test_impossible_masks_are_refused_at_once(build, word: str) -> None:
-    with pytest.raises(UserError, match=word):
+def test_impossible_masks_are_refused_at_once(build: Callable[[], MaskSampler], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    ("target", "option", "value"),
+    [
+        ("MultiblockMasking", "target_scale", [0.2, 0.1]),
+        ("MultiblockMasking", "target_aspect", [1.0]),
+        ("MultiblockMasking", "context_scale", [0.85, 1.1]),
+        ("MultiblockMasking", "blocks", 0),
+        ("HierarchicalMasking", "target_scale", [[0.1, 0.2], [0.0, 0.2]]),
+        ("HierarchicalMasking", "blocks", [2, 0]),
+        ("RandomMasking", "target_share", 0.0),
+        ("RandomMasking", "target_share", 1.0),
+        ("RandomMasking", "contexts", 0),
+        ("InverseBlockMasking", "context_aspect", [0.0, 1.0]),
+    ],
+)
+def test_options_out_of_bounds_are_refused(target: str, option: str, value: object) -> None:
+    with pytest.raises(UserError, match=rf"^masking\.{option}="):
+        check_node("masking", {"_target_": f"hjepa.masking.{target}", option: value})

@@ -1,0 +1,9 @@
+from .samplers import CellMaskSampler as CellMaskSampler
+from .samplers import HierarchicalMasking as HierarchicalMasking
+from .samplers import InverseBlockMasking as InverseBlockMasking
+from .samplers import Masks as Masks
+from .samplers import MaskSampler as MaskSampler
+from .samplers import MultiblockMasking as MultiblockMasking
+from .samplers import NoMasking as NoMasking
+from .samplers import PartitionMasking as PartitionMasking
+from .samplers import RandomMasking as RandomMasking

@@ -1,8 +1,4 @@
-"""The config before any work: is it complete and well-typed, and which run does it name? Imports no torch.
-
-The schema of a config node is the signature of its `_target_`, read from the source: unknown options and wrong types are
-found in under a second, and a new class needs no second declaration.
-"""
+"""From a config node to the object that it describes."""
 
 from typing import Any
 
@@ -10,17 +6,29 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from hjepa.config.errors import UserError
-from hjepa.config.schema import Config, validate_targets
+from hjepa.config.schema import Config
+from hjepa.config.signatures import import_target
+from hjepa.config.targets import iter_targets, validate_targets
 
 
-def build(node: Config, **more: Any) -> Any:
-    """`hydra.utils.instantiate`, with `more` arguments passed as they are and our own sentences let through; refuses what
-    `validate_targets` does, as a config need not have been checked.
+def build(node: Config, **arguments: Any) -> Any:
+    """Instantiate a config node with `hydra.utils.instantiate`.
+
+    The targets are validated again, because the node may come from a config that was never checked.
+
+    Args:
+        node: Plain data with a `_target_`.
+        **arguments: Further arguments of the target, passed as they are.
+
+    Raises:
+        UserError: A target is not allowed or cannot be imported, or its constructor refuses an option.
     """
     validate_targets(node)
+    for _, inner in iter_targets(node):
+        import_target(inner["_target_"])
     try:
-        if more:  # instantiate would take dataclass arguments for configs
-            return instantiate(node, _partial_=True, _convert_="all")(**more)
+        if arguments:  # Hydra would take dataclass arguments for configs
+            return instantiate(node, _partial_=True, _convert_="all")(**arguments)
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
@@ -28,6 +36,6 @@ def build(node: Config, **more: Any) -> Any:
         raise
 
 
-def build_or_none(node: Config, **more: Any) -> Any:
-    """The same, or None where the option is `none`: a node without target, whatever else a recipe has put there."""
-    return build(node, **more) if "_target_" in node else None
+def build_or_none(node: Config, **arguments: Any) -> Any:
+    """Instantiate a config node, or return None for the option `none` of a group, which has no `_target_`."""
+    return build(node, **arguments) if "_target_" in node else None

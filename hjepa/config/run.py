@@ -1,7 +1,8 @@
-"""From a config to a result: instantiate the parts, start or resume the run, call the task, return the sweeper's metric."""
+"""Run the task of a config: check the config, name the run folder, call the task."""
 
 import os
 import shlex
+import sys
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -10,34 +11,54 @@ from omegaconf import DictConfig
 from hjepa.config.errors import friendly_errors
 from hjepa.config.identity import run_path
 from hjepa.config.instantiate import build
+from hjepa.config.paths import PROGRAM
 from hjepa.config.schema import Config, check, resolve
+from hjepa.config.targets import allow_targets_of_command_line
+
+COMMAND = "HJEPA_COMMAND"  # environment variable: the command line of a run, for its summary
 
 
 def run(cfg: DictConfig) -> float | None:
-    """Run the config's task; everything that can be wrong with the config is said before torch is imported."""
+    """Check a composed config and run its task; mistakes in the config are reported before torch is imported."""
     config, path = prepare(cfg)
     return perform(config, path)
 
 
+def prepare(cfg: DictConfig) -> tuple[Config, Path]:
+    """Return a composed config as checked plain data, and the folder of the run that it names."""
+    import_from_working_directory()
+    allow_targets_of_command_line(HydraConfig.get().runtime)
+    config = resolve(cfg)
+    check(config)
+    return config, run_path(config)
+
+
 def perform(config: Config, path: Path) -> float | None:
-    """Run the task of a checked config; faults of the machine are told in one sentence."""
-    note_command()
+    """Run the task of a checked config.
+
+    Raises:
+        UserError: The machine failed (a full disk, no memory), or the task refused an option.
+    """
+    import_from_working_directory()
+    record_command()
     with friendly_errors():
         result: float | None = build(config["task"])(config, path)
     return result
 
 
-def prepare(cfg: DictConfig) -> tuple[Config, Path]:
-    """The config as plain data, checked, and the folder of the run that it names."""
-    config = resolve(cfg)
-    check(config)
-    return config, run_path(config, HydraConfig.get().runtime.choices)
+def import_from_working_directory() -> None:
+    """Let the classes of a user's own package be imported from the folder in which the command was typed.
+
+    The folder comes last, so that none of its files hides an installed module.
+    """
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.append(folder)
 
 
-COMMAND = "HJEPA_COMMAND"  # environment variable: what was typed to start a run, for the processes that share it
-
-
-def note_command() -> None:
-    """Keep what Hydra was asked for (of one job, in a sweep) for the summary of the run, in whichever process that is made."""
-    typed = [override for override in HydraConfig.get().overrides.task if not override.startswith("+sweeps=")]
-    os.environ[COMMAND] = shlex.join(["python", "launch.py", *typed])
+def record_command() -> None:
+    """Record the command line of the run (in a sweep, that of the job) for the process that writes the summary."""
+    if not HydraConfig.initialized():  # the run was started by `hjepa.train`
+        os.environ.pop(COMMAND, None)
+        return
+    overrides = [override for override in HydraConfig.get().overrides.task if not override.startswith("+sweeps=")]
+    os.environ[COMMAND] = f"{PROGRAM} {shlex.join(overrides)}".rstrip()

@@ -1,25 +1,25 @@
-"""The config before any work: is it complete and well-typed, and which run does it name? Imports no torch.
+"""The schema of a config: which options there are, and which values they take. Imports no torch.
 
-The schema of a config node is the signature of its `_target_`, read from the source: unknown options and wrong types are
-found in under a second, and a new class needs no second declaration.
+The schema of a config node is the signature of its `_target_`, read from the source. Unknown options and wrong values are
+reported in under a second, before any work starts, and a new class needs no second declaration of its options.
 """
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Optional, Union
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
 
-from hjepa.config.errors import UserError
 from hjepa.config import types
-from hjepa.config.signatures import Signature, signature_of
+from hjepa.config.errors import UserError
+from hjepa.config.signatures import ANY_OPTION, Signature, signature_of
+from hjepa.config.targets import iter_targets, validate_targets
 
 Config = dict[str, Any]
 
 TOP_LEVEL: Signature = {
+    "choices": "dict[str, str]",
     "seed": "int",
     "name": "str | None",
     "init_from": "str | None",
@@ -31,30 +31,36 @@ TOP_LEVEL: Signature = {
 
 GROUPS = (
     *("model", "levels", "masking", "loss", "regularizer", "projector", "teacher", "optimizer", "schedule", "dataset"),
-    *("hardware", "probe", "tracking", "task", "train", "checkpoint"),
+    *("hardware", "probe", "tracking", "task", "protocol", "train", "checkpoint"),
 )
 
-KNOWN_TYPES = {"Literal": Literal, "Sequence": Sequence, "Callable": Callable, "Any": Any, "None": None}
-
-TARGET = re.compile(r"\b_target_:\s*([\w.]+)")
-
-PLAIN_TYPES = {t.__name__: t for t in (bool, int, float, str, list, dict, tuple)}
 BOUNDED_TYPES = {name: value for name, value in vars(types).items() if name.endswith(("Int", "Float", "Fraction", "Range"))}
+PLAIN_TYPES = {t.__name__: t for t in (bool, int, float, str, list, dict, tuple)}
+TYPING = {"Literal": Literal, "Optional": Optional, "Union": Union, "Sequence": Sequence, "Callable": Callable, "Any": Any}
+KNOWN_TYPES = {"__builtins__": {}, **PLAIN_TYPES, **TYPING, **BOUNDED_TYPES}
 
 
 def resolve(cfg: DictConfig) -> Config:
-    """The config as plain data, interpolations resolved; refuses missing mandatory values."""
+    """Return a composed config as plain data, with all interpolations resolved.
+
+    `choices` keeps the option of every group, without Hydra's own groups and groups without an option.
+
+    Raises:
+        UserError: A mandatory value is missing.
+    """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        raise UserError(f"{missing[0]} has no value and needs one; give it as {missing[0]}=... on the command line.")
-    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+        raise UserError(f"{missing[0]} has no value; set it with {missing[0]}=... on the command line.")
+    config: Config = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    chosen = {group: option for group, option in config["choices"].items() if option and not group.startswith("hydra/")}
+    return config | {"choices": dict(sorted(chosen.items()))}
 
 
 def check(config: Config) -> None:
-    """Refuse unknown options and wrong types anywhere in a resolved config."""
+    """Refuse unknown options and wrong values anywhere in a resolved config."""
     for key in config:
         if key not in TOP_LEVEL and key not in GROUPS:
-            raise UserError(f"{key} is no option; at the top level there are {', '.join((*TOP_LEVEL, *GROUPS))}.")
+            raise UserError(f"{key} is not an option; the options at the top level are {', '.join((*TOP_LEVEL, *GROUPS))}.")
     for option, annotation in TOP_LEVEL.items():
         check_type(option, config[option], annotation)
     validate_targets(config)
@@ -63,58 +69,48 @@ def check(config: Config) -> None:
 
 
 def check_node(path: str, node: Config) -> None:
-    """Refuse options that the signature of a node's `_target_` does not have, and wrong types."""
-    signature = signature_of(node["_target_"])
-    options = {k: v for k, v in node.items() if k not in ("_target_", "_partial_")}
-    for option, value in options.items():
-        if option not in signature:
-            raise UserError(f"{path}.{option} is no option of {node['_target_']}; it has {', '.join(signature)}.")
-        check_type(f"{path}.{option}", value, signature[option])
+    """Refuse unknown options and wrong values in a node with a `_target_`.
 
-
-def iter_targets(config: Any, path: str = "") -> Iterator[tuple[str, Config]]:
-    """All nodes to instantiate, with their dotted paths."""
-    if isinstance(config, dict):
-        if "_target_" in config:
-            yield path, config
-        for key, value in config.items():
-            yield from iter_targets(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(config, list):
-        for position, value in enumerate(config):
-            yield from iter_targets(value, f"{path}[{position}]")
-
-
-@cache
-def allowed_targets() -> frozenset[str]:
-    """What a config may instantiate: exactly what the files of conf/ name. A config can come from anywhere (a run folder of
-    somebody else's, say), and a list of allowed packages would let it call everything in them.
+    Args:
+        path: Dotted path of the node in the config, for the error message.
+        node: The node.
     """
-    folder = Path(__file__).resolve().parents[2] / "conf"
-    files = (file for file in folder.rglob("*.yaml") if folder / "hydra" not in file.parents)  # Hydra's own are not in a run's
-    return frozenset(target for file in files for target in TARGET.findall(file.read_text()))
-
-
-def validate_targets(config: Any) -> None:
-    """Refuse targets that no file of conf/ names, and ways to reach around the check of the options."""
-    for path, node in iter_targets(config):
-        if str(node["_target_"]) not in allowed_targets():
+    signature = signature_of(node["_target_"])
+    options = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
+    for option, value in options.items():
+        if option not in signature and ANY_OPTION not in signature:
             raise UserError(
-                f"{f'{path}.' if path else ''}_target_={node['_target_']!r} is nothing that a config may call; choose an option "
-                "of conf/, or add a file there that names it."
+                f"{path}.{option} is not an option of {node['_target_']}; its options are {', '.join(signature) or 'none'}."
             )
-        if "_args_" in node or "_recursive_" in node or "_convert_" in node:
-            raise UserError(f"{path}: _args_, _convert_ and _recursive_ are no options; give the options by their names.")
+        check_type(f"{path}.{option}", value, signature.get(option))
 
 
 def check_type(path: str, value: Any, annotation: str | None) -> None:
-    """Refuse a value that its annotation does not admit; annotations of our own classes are left to the constructor."""
+    """Refuse a value that its annotation does not admit.
+
+    Annotations of types that only the source of the class knows are left to the constructor.
+    """
     if annotation is None or (isinstance(value, dict) and "_target_" in value):
         return
     try:
-        expected = eval(annotation, {"__builtins__": {}}, KNOWN_TYPES | PLAIN_TYPES | BOUNDED_TYPES)
-    except NameError:
-        return
-    try:
-        TypeAdapter(expected, config=ConfigDict(strict=True)).validate_python(value)
+        TypeAdapter(eval(annotation, dict(KNOWN_TYPES)), config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{path}={value!r}: expected {annotation} ({error.errors()[0]['msg'].lower()}).") from None
+        raise UserError(f"{path}={value!r}: expected {annotation} ({explain(error)}).") from None
+    except (NameError, AttributeError, TypeError, PydanticUserError):
+        return
+
+
+def explain(error: ValidationError) -> str:
+    """Return why a value was refused.
+
+    A union reports an error for each of its types. Those of the types that the value matched best count: a wrong element of a
+    list before "not a number", and a number out of bounds before "not a list".
+    """
+    errors = [details for details in error.errors() if details["type"] != "none_required"]
+    ranks = [(len(details["loc"]), not details["type"].endswith(("_type", "_parsing"))) for details in errors]
+    reasons = []
+    for details, rank in zip(errors, ranks, strict=True):
+        if rank == max(ranks):
+            items = "".join(f"item {key}: " for key in details["loc"] if isinstance(key, int))
+            reasons.append(items + details["msg"].removeprefix("Value error, ").lower())
+    return ", or ".join(dict.fromkeys(reasons))

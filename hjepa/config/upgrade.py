@@ -1,7 +1,7 @@
-"""Read run folders, checkpoints and summaries that earlier versions of hjepa wrote.
+"""Upgrade the configs, checkpoints and summaries that earlier versions of hjepa wrote.
 
-Version 0.2 renamed classes, options and summary keys. The tables below map every old name to its new one; `upgrade_config`
-and `upgrade_summary` apply them when a file is read, so that nothing on disk has to change.
+Version 0.2 renamed classes, options and summary keys. The tables below map every old name to its new one. They are applied
+when a file is read, so that nothing on disk has to change.
 """
 
 from typing import Any
@@ -70,29 +70,30 @@ RENAMED_OPTIONS = {"neighbours": "neighbors"}
 RENAMED_SUMMARY_KEYS = {"normalised": "normalized", "utilisation": "utilization"}
 
 
-def upgrade_config(config: Any) -> Any:
-    """Return a config, or a part of one, with the targets and options that this version knows.
+def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a run with the names that this version uses; `choices` is empty where it was not recorded."""
+    return {"choices": {}, **upgrade_names(config)}
+
+
+def upgrade_names(config: Any) -> Any:
+    """Return a part of a config with the targets and options that this version uses.
 
     Args:
-        config: Plain data (dicts, lists and values), as read from `config.yaml` or from a checkpoint.
+        config: Plain data (dictionaries, lists and values), as read from `config.yaml` or from a checkpoint.
 
     Returns:
-        A copy with every renamed `_target_` and option replaced; anything else is kept.
+        A copy with every renamed `_target_` and option replaced.
     """
-    if isinstance(config, dict):
-        return {RENAMED_OPTIONS.get(key, key): upgrade_value(key, value) for key, value in config.items()}
     if isinstance(config, list):
-        return [upgrade_config(value) for value in config]
-    return config
-
-
-def upgrade_value(key: str, value: Any) -> Any:
-    """Return the upgraded value of one option."""
-    if key == "_target_" and isinstance(value, str):
-        return RENAMED_TARGETS.get(value, value)
-    return upgrade_config(value)
+        return [upgrade_names(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    upgraded = {RENAMED_OPTIONS.get(key, key): upgrade_names(value) for key, value in config.items()}
+    if isinstance(target := upgraded.get("_target_"), str):
+        upgraded["_target_"] = RENAMED_TARGETS.get(target, target)
+    return upgraded
 
 
 def upgrade_summary(summary: dict[str, Any]) -> dict[str, Any]:
-    """Return the contents of a `summary.json` with the keys that this version knows."""
+    """Return the contents of a `summary.json` with the keys that this version uses."""
     return {RENAMED_SUMMARY_KEYS.get(key, key): value for key, value in summary.items()}

@@ -1,14 +1,15 @@
-"""Each loss against its formula written out."""
+"""Each loss equals its formula written out."""
 
 import pytest
 import torch
 
 from hjepa.config.errors import UserError
+from hjepa.config.schema import check_node
 from hjepa.losses import MSE, Cosine, Objective, PredictionLoss, SmoothL1, VICReg
 from hjepa.models.hjepa import LevelOutput, Output
 
 
-def output() -> Output:
+def make_output() -> Output:
     g = torch.Generator().manual_seed(0)
     levels = [
         LevelOutput(
@@ -39,29 +40,29 @@ def cosine(p: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         (Cosine(), cosine),
     ],
 )
-def test_formula_levels_and_weights(loss: PredictionLoss, formula) -> None:
-    out = output()
+def test_losses_equal_their_formulas_weighted_by_level(loss: PredictionLoss, formula) -> None:
+    out = make_output()
     total, terms = loss(out)
     expected = {level.name: formula(level.prediction, level.target) for level in out.levels}
     assert torch.allclose(total, expected["level1"] + 0.5 * expected["level2"])
     assert terms.keys() == expected.keys()
     assert all(torch.allclose(terms[k], expected[k]) for k in expected)
-    assert not any(term.requires_grad for term in terms.values()), "logged terms hold no graph"
+    assert not any(term.requires_grad for term in terms.values()), "logged terms are detached"
 
 
-def test_constant_is_the_loss_of_the_mean_vector() -> None:
-    out = output()
+def test_constant_baseline_is_the_loss_of_the_mean_target() -> None:
+    out = make_output()
     expected = sum(level.weight * ((level.target - level.target.flatten(0, 3).mean(0)) ** 2).mean() for level in out.levels)
-    assert torch.allclose(MSE().constant(out), expected)
+    assert torch.allclose(MSE().constant_baseline(out), expected)
 
 
 def test_beta_must_be_positive() -> None:
-    with pytest.raises(UserError, match="beta=0"):
-        SmoothL1(beta=0)
+    with pytest.raises(UserError, match=r"loss\.beta=0: expected PositiveFloat"):
+        check_node("loss", {"_target_": "hjepa.losses.SmoothL1", "beta": 0})
 
 
-def test_objective_is_the_sum_and_names_the_prediction() -> None:
-    out = output()
+def test_objective_is_the_sum_of_both_and_logs_the_prediction_loss() -> None:
+    out = make_output()
     loss, regularizer = MSE(), VICReg(1.0, 1.0, 0.04, [1.0])
     total, terms = Objective(loss, regularizer)(out)
     assert torch.allclose(total, loss(out)[0] + regularizer(out)[0])

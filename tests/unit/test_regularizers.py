@@ -1,4 +1,4 @@
-"""Regularizers against their formulas written out the long way, and what each is for: reviving collapsed features."""
+"""Regularizers equal their formulas written out, and revive collapsed features."""
 
 import itertools
 import math
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hjepa.config.errors import UserError
+from hjepa.config.schema import check_node
 from hjepa.losses import InfoNCE, Regularizer, SIGReg, VICReg, epps_pulley
 from hjepa.metrics.collapse import effective_rank
 from hjepa.models.hjepa import Output
@@ -18,8 +19,8 @@ def features(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_vicreg_written_out() -> None:
-    """Bardes et al. 2022, equations 1 to 5, per view and over pairs of views."""
+def test_vicreg_equals_its_equations() -> None:
+    """Compare with equations 1 to 5 of Bardes et al. 2022, for each view and all pairs of views."""
     z = features(7, 3, 5)
     total, terms = VICReg(variance=2.0, invariance=3.0, covariance=0.5, levels=[1.0])(Output([], [z]))
     n, views, d = z.shape
@@ -41,11 +42,11 @@ def test_vicreg_compares_views_of_the_same_image_only() -> None:
     z, vicreg = features(6, 1, 4), VICReg(1.0, 1.0, 0.04, [1.0])
     assert "invariance" not in vicreg(Output([], [z]))[1]
     _, terms = vicreg(Output([], [z.expand(6, 2, 4)]))
-    assert terms["invariance"] == 0, "views that agree cost nothing, however different the images are"
+    assert terms["invariance"] == 0, "no penalty for equal views, however different the images are"
 
 
-def test_epps_pulley_against_fine_quadrature() -> None:
-    """The defining integral with complex numbers, sample by sample, over a fine grid of both signs of t."""
+def test_epps_pulley_equals_its_integral() -> None:
+    """Compare with the defining integral in complex numbers, on a fine grid of positive and negative t."""
     samples = features(50, 2) * 1.5 + 0.3
     t = torch.linspace(-3, 3, 6001, dtype=torch.float64)
     expected = []
@@ -56,27 +57,27 @@ def test_epps_pulley_against_fine_quadrature() -> None:
     assert epps_pulley(samples, knots=17, reach=3.0).item() == pytest.approx(sum(expected) / 2, rel=0.01)
 
 
-def test_epps_pulley_tells_normal_samples_from_others() -> None:
-    """For normal samples its expectation does not grow with N; for others it grows like N."""
+def test_epps_pulley_separates_normal_samples_from_others() -> None:
+    """The expectation is constant in N for normal samples and proportional to N for others."""
 
     def statistic(n: int, scale: float) -> float:
         return epps_pulley(features(n, 64) * scale, 17, 3.0).item()
 
-    expected = math.sqrt(2 * math.pi) * (1 - 1 / math.sqrt(3))  # of the integrand's variance, over all t
+    expected = math.sqrt(2 * math.pi) * (1 - 1 / math.sqrt(3))  # integral over all t of the variance
     assert statistic(4000, 1.0) == pytest.approx(expected, rel=0.3)
     assert statistic(4000, 0.3) > 100 * statistic(4000, 1.0)
     assert statistic(4000, 0.3) == pytest.approx(4 * statistic(1000, 0.3), rel=0.1)
 
 
-def test_sigreg_pulls_views_to_the_mean_of_the_whole_ones() -> None:
+def test_sigreg_pulls_views_to_the_mean_of_the_global_crops() -> None:
     z = features(5, 4, 3)
     _, terms = SIGReg(1.0, 1.0, directions=8, knots=17, reach=3.0, levels=[1.0])(Output([], [z], num_global=2))
     expected = sum((z[i, v] - (z[i, 0] + z[i, 1]) / 2).square().mean() for i in range(5) for v in range(4)) / 20
     assert torch.allclose(terms["invariance"], expected)
 
 
-def test_infonce_written_out() -> None:
-    """Every pair of a view with another whole view of its image, against the whole views of the other images, one by one."""
+def test_infonce_equals_its_formula() -> None:
+    """Compare with the loss of every pair of a view and another global crop, computed one by one."""
     z = features(4, 3, 5)
     total, terms = InfoNCE(contrast=2.0, temperature=0.5, levels=[1.0])(Output([], [z], num_global=2))
     costs = []
@@ -90,14 +91,14 @@ def test_infonce_written_out() -> None:
 
 
 def test_infonce_with_one_view_is_refused_before_the_run() -> None:
-    with pytest.raises(UserError, match=r"InfoNCE compares views of an image, and there is one: set dataset\.views=2"):
+    with pytest.raises(UserError, match=r"InfoNCE compares views of an image.*set dataset\.views=2"):
         build_components("regularizer=infonce", "masking=multiblock")
     build_components("regularizer=infonce", "masking=multiblock", "dataset.local_views=1")
     build_components("regularizer=infonce", "masking=random", "masking.contexts=2")
 
 
 @pytest.mark.parametrize("regularizer", [VICReg(1.0, 1.0, 0.04, [1.0]), SIGReg(1.0, 1.0, 64, 17, 3.0, [1.0])])
-def test_each_revives_collapsed_features(regularizer: Regularizer) -> None:
+def test_each_regularizer_revives_collapsed_features(regularizer: Regularizer) -> None:
     """Gradient descent on the regularizer alone spreads nearly identical features over all dimensions."""
     torch.manual_seed(0)
     z = torch.nn.Parameter(torch.ones(64, 1, 8) + 1e-2 * torch.randn(64, 1, 1) + 1e-4 * torch.randn(64, 1, 8))
@@ -113,7 +114,7 @@ def test_each_revives_collapsed_features(regularizer: Regularizer) -> None:
 
 @cache
 def trained_rank(regularizer: str) -> float:
-    """Effective rank of the student's features where the teacher follows so fast that dimensions are lost."""
+    """Return the effective rank of the student's features after a run whose teacher follows so fast that dimensions collapse."""
     t = trainer(
         *("levels=flat", f"regularizer={regularizer}", "schedule.lr.warmup_epochs=0", "optimizer.lr=3e-3"),
         *("teacher.momentum.start=0.5", "teacher.momentum.end=0.5", "train.batch_size=72", "train.epochs=60"),
@@ -125,11 +126,11 @@ def trained_rank(regularizer: str) -> float:
 
 
 @pytest.mark.parametrize("option", ["vicreg", "sigreg"])
-def test_each_lifts_the_rank_of_a_collapsing_run(option: str) -> None:
+def test_each_regularizer_raises_the_rank_of_a_collapsing_run(option: str) -> None:
     assert trained_rank(option) > 1.5 * trained_rank("none")
 
 
-def test_a_weight_per_level() -> None:
+def test_levels_have_their_own_factors() -> None:
     first, second = features(6, 1, 4), features(6, 1, 4) * 0.3
     alone, _ = VICReg(1.0, 0.0, 0.5, [1.0])(Output([], [first, second]))
     other, _ = VICReg(1.0, 0.0, 0.5, [1.0])(Output([], [second]))
@@ -138,10 +139,23 @@ def test_a_weight_per_level() -> None:
     assert set(terms) == {"variance", "covariance", "variance_level2", "covariance_level2"}
 
 
-def test_negative_weights_are_refused() -> None:
-    with pytest.raises(UserError, match=r"regularizer.covariance=-1"):
-        VICReg(1.0, 1.0, -1, [1.0])
-    with pytest.raises(UserError, match="directions=0"):
-        SIGReg(1.0, 1.0, 0, 17, 3.0, [1.0])
-    with pytest.raises(UserError, match="temperature=0"):
-        InfoNCE(1.0, 0, [1.0])
+@pytest.mark.parametrize(
+    ("target", "option", "value"),
+    [
+        ("VICReg", "covariance", -1.0),
+        ("VICReg", "levels", [1.0, -1.0]),
+        ("SIGReg", "directions", 0),
+        ("SIGReg", "reach", 0.0),
+        ("InfoNCE", "temperature", 0.0),
+    ],
+)
+def test_options_out_of_bounds_are_refused(target: str, option: str, value: object) -> None:
+    with pytest.raises(UserError, match=rf"^regularizer\.{option}="):
+        check_node("regularizer", {"_target_": f"hjepa.losses.{target}", option: value})
+
+
+def test_a_regularizer_needs_a_level_and_a_quadrature_two_points() -> None:
+    with pytest.raises(UserError, match=r"regularizer\.levels=\[\]"):
+        VICReg(1.0, 1.0, 1.0, [])
+    with pytest.raises(UserError, match=r"regularizer\.knots=1"):
+        SIGReg(1.0, 1.0, 8, 1, 3.0, [1.0])

@@ -1,130 +1,170 @@
-"""What all pictures are drawn on: rows of images and maps in cells of whole pixels, and colors that everybody can tell apart."""
+"""Figures that training, visualization, benchmarks, sweeps and reports share: image grids, curves and mask overlays.
+
+This module imports no torch, so that the plots of a sweep are drawn without it.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from hjepa.tracking.atomic import atomic_files
 
 if TYPE_CHECKING:
-    from torch import Tensor  # a sweep's plot is drawn without torch
-from typing import Any
+    from torch import Tensor
 
-from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
-from torch import Tensor, zeros
-
-from hjepa.masking import Masks
-from hjepa.models.hjepa import HJEPA
+    from hjepa.masking import Masks
+    from hjepa.models.hjepa import HJEPA
 
 matplotlib.use("Agg")
 
-# Okabe and Ito's colors, which people with any kind of color vision tell apart; the markers repeat the difference.
+# The colors of Okabe and Ito can be told apart with any kind of color vision; markers are a second cue.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 MARKERS = "osD^vPX"
 
-MAP = matplotlib.colormaps["viridis"].with_extremes(bad="0.85")  # gray where there is no value
+COLORMAP = matplotlib.colormaps["viridis"].with_extremes(bad="0.85")  # NaN is gray
 
 DPI = 130
 
-CELL, GAP, LABEL, LINE, BAR = 150, 6, 16, 18, 100  # pixels: an image about so large, space, and room for text and a color bar
+# Layout of image grids, in pixels.
+CELL_SIZE = 150  # approximate side of a cell
+GAP = 6  # space between cells
+LINE_HEIGHT = 18
+COLOR_BAR_WIDTH = 16
+COLOR_BAR_SPACE = 100  # width of a color bar with its label and ticks
+
+Box = tuple[float, float, float, float]  # left, bottom, width and height as fractions of the figure
+
+# Captions of pictures, in the order in which reports show them.
+CAPTIONS = {
+    "curves": "Losses, probes beside the untrained network (dotted), and collapse statistics, by optimizer step.",
+    "masks": "The patches that the student sees, and the cells that each level predicts.",
+    "predictions": "Cosine similarity of predictions and the teacher's targets, by cell, on held-out images.",
+    "pca": "The first three principal components of patch features as colors: similar features have similar colors.",
+    "attention": "Attention in the last block, and its rollout through all blocks.",
+    "neighbors": "The most similar images by features of the trained network, of the untrained network, and by pixels.",
+    "scatter": "t-SNE of image features: every point is an image, close to images with similar features.",
+}
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically, and close it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with atomic_files(path) as (temporary,):
+            figure.savefig(temporary, dpi=DPI, format="png")
+    finally:
+        plt.close(figure)
+
+
+# -- Image grids -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Scale:
-    """A color scale that maps share: what it says, and its ends."""
+class ColorScale:
+    """A color scale, which several maps may share.
 
-    name: str
+    Attributes:
+        label: Label of the color bar.
+        low: Value at the lower end.
+        high: Value at the upper end.
+    """
+
+    label: str
     low: float
     high: float
 
 
 @dataclass(frozen=True)
 class GridCell:
-    """An image float [3, h, w] in [0, 1], or a map [h, w] on a scale, NaN where it has no value; `frame` is a color."""
+    """An image or a map in a cell of an image grid.
 
-    picture: "Tensor"
-    scale: Scale | None = None
+    Attributes:
+        content: Image float [3, h, w] in [0, 1], or map [h, w], NaN where it has no value.
+        scale: Color scale of a map; None for an image.
+        frame: Color of the frame; None for no frame.
+    """
+
+    content: Tensor
+    scale: ColorScale | None = None
     frame: str | None = None
 
 
-def image_grid(rows: Sequence[Sequence[GridCell | None]], columns: Sequence[str], title: str, path: Path, note: str = "") -> None:
-    """Draw rows of cells under column headings; pixels are shown as squares, whatever the size of the images.
+def image_grid(
+    rows: Sequence[Sequence[GridCell | None]], headings: Sequence[str], title: str, path: Path, note: str = ""
+) -> None:
+    """Draw a grid of images and maps, whose pixels are enlarged by a whole number to squares.
 
     Args:
-        note: a line below the picture.
+        rows: Rows of cells; None leaves a cell empty.
+        headings: Headings of the columns.
+        title: Title of the picture.
+        path: PNG file to write.
+        note: Text below the grid.
     """
-    cell = cell_pixels(rows)
-    scales = list(dict.fromkeys(c.scale for row in rows for c in row if c and c.scale))
-    head, foot = (
-        (2 + max(column.count("\n") + 1 for column in columns)) * LINE,
-        LINE * (1 + note.count("\n") if note else 0) + GAP,
-    )
-    right = len(columns) * (cell + GAP) + GAP
-    width = max(right + BAR * bool(scales), 10.5 * len(title), 8.5 * max(map(len, note.split("\n"))))
-    height = head + len(rows) * (cell + GAP) + foot
+    size = cell_size(rows)
+    scales = list(dict.fromkeys(cell.scale for row in rows for cell in row if cell and cell.scale))
+    header = (2 + max(heading.count("\n") + 1 for heading in headings)) * LINE_HEIGHT
+    footer = LINE_HEIGHT * (1 + note.count("\n") if note else 0) + GAP
+    right = len(headings) * (size + GAP) + GAP
+    width = max(right + COLOR_BAR_SPACE * bool(scales), 10.5 * len(title), 8.5 * max(map(len, note.split("\n"))))
+    height = header + len(rows) * (size + GAP) + footer
     figure = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     figure.text(GAP / width, 1 - GAP / height, title, fontsize=10, fontweight="bold", va="top")
     figure.text(GAP / width, GAP / height, note, fontsize=8, va="bottom", color="0.3")
     for i, row in enumerate(rows):
-        for j, content in enumerate(row):
-            if content:
-                left, top = GAP + j * (cell + GAP), head + i * (cell + GAP)
-                draw_cell(figure, content, (left / width, 1 - (top + cell) / height, cell / width, cell / height))
-    for j, column in enumerate(columns):
-        middle = GAP + j * (cell + GAP) + cell / 2
-        figure.text(middle / width, 1 - (head - 4) / height, column, fontsize=8, ha="center", va="bottom")
+        for j, cell in enumerate(row):
+            if cell:
+                left, top = GAP + j * (size + GAP), header + i * (size + GAP)
+                draw_cell(figure, cell, (left / width, 1 - (top + size) / height, size / width, size / height))
+    for j, heading in enumerate(headings):
+        center = GAP + j * (size + GAP) + size / 2
+        figure.text(center / width, 1 - (header - 4) / height, heading, fontsize=8, ha="center", va="bottom")
     for k, scale in enumerate(scales):
-        tall = (height - head - foot) / len(scales)
-        bottom = foot + (len(scales) - 1 - k) * tall + 0.08 * tall
-        color_bar(figure, scale, ((right + 2 * GAP) / width, bottom / height, LABEL / width, 0.84 * tall / height))
-    save(figure, path)
+        share = (height - header - footer) / len(scales)
+        bottom = footer + (len(scales) - 1 - k) * share + 0.08 * share
+        box = ((right + 2 * GAP) / width, bottom / height, COLOR_BAR_WIDTH / width, 0.84 * share / height)
+        draw_color_bar(figure, scale, box)
+    save_figure(figure, path)
 
 
-def cell_pixels(rows: Sequence[Sequence[GridCell | None]]) -> int:
-    """The side of a cell: a whole multiple of the largest image's."""
-    side = max(cell.picture.shape[-1] for row in rows for cell in row if cell)
-    return side * max(1, round(CELL / side))
+def cell_size(rows: Sequence[Sequence[GridCell | None]]) -> int:
+    """Return the side of a cell in pixels, a multiple of the side of the largest image."""
+    side = max(cell.content.shape[-1] for row in rows for cell in row if cell)
+    return side * max(1, round(CELL_SIZE / side))
 
 
-def draw_cell(figure: Figure, cell: GridCell, place: tuple[float, float, float, float]) -> None:
-    """One image or map at (left, bottom, width, height), in shares of the figure."""
-    axis = figure.add_axes(place)
+def draw_cell(figure: Figure, cell: GridCell, box: Box) -> None:
+    """Draw one image or map."""
+    axis = figure.add_axes(box)
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set(visible=cell.frame is not None, color=cell.frame, linewidth=2.5)
     if cell.scale:
-        axis.imshow(cell.picture.numpy(), cmap=MAP, vmin=cell.scale.low, vmax=cell.scale.high, interpolation="nearest")
+        axis.imshow(cell.content.numpy(), cmap=COLORMAP, vmin=cell.scale.low, vmax=cell.scale.high, interpolation="nearest")
     else:
-        axis.imshow(cell.picture.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+        axis.imshow(cell.content.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
 
 
-def color_bar(figure: Figure, scale: Scale, place: tuple[float, float, float, float]) -> None:
-    """What the colors of a scale mean."""
-    bar = figure.colorbar(ScalarMappable(Normalize(scale.low, scale.high), MAP), cax=figure.add_axes(place))
-    bar.set_label(scale.name, fontsize=8)
+def draw_color_bar(figure: Figure, scale: ColorScale, box: Box) -> None:
+    """Draw the color bar of a scale."""
+    bar = figure.colorbar(ScalarMappable(Normalize(scale.low, scale.high), COLORMAP), cax=figure.add_axes(box))
+    bar.set_label(scale.label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a picture whole or not at all, and forget it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(temporary, dpi=DPI, format="png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        plt.close(figure)
-
-
-Record = dict[str, Any]
+# -- Training curves -------------------------------------------------------------------------------------------------------
 
 PANELS = {
     "prediction loss": ("train/prediction", "validation/loss", "validation/constant_loss"),
@@ -134,61 +174,65 @@ PANELS = {
 }
 
 
-def plot_curves(records: list[Record], path: Path) -> None:
-    """Losses, probes beside the untrained network, and the collapse watch over optimizer steps."""
+def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
+    """Plot losses, probes beside the untrained network, and collapse statistics, by optimizer step.
+
+    Args:
+        records: Records of metrics.jsonl, each with its `step`.
+        path: PNG file to write.
+    """
     figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.2), layout="constrained")
-    for axis, (title, keys) in zip(axes, PANELS.items(), strict=True):
-        for color, key in zip(COLORS, keys, strict=False):
-            plot_metric(axis, key, [(r["step"], r[key]) for r in records if key in r], color)
+    for axis, (title, metrics) in zip(axes, PANELS.items(), strict=True):
+        for color, metric in zip(COLORS, metrics, strict=False):
+            plot_metric(axis, metric, [(r["step"], r[metric]) for r in records if metric in r], color)
         axis.set(title=title, xlabel="optimizer step")
         if "accuracy" in title:
             axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         if axis.lines:
             axis.legend(fontsize=7)
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def plot_metric(axis: Axes, key: str, points: list[tuple[int, float]], color: str) -> None:
-    """One metric; a probe beside what it was at the start."""
+def plot_metric(axis: Axes, metric: str, points: list[tuple[int, float]], color: str) -> None:
+    """Plot one metric, and the first value of a probe, which belongs to the untrained network, as a dotted line."""
     if not points:
         return
-    axis.plot(*zip(*points, strict=True), color=color, marker="." if len(points) < 30 else None, label=key)
-    if key.startswith("probe/"):
-        axis.axhline(points[0][1], color=color, linestyle=":", label=f"untrained {key.removeprefix('probe/')}")
+    axis.plot(*zip(*points, strict=True), color=color, marker="." if len(points) < 30 else None, label=metric)
+    if metric.startswith("probe/"):
+        axis.axhline(points[0][1], color=color, linestyle=":", label=f"untrained {metric.removeprefix('probe/')}")
+
+
+# -- Masks -----------------------------------------------------------------------------------------------------------------
 
 
 def plot_masks(images: Tensor, masks: Masks, model: HJEPA, path: Path) -> None:
-    """Images [B, 3, S, S] in [0, 1], what the student sees of them, and every level's target cells, all of the first context;
-    of stacked levels, which see the level below, the cells that their own student sees too.
+    """Plot images, the first context of each, and the target cells of every level in that context.
+
+    Stacked levels have two columns, as each has a context of its own: the cells of the level below that its student sees.
+
+    Args:
+        images: Images [B, 3, S, S] in [0, 1].
+        masks: Masks of these images.
+        model: Model that the masks were sampled for.
+        path: PNG file to write.
     """
-    sets = {"context": (masks.context, model.grid)}
+    columns = {"context": (masks.context, model.grid)}
     for name, pool, index in zip(model.levels.names(), model.levels.pool, masks.targets, strict=True):
-        sets[f"{name}:\n{pool}x{pool} patches"] = (index, model.grid // pool)
+        columns[f"{name}:\n{pool}x{pool} patches"] = (index, model.grid // pool)
     stacked_levels = model.upper.stacked_levels() if model.upper else []
-    for number, (stage, own) in enumerate(zip(stacked_levels, masks.stacked, strict=True), start=1):
-        sets[f"stacked{number}\ncontext"] = (own.context, stage.side)
-        sets[f"stacked{number}\ntargets"] = (own.targets[0], stage.side)
+    for number, (level, own) in enumerate(zip(stacked_levels, masks.stacked, strict=True), start=1):
+        columns[f"stacked{number}\ncontext"] = (own.context, level.side)
+        columns[f"stacked{number}\ntargets"] = (own.targets[0], level.side)
     rows = [
-        [GridCell(image), *(GridCell(mask_overlay(image, index[i, 0].flatten(), side)) for index, side in sets.values())]
+        [GridCell(image), *(GridCell(mask_overlay(image, index[i, 0].flatten(), side)) for index, side in columns.values())]
         for i, image in enumerate(images)
     ]
-    image_grid(rows, ["image", *sets], "Masks: what the student sees, and the cells that each level predicts", path)
+    image_grid(rows, ["image", *columns], "Masks: what the student sees, and the cells that each level predicts", path)
 
 
 def mask_overlay(image: Tensor, index: Tensor, side: int) -> Tensor:
-    """The image [3, S, S] with everything outside the indexed cells of a grid grayed out."""
-    flags = zeros(side * side).index_fill(0, index, 1.0).view(side, side)
+    """Return an image [3, S, S] with everything outside the indexed cells of a side x side grid grayed out."""
+    flags = image.new_zeros(side * side).index_fill(0, index, 1.0).view(side, side)
     scale = image.shape[-1] // side
-    seen = flags.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-    return image * seen + 0.85 * (1 - seen) + 0.1 * image * (1 - seen)
-
-
-CAPTIONS = {
-    "curves": "Losses, probes beside the untrained network (dotted), and the collapse watch, by optimizer step.",
-    "masks": "What the student sees, and the cells that each level predicts.",
-    "predictions": "How near predictions come to the teacher's targets, cell by cell, on images that were not trained on.",
-    "pca": "Patches of like color are alike to the network: three principal components of patch features.",
-    "attention": "Where the network looks, in the last block and through all of them.",
-    "neighbors": "The most similar images by features of the trained network, of the untrained one, and by pixels.",
-    "scatter": "Every image a point, near others of like features (t-SNE).",
-}
+    visible = flags.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    return image * visible + 0.85 * (1 - visible) + 0.1 * image * (1 - visible)

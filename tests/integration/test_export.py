@@ -265,7 +265,7 @@ def test_too_many_unreadable_images_raise_and_keep_the_earlier_file(corrupted: P
     with pytest.raises(UserError, match=r"1 of 24 images cannot be read, more than task.max_corrupt=0.01 allows: .*05.png"):
         task("features", trained, f"task.images={corrupted}", f"task.out={out}", "task.workers=0")
     assert out.read_text() == "old"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.npy", "corrupted"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corrupted", "f.npy"]
 
 
 @pytest.mark.parametrize("suffix", WRITERS)

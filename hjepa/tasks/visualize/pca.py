@@ -1,41 +1,44 @@
-"""PCA of patch features as colors: patches that the network takes for alike have like colors, in all images of a picture."""
+"""PCA of patch features as colors: patches with similar features have similar colors, in all images of a column."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from sklearn.decomposition import PCA
 from torch import Tensor
 
 from hjepa.plotting import GridCell, image_grid
 from hjepa.tasks.visualize.samples import Samples
 
 
-def draw_pca(scene: Samples) -> list[Path]:
-    """The images beside the first three principal components of every layer, trained and untrained, as red, green, blue."""
-    images = scene.images
-    columns, pictures = ["image"], [list(images)]
-    for layer in scene.layers:
-        for kind, looks in scene.tokens.items():
-            colors, share = pca_colors(looks[layer].cells)
+def draw_pca(samples: Samples) -> list[Path]:
+    """Draw the first three principal components of every layer, trained and untrained, as red, green and blue."""
+    headings, columns = ["image"], [list(samples.images)]
+    for layer in samples.layers:
+        for kind, tokens in samples.tokens.items():
+            colors, explained = pca_colors(tokens[layer].cells)
             side = int(colors.shape[1] ** 0.5)
-            columns.append(f"{layer}\n{kind}\n{share:.0%} of variance")
-            pictures.append(list(colors.permute(0, 2, 1).unflatten(2, (side, side))))
-    rows = [[GridCell(picture) for picture in row] for row in zip(*pictures, strict=True)]
-    path = scene.path("pca")
-    note = "Each column has its own three components, common to all of its images."
-    image_grid(rows, columns, "Principal components of patch features as colors", path, note)
+            headings.append(f"{layer}\n{kind}\n{explained:.0%} of variance")
+            columns.append(list(colors.permute(0, 2, 1).unflatten(2, (side, side))))
+    rows = [[GridCell(image) for image in row] for row in zip(*columns, strict=True)]
+    path = samples.path("pca")
+    note = "Each column has its own three components, which are the same for all of its images."
+    image_grid(rows, headings, "Principal components of patch features as colors", path, note)
     return [path]
 
 
 def pca_colors(tokens: Tensor) -> tuple[Tensor, float]:
-    """The first three principal components of tokens [B, n, D] (one basis for all), each scaled to [0, 1] from its 1st to its
-    99th percentile, [B, n, 3]; and their share of the variance.
+    """Return the first three principal components of tokens [B, n, D] as colors, and the fraction of variance they explain.
+
+    All images share the components. Each component is scaled so that its 1st to 99th percentile spans [0, 1], and its largest
+    loading is positive, because the sign of a component is arbitrary. The colors are [B, n, 3].
     """
-    flat = tokens.flatten(0, 1).double()
-    centered = flat - flat.mean(0)
-    values, vectors = torch.linalg.eigh(centered.T @ centered)
-    basis = vectors[:, -3:].flip(1)
-    basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()  # a component has no sign of its own
-    scores = centered @ basis
+    flat = tokens.flatten(0, 1).double().numpy()
+    with np.errstate(invalid="ignore"):  # the explained variance of constant tokens is 0 / 0
+        pca = PCA(min(3, *flat.shape), svd_solver="full").fit(flat)
+    explained = float(np.nan_to_num(pca.explained_variance_ratio_).sum())
+    largest = np.abs(pca.components_).argmax(1, keepdims=True)
+    scores = torch.from_numpy(pca.transform(flat) * np.sign(np.take_along_axis(pca.components_, largest, 1)).T)
+    scores = torch.nn.functional.pad(scores, (0, 3 - scores.shape[1]))
     low, high = (scores.quantile(q, dim=0) for q in (0.01, 0.99))
-    share = (values[-3:].sum() / values.sum().clamp(min=1e-12)).item()
-    return ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float().unflatten(0, tokens.shape[:2]), share
+    return ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float().unflatten(0, tokens.shape[:2]), explained

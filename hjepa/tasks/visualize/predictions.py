@@ -1,4 +1,4 @@
-"""Predictions: how near each level's predictions come to what the teacher says, cell by cell, on held-out images."""
+"""Predictions: the cosine similarity of every level's predictions and the teacher's targets, by cell, on held-out images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +11,21 @@ from hjepa.config.errors import UserError
 from hjepa.distributed.seeding import generator
 from hjepa.masking import Masks
 from hjepa.models.hjepa import HJEPA
-from hjepa.plotting import GridCell, Scale, image_grid, mask_overlay
-from hjepa.tasks.visualize.samples import PART, Samples
+from hjepa.plotting import ColorScale, GridCell, image_grid, mask_overlay
+from hjepa.tasks.visualize.samples import BATCH_SIZE, Samples
 
-AVERAGED = 256  # images that the last row is a mean of
+NUM_AVERAGED = 256  # the last row is a mean over at most this many images
 
 
 @dataclass(frozen=True)
 class LevelSimilarity:
-    """Cosine similarities of a level's predictions and targets, [B, C, P, T], at cells `index` of a grid; and those of the mean
-    target, which any useful prediction must beat.
+    """Cosine similarities of the predictions of one level and their targets.
+
+    Attributes:
+        side: Side of the level's grid of cells.
+        index: Predicted cells [B, C, P, T].
+        cosine: Similarity of prediction and target [B, C, P, T].
+        constant: Similarity of the mean target and the target [B, C, P, T], which a useful prediction exceeds.
     """
 
     side: int
@@ -29,73 +34,79 @@ class LevelSimilarity:
     constant: Tensor
 
     def grid(self, context: int | None) -> Tensor:
-        """Similarity by cell [B, side, side], the mean where one was predicted several times and NaN where never.
+        """Return the mean similarity by cell [B, side, side], NaN for cells that were not predicted.
 
         Args:
-            context: of this context alone; None takes all.
+            context: Number of the context; None averages over all contexts.
         """
-        chosen = slice(None) if context is None else slice(context, context + 1)
-        index, cosine = self.index[:, chosen].flatten(1), self.cosine[:, chosen].flatten(1)
+        contexts = slice(None) if context is None else slice(context, context + 1)
+        index, cosine = self.index[:, contexts].flatten(1), self.cosine[:, contexts].flatten(1)
         sums = torch.zeros(len(index), self.side**2).scatter_add_(1, index, cosine)
         counts = torch.zeros_like(sums).scatter_add_(1, index, torch.ones_like(cosine))
         return (sums / counts).unflatten(1, (self.side, self.side))
 
 
-def check_predictive(scene: Samples) -> None:
-    """Refuse a run that predicts nothing."""
-    if not scene.run.model.predictor:
-        raise UserError(f"{scene.run.folder.name} predicts nothing (levels=none): leave predictions out of task.pictures.")
+def check_predictions(samples: Samples) -> None:
+    """Raise `UserError` if the run has no predictor."""
+    if not samples.run.model.predictor:
+        raise UserError(f"{samples.run.folder.name} predicts nothing (levels=none): leave predictions out of task.pictures.")
 
 
-def draw_predictions(scene: Samples) -> list[Path]:
-    """The images, what the student sees, and every level's similarity by cell; below, its mean over more images."""
-    check_predictive(scene)
-    shown = guess(scene, scene.rows, "shown")
-    many = torch.arange(min(len(scene.pixels), AVERAGED)).split(PART)
-    parts = [guess(scene, rows, "many", i)[0] for i, rows in enumerate(many)]
-    scale = Scale("cosine of prediction and target", min(0.0, *(g.cosine.min().item() for g in shown[0].values())), 1.0)
-    columns, bottom = ["image", "context"], [None, None]
-    for name in shown[0]:
-        guesses = [part[name] for part in parts]  # batches differ in how many cells their masks have
-        cosine, constant = (torch.cat([getattr(g, key).flatten() for g in guesses]).mean() for key in ("cosine", "constant"))
-        columns.append(f"{name}\n{cosine:.2f} on average\n(constant {constant:.2f})")
-        mean = torch.cat([g.grid(None) for g in guesses]).nanmean(0)
-        bottom.append(GridCell(mean, scale))  # type: ignore[arg-type]
-    images, grids = scene.images, [guessed.grid(0) for guessed in shown[0].values()]
-    context, side = shown[1].context[:, 0], scene.run.model.grid
+def draw_predictions(samples: Samples) -> list[Path]:
+    """Draw the images, the first context, and the similarities of every level; the last row is a mean over more images."""
+    levels, masks = level_similarities(samples, samples.shown, "shown")
+    batches = torch.arange(min(len(samples.pixels), NUM_AVERAGED)).split(BATCH_SIZE)
+    averaged = [level_similarities(samples, batch, "many", i)[0] for i, batch in enumerate(batches)]
+    low = min(level.cosine.min().item() for level in levels.values())
+    scale = ColorScale("cosine of prediction and target", min(0.0, low), 1.0)
+    headings = ["image", "context"]
+    last_row: list[GridCell | None] = [None, None]
+    for name in levels:
+        similarities = [batch[name] for batch in averaged]  # their number of predicted cells differs
+        cosine, constant = (torch.cat([getattr(s, key).flatten() for s in similarities]).mean() for key in ("cosine", "constant"))
+        headings.append(f"{name}\n{cosine:.2f} on average\n(constant {constant:.2f})")
+        last_row.append(GridCell(torch.cat([s.grid(None) for s in similarities]).nanmean(0), scale))
+    grids = [level.grid(0) for level in levels.values()]
+    context, side = masks.context[:, 0], samples.run.model.grid
     rows = [
         [GridCell(image), GridCell(mask_overlay(image, context[i], side)), *(GridCell(grid[i], scale) for grid in grids)]
-        for i, image in enumerate(images)
+        for i, image in enumerate(samples.images)
     ]
-    path = scene.path("predictions")
+    path = samples.path("predictions")
     note = (
-        f"Last row: mean over {sum(map(len, many))} held-out images. Constant: of predicting the mean target everywhere. "
+        f"Last row: mean over {sum(map(len, batches))} held-out images. Constant: similarity of the mean target to all targets. "
         "Gray: not predicted."
     )
-    image_grid([*rows, bottom], columns, "Predictions beside the teacher's targets", path, note)
+    image_grid([*rows, last_row], headings, "Similarity of predictions and the teacher's targets", path, note)
     return [path]
 
 
 @torch.no_grad()
-def guess(scene: Samples, rows: Tensor, *stream: int | str) -> tuple[dict[str, LevelSimilarity], Masks]:
-    """Every level's similarities on some held-out images under masks of their own, on the CPU."""
-    run = scene.run
-    masks = run.sampler(len(rows), generator(0, "predictions", *stream))
+def level_similarities(samples: Samples, index: Tensor, *stream: int | str) -> tuple[dict[str, LevelSimilarity], Masks]:
+    """Compute the similarities of every level on held-out images, on the CPU, and the masks that they belong to.
+
+    Args:
+        samples: Run and held-out images.
+        index: Positions of the images.
+        *stream: Name of the random stream of the masks.
+    """
+    run = samples.run
+    masks = run.sampler(len(index), generator(0, "predictions", *stream))
     with run.hardware.autocast():
-        output = run.model(scene.normalized(rows), masks.to(run.hardware.device))
-    guesses = {}
-    for level, (side, index) in zip(output.levels, places(run.model, masks), strict=True):
+        output = run.model(samples.normalized(index), masks.to(run.hardware.device))
+    similarities = {}
+    for level, (side, cells) in zip(output.levels, target_cells(run.model, masks), strict=True):
         prediction, target = level.prediction.float().cpu(), level.target.float().cpu()
         mean = target.flatten(0, -2).mean(0)
-        cosines = (F.cosine_similarity(p, target, dim=-1) for p in (prediction, mean.expand_as(target)))
-        guesses[level.name] = LevelSimilarity(side, index, *cosines)
-    return guesses, masks
+        cosine, constant = (F.cosine_similarity(p, target, dim=-1) for p in (prediction, mean.expand_as(target)))
+        similarities[level.name] = LevelSimilarity(side, cells, cosine, constant)
+    return similarities, masks
 
 
-def places(model: HJEPA, masks: Masks) -> list[tuple[int, Tensor]]:
-    """The grid's side and the cells [B, C, P, T] of every level of an output, in its order."""
-    found = [(model.grid // pool, index) for pool, index in zip(model.levels.pool, masks.targets, strict=True)]
+def target_cells(model: HJEPA, masks: Masks) -> list[tuple[int, Tensor]]:
+    """Return the side of the grid and the target cells [B, C, P, T] of every level, in the order of the model's output."""
+    cells = [(model.grid // pool, index) for pool, index in zip(model.levels.pool, masks.targets, strict=True)]
     if model.levels.summary:
-        found.append(found[0])
+        cells.append(cells[0])
     stacked_levels = model.upper.stacked_levels() if model.upper else []
-    return found + [(stage.side, own.targets[0]) for stage, own in zip(stacked_levels, masks.stacked, strict=True)]
+    return cells + [(level.side, own.targets[0]) for level, own in zip(stacked_levels, masks.stacked, strict=True)]

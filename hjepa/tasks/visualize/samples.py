@@ -1,4 +1,8 @@
-"""What the pictures of a run share: the run, some held-out images to show, and features of more of them to search."""
+"""The data that the pictures of a run share: the run, held-out images, and their features.
+
+A picture is a function of `Samples` that returns the paths of the files it has drawn; `hjepa.tasks.visualize.visualize` lists
+all pictures and says how to add one.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -6,87 +10,87 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hjepa.data.datamodule import Split, spaced, unit
-from hjepa.metrics.probes import subset
+from hjepa.metrics.probes import extract_features, subset
 from hjepa.tasks.trained_run import LayerFeatures, LayerTokens, NetworkKind, TrainedRun, layer_features
 
-PART = 64  # images per forward pass
-
-Pooled = dict[str, dict[str, Tensor]]  # trained, untrained -> layer -> [N, F]
+BATCH_SIZE = 64  # images per forward pass
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A run to look at.
+    """A run and held-out images to show and to search.
 
     Attributes:
-        folder: where pictures go; shown: how many images rows of pictures show.
-        held_out: the images to show and to search, of the validation part.
+        run: Run at a checkpoint.
+        folder: Folder of the pictures.
+        split: Held-out images, from the validation part.
+        num_shown: Number of images in the rows of a picture.
     """
 
     run: TrainedRun
     folder: Path
-    held_out: Split
-    shown: int
+    split: Split
+    num_shown: int
 
     @cached_property
-    def layer_features(self) -> dict[NetworkKind, LayerFeatures]:
-        """The trained and the untrained network."""
-        return layer_features(self.run, self.run.model.depths)
+    def networks(self) -> dict[NetworkKind, LayerFeatures]:
+        """The layers of the trained and of the untrained network."""
+        return layer_features(self.run, self.run.model.layers)
 
     @property
     def layers(self) -> list[str]:
-        """Names of the layers that have features of their own."""
-        return self.layer_features["trained"].names()
+        """Names of the layers."""
+        return self.networks["trained"].names()
 
     @cached_property
     def pixels(self) -> Tensor:
         """All held-out images, uint8 [N, 3, S, S]."""
-        return self.held_out.images[:]
+        return self.split.images[:]
 
     @cached_property
-    def label(self) -> Tensor | None:
+    def labels(self) -> Tensor | None:
         """The main label of all held-out images, int64 [N], -1 where unknown; None without labels."""
-        return next(iter(self.held_out.labels.values()), None)
+        return next(iter(self.split.labels.values()), None)
 
     @property
-    def rows(self) -> Tensor:
-        """Positions of the images to show, spread evenly."""
-        return spaced(len(self.pixels), self.shown)
+    def shown(self) -> Tensor:
+        """Evenly spaced positions of the B images to show, int64 [B]."""
+        return spaced(len(self.pixels), self.num_shown)
 
     @property
     def images(self) -> Tensor:
         """The images to show, float [B, 3, S, S] in [0, 1]."""
-        return unit(self.pixels[self.rows])
+        return unit(self.pixels[self.shown])
 
-    def normalized(self, rows: Tensor) -> Tensor:
-        """Some held-out images as the network takes them."""
-        return self.run.dataset.normalize(self.pixels[rows].to(self.run.hardware.device))
-
-    @cached_property
-    def tokens(self) -> dict[str, dict[str, LayerTokens]]:
-        """Every layer's tokens of the images to show, by kind of network."""
-        return {kind: network.tokens_on_cpu(self.normalized(self.rows)) for kind, network in self.layer_features.items()}
+    def normalized(self, index: Tensor) -> Tensor:
+        """Return the held-out images at these positions as the network takes them."""
+        return self.run.dataset.normalize(self.pixels[index].to(self.run.hardware.device))
 
     @cached_property
-    def features(self) -> Pooled:
-        """Every layer's pooled features of all held-out images."""
-        parts = torch.arange(len(self.pixels)).split(PART)
-        found: Pooled = {}
-        for kind, network in self.layer_features.items():
-            looks = [{name: t.pooled for name, t in network.tokens_on_cpu(self.normalized(part)).items()} for part in parts]
-            found[kind] = {name: torch.cat([look[name] for look in looks]) for name in self.layers}
-        return found
+    def tokens(self) -> dict[NetworkKind, dict[str, LayerTokens]]:
+        """The tokens of the images to show, by kind of network and layer."""
+        return {kind: network.tokens_on_cpu(self.normalized(self.shown)) for kind, network in self.networks.items()}
 
-    def path(self, kind: str, layer: str | None = None) -> Path:
-        """The file of a picture, of a layer where it has several."""
-        several = layer and len(self.layers) > 1
-        return self.folder / (f"{kind}-{layer.replace(' ', '')}.png" if several and layer else f"{kind}.png")
+    @cached_property
+    def features(self) -> dict[NetworkKind, dict[str, Tensor]]:
+        """Pooled features [N, F] of all held-out images, by kind of network and layer."""
+        features: dict[NetworkKind, dict[str, Tensor]] = {}
+        for kind, network in self.networks.items():
+            description = f"extracting features ({kind})"
+            batches = tqdm(self.pixels.split(BATCH_SIZE), desc=description, unit="batch", disable=None, leave=False)
+            rows = list(extract_features(network, batches, self.run.dataset.normalize))
+            features[kind] = {layer: torch.cat([batch[layer] for batch in rows]).cpu() for layer in self.layers}
+        return features
+
+    def path(self, picture: str, layer: str | None = None) -> Path:
+        """Return the file of a picture; it contains the name of the layer if the run has several layers."""
+        suffix = f"-{layer.replace(' ', '')}" if layer and len(self.layers) > 1 else ""
+        return self.folder / f"{picture}{suffix}.png"
 
 
-def some(split: Split, count: int) -> Split:
-    """At most `count` images of a split: labeled ones, where there are labels."""
-    if split.labels:
-        return subset(split, count)
-    return split[spaced(len(split), count)]
+def select_samples(split: Split, count: int) -> Split:
+    """Return at most `count` images of a split, only labeled ones if the split has labels."""
+    return subset(split, count) if split.labels else split[spaced(len(split), count)]

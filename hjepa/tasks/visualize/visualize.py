@@ -1,4 +1,8 @@
-"""`task=visualize run=...`: pictures of a run, in its folder's `visualize/` and in its trackers."""
+"""`task=visualize run=...`: draw pictures of a run into the folder `visualize/` of the run, and log them to its trackers.
+
+To add a picture, write a function of `Samples` that returns the paths of its files, list it in `PICTURES`, and add a caption to
+`hjepa.plotting.CAPTIONS`. If some runs cannot have the picture, list a check in `CHECKS`.
+"""
 
 import json
 import logging
@@ -9,14 +13,15 @@ from tqdm import tqdm
 
 from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
+from hjepa.config.types import PositiveInt
 from hjepa.distributed.seeding import generator
 from hjepa.plotting import CAPTIONS, plot_curves, plot_masks
-from hjepa.tasks.trained_run import load_run, run_folder
-from hjepa.tasks.visualize.attention import draw_attention
+from hjepa.tasks.trained_run import TrainedRun, load_run, run_folder
+from hjepa.tasks.visualize.attention import check_attention, draw_attention
 from hjepa.tasks.visualize.neighbors import draw_neighbors
 from hjepa.tasks.visualize.pca import draw_pca
-from hjepa.tasks.visualize.predictions import check_predictive, draw_predictions
-from hjepa.tasks.visualize.samples import Samples, some
+from hjepa.tasks.visualize.predictions import check_predictions, draw_predictions
+from hjepa.tasks.visualize.samples import Samples, select_samples
 from hjepa.tasks.visualize.tsne import draw_tsne
 from hjepa.tracking.atomic import atomic_write
 from hjepa.tracking.run_folder import check_writable, read_records
@@ -25,17 +30,19 @@ from hjepa.tracking.tracker import Artifacts, log_artifacts
 log = logging.getLogger(__name__)
 
 
-def draw_masks(scene: Samples) -> list[Path]:
-    """The masks of the images to show."""
-    masks = scene.run.sampler(len(scene.rows), generator(0, "visualize"))
-    plot_masks(scene.images, masks, scene.run.model, scene.path("masks"))
-    return [scene.path("masks")]
+def draw_masks(samples: Samples) -> list[Path]:
+    """Draw the masks of the images to show."""
+    masks = samples.run.sampler(len(samples.shown), generator(0, "visualize"))
+    path = samples.path("masks")
+    plot_masks(samples.images, masks, samples.run.model, path)
+    return [path]
 
 
-def draw_curves(scene: Samples) -> list[Path]:
-    """The curves of the run's metrics.jsonl."""
-    plot_curves(read_records(scene.run.folder), scene.path("curves"))
-    return [scene.path("curves")]
+def draw_curves(samples: Samples) -> list[Path]:
+    """Draw the curves of metrics.jsonl."""
+    path = samples.path("curves")
+    plot_curves(read_records(samples.run.folder), path)
+    return [path]
 
 
 PICTURES: dict[str, Callable[[Samples], list[Path]]] = {
@@ -48,66 +55,92 @@ PICTURES: dict[str, Callable[[Samples], list[Path]]] = {
     "scatter": draw_tsne,
 }
 
+# Pictures that not every run can have, with a function that raises `UserError` for runs that cannot.
+CHECKS: dict[str, Callable[[Samples], None]] = {"predictions": check_predictions, "attention": check_attention}
+
 
 def visualize_run(
     config: Config,
     path: Path,
     pictures: str | list[str],
-    shown: int,
-    searched: int,
+    shown: PositiveInt,
+    searched: PositiveInt,
     checkpoint: str | None,
     root: str | None,
 ) -> None:
-    """Draw pictures of the run that `run` names.
+    """Draw pictures of the run.
 
     Args:
-        pictures: names among those of `PICTURES`, or "all" that the run has something to show for.
-        shown: images in a picture's rows; searched: the most held-out images for neighbors and scatter.
-        checkpoint, root: see `load_run`.
+        config: Resolved config, whose `run` names the run folder.
+        path: Not used.
+        pictures: Names of pictures, see `PICTURES`, or "all" for those that the run can have.
+        shown: Number of images in the rows of a picture.
+        searched: Largest number of held-out images for neighbors and scatter.
+        checkpoint: See `hjepa.tasks.trained_run.load_run`.
+        root: See `hjepa.tasks.trained_run.load_run`.
 
     Raises:
-        UserError: an unknown picture, no such run, or one that has nothing to show for a picture that was asked for.
+        UserError: If a picture is unknown, the run does not exist, or it cannot have a picture that was requested by name.
     """
-    wanted = wanted_pictures(pictures)
-    for name, value, least in (("shown", shown, 1), ("searched", searched, 2)):
-        if value < least:
-            raise UserError(f"task.{name}={value}: expected at least {least} images.")
+    names = picture_names(pictures)
+    if searched < 2:
+        raise UserError(f"task.searched={searched}: expected at least 2 images.")
     folder = run_folder(config) / "visualize"
     check_writable(folder)
     run = load_run(config, checkpoint, root)
     _, validation = run.dataset.train_and_validation()
-    scene = Samples(run, folder, some(validation, max(shown, searched)), shown)
-    if not run.model.predictor and pictures == "all":
-        wanted.remove("predictions")
-        log.info("This run predicts nothing (levels=none), so predictions are left out.")
-    if "predictions" in wanted:
-        check_predictive(scene)
+    samples = Samples(run, folder, select_samples(validation, max(shown, searched)), shown)
+    names = available_pictures(names, samples, skip=pictures == "all")
     folder.mkdir(exist_ok=True)
-    drawn = []
-    for name in (bar := tqdm(wanted, unit="picture", disable=None)):
+    files = []
+    for name in (bar := tqdm(names, desc="drawing pictures", unit="picture", disable=None)):
         bar.set_postfix_str(name)
-        drawn += PICTURES[name](scene)
-    summary = {
-        "status": "finished",
-        "pictures": [file.name for file in drawn],
-        "checkpoint": run.checkpoint.name,
-        "hash": run.hash,
-        "step": run.step,
-        "images": len(scene.held_out),
-    }
-    atomic_write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    log_artifacts(config, run.folder, Artifacts(drawn, "visualize"))
-    for file in drawn:
+        files += PICTURES[name](samples)
+    write_summary(run, files, len(samples.split))
+    log_artifacts(config, run.folder, Artifacts(files, "visualize"))
+    for file in files:
         print(f"{file.stem:>22}: {CAPTIONS[file.stem.partition('-')[0]]}")
     print(f"Pictures of step {run.step}: {folder}")
 
 
-def wanted_pictures(pictures: str | list[str]) -> list[str]:
-    """The names of the pictures to draw, each once."""
+def picture_names(pictures: str | list[str]) -> list[str]:
+    """Return the names of the requested pictures without duplicates.
+
+    Raises:
+        UserError: If a name is unknown, or there is none.
+    """
     if pictures == "all":
         return list(PICTURES)
     names = list(dict.fromkeys([pictures] if isinstance(pictures, str) else pictures))
-    unknown = [name for name in names if name not in PICTURES]
-    if unknown or not names:
+    if not names or not PICTURES.keys() >= set(names):
         raise UserError(f"task.pictures={pictures}: expected all, or names among {', '.join(PICTURES)}.")
     return names
+
+
+def available_pictures(names: list[str], samples: Samples, skip: bool) -> list[str]:
+    """Return the pictures that the run can have; the others are skipped, or raise `UserError` if `skip` is false."""
+    available = []
+    for name in names:
+        try:
+            if name in CHECKS:
+                CHECKS[name](samples)
+        except UserError as error:
+            if not skip:
+                raise
+            log.info("The picture %s is skipped. %s", name, error)
+        else:
+            available.append(name)
+    return available
+
+
+def write_summary(run: TrainedRun, files: list[Path], num_images: int) -> None:
+    """Write summary.json beside the pictures."""
+    summary = {
+        "status": "finished",
+        "pictures": [file.name for file in files],
+        "checkpoint": run.checkpoint.name,
+        "hash": run.hash,
+        "step": run.step,
+        "images": num_images,
+    }
+    atomic_write(run.folder / "visualize" / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -158,6 +158,8 @@ def import_target(target: str) -> Any:
     try:
         value = getattr(import_module(module), name, None)
     except Exception as error:
+        if package == "hjepa":
+            raise
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
         raise UserError(
             f"_target_={target}: importing {module} failed at {frames[-1].filename}, line {frames[-1].lineno} "

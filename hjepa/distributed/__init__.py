@@ -1,4 +1,4 @@
-"""Where a run computes: devices, processes, seeds."""
+"""Devices, processes and random seeds of a run."""
 
 import lazy_loader
 

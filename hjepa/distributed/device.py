@@ -1,50 +1,51 @@
-"""Where a run computes: device, precision, threads, compilation. The result of a run depends on `precision` alone."""
+"""The device of a run: precision, threads, compilation. Of these options, only `precision` changes the result of a run."""
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from hjepa.config.errors import UserError
+from hjepa.config.types import PositiveInt
 from hjepa.distributed.process_group import World
 from hjepa.distributed.resources import num_cores
-from hjepa.models.layers import Recomputing
-
-if TYPE_CHECKING:
-    from hjepa.models.hjepa import HJEPA
-
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def available(device: str) -> bool:
-    """Whether this machine has the device."""
+def is_available(device: str) -> bool:
+    """Return whether this machine has a device of a type."""
     if device == "cuda":
         return torch.cuda.is_available()
     return device == "cpu" or (device == "mps" and torch.backends.mps.is_available())
 
 
 def has_fast_bfloat16(device: str) -> bool:
-    """Whether this machine's device has instructions for it; x86 processors without them take several times as long in it."""
+    """Return whether a device has instructions for bfloat16.
+
+    x86 processors without them compute several times slower in bfloat16 than in float32.
+    """
     if device == "cuda":
         return torch.cuda.is_bf16_supported()
     return device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def tune_malloc(largest: int) -> None:
-    """Let glibc reuse freed memory instead of returning it to the system: activations are large, and mapping them anew in
-    every step costs more than computing them on some machines. Elsewhere (musl, macOS) nothing happens.
+    """Let glibc reuse freed memory instead of returning it to the system; does nothing with other C libraries.
+
+    Activations are large, and mapping their memory anew in every step takes longer than computing them on some machines.
 
     Args:
-        largest: bytes that a tensor is kept up to. What is kept is in pieces, and the larger they are, the more lies idle.
+        largest: Size in bytes of the largest tensor whose memory is kept. Kept memory is fragmented: the larger the tensors, the
+            more of it lies idle.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold = -1, -3
@@ -53,7 +54,7 @@ def tune_malloc(largest: int) -> None:
 
 
 class FloatAttention(TorchFunctionMode):
-    """Attention in float32: on a CPU its backward pass takes several times as long in bfloat16."""
+    """Compute attention in float32, because its backward pass on a CPU takes several times as long in bfloat16."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -64,52 +65,66 @@ class FloatAttention(TorchFunctionMode):
             return func(*(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args), **(kwargs or {}))
 
 
-class Hardware:
-    """A device and how to use it.
+def recompute_in_backward(
+    forward: Callable[..., Tensor], precision: Callable[[], AbstractContextManager[Any]], *inputs: Tensor
+) -> Tensor:
+    """Call a function without keeping its activations: the backward pass computes them again.
 
     Args:
-        device: "auto" takes the first of cuda, mps, cpu that is there.
-        precision: "auto" is bfloat16 autocast where the device multiplies in it (`has_fast_bfloat16`), float32 elsewhere.
-        threads: CPU threads of a process; None shares the cores that this process may run on among all processes here.
-        processes: that share every batch (data parallel), None for one per GPU; see `hjepa.distributed.launch`.
-        shard: divide the model among the processes instead of giving each a copy (FSDP2), see `hjepa.training.parallel`.
-        slots: jobs of a sweep that run on this machine at a time; see `hjepa.sweeps.local`.
-        compile: compile the transformer blocks with torch.compile.
-        activation_checkpointing: recompute all blocks in the backward pass to save memory.
+        forward: The function, usually the `forward` method of a module.
+        precision: Returns the context manager that the recomputation needs. Autograd restores autocast by itself, but not a
+            `TorchFunctionMode` such as `FloatAttention`.
+        inputs: The arguments of the function.
+    """
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+    contexts = lambda: (nullcontext(), precision())  # noqa: E731  # of the forward pass and of the recomputation
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+class Hardware:
+    """A device and the way in which it is used.
+
+    Args:
+        device: Type of the device; "auto" takes the first of cuda, mps and cpu that this machine has.
+        precision: Precision of the forward pass; "auto" is bfloat16 autocast if `has_fast_bfloat16`, and float32 otherwise.
+        threads: Number of CPU threads per process; None divides the available cores among the processes on this machine.
+        processes: Number of processes that share every batch (data parallel); None starts one per GPU.
+        shard: Whether to shard the model over the processes (FSDP2) instead of copying it; see `hjepa.training.parallel`.
+        slots: Number of jobs of a sweep that run on this machine at a time; see `hjepa.sweeps`.
+        compile: Whether to compile the transformer blocks with `torch.compile`.
+        activation_checkpointing: Whether to recompute all blocks in the backward pass, to save memory.
     """
 
     def __init__(
         self,
         device: Literal["auto", "cpu", "mps", "cuda"],
         precision: Literal["auto", "float32", "bfloat16", "float16"],
-        threads: int | None,
-        processes: int | None,
+        threads: PositiveInt | None,
+        processes: PositiveInt | None,
         shard: bool,
-        slots: int,
+        slots: PositiveInt,
         compile: bool,
         activation_checkpointing: bool,
     ) -> None:
-        if device == "auto":
-            device = next(d for d in ("cuda", "mps", "cpu") if available(d))
-        if not available(device):
-            there = [d for d in ("cuda", "mps", "cpu") if available(d)]
+        available = [name for name in ("cuda", "mps", "cpu") if is_available(name)]
+        chosen: str = available[0] if device == "auto" else device
+        if chosen not in available:
             raise UserError(
-                f"hardware.device={device}: this machine has no {device} device (it has {', '.join(there)}); "
+                f"hardware.device={device}: this machine has no {device} device (it has {', '.join(available)}); "
                 "use hardware=auto or hardware=cpu."
             )
         if precision == "auto":
-            precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
-        if precision == "float16" and device == "cpu":
+            precision = "bfloat16" if has_fast_bfloat16(chosen) else "float32"
+        if precision == "float16" and chosen == "cpu":
             raise UserError("hardware.precision=float16 needs a GPU; use float32 or bfloat16 on a CPU.")
-        if threads is not None and threads < 1:
-            raise UserError(f"hardware.threads={threads}: expected at least 1, or null for all cores.")
-        self.device, self.precision = torch.device(device), precision
+        self.device, self.precision = torch.device(chosen), precision
         self.threads, self.processes, self.slots = threads, 1, slots
         self.shard = shard
         self.compile, self.activation_checkpointing = compile, activation_checkpointing
 
     def prepare(self, world: World) -> None:
-        """Set this process' device, threads, matmul precision and, on a CPU, memory allocation."""
+        """Set the device, threads, matmul precision and, on a CPU, memory allocation of this process."""
         if self.device.type == "cuda":
             self.device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
@@ -122,39 +137,42 @@ class Hardware:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """The precision of the forward pass."""
+        """Enter the precision of the forward pass."""
         dtype = PRECISIONS[self.precision]
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32), self.attention():
             yield
 
     def attention(self) -> AbstractContextManager[Any]:
-        """The precision of attention, where it is another one."""
+        """Return a context with the precision of attention where that differs from `precision`."""
         return FloatAttention() if self.device.type == "cpu" and self.precision == "bfloat16" else nullcontext()
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Loss scaling, active for float16 only."""
+        """Return a gradient scaler, which is enabled for float16 only."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
 
-    def place(self, model: "HJEPA") -> None:
-        """Move the model here and switch on what was asked for."""
+    def place(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+        """Move a model to the device; compile its blocks and recompute them in the backward pass if configured to.
+
+        Args:
+            model: The model.
+            blocks: The repeated modules of the model. They are compiled and recomputed one by one. The modules are changed in
+                place, and their parameters keep their names.
+        """
         model.to(self.device)
-        if self.activation_checkpointing:
-            recompute = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), self.attention()))
-            for part in model.modules():
-                if isinstance(part, Recomputing):
-                    part.checkpoint = recompute
-        if self.compile:
-            for block in model.blocks():
-                block.compile(dynamic=True)
+        for block in blocks:
+            if self.compile:
+                block.forward = torch.compile(block.forward, dynamic=True)
+            if self.activation_checkpointing:
+                block.forward = partial(recompute_in_backward, block.forward, self.attention)
 
     def describe(self) -> str:
-        """Device, precision and threads in words."""
+        """Return the device, the precision and the number of threads in words."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
         times = f"{self.processes} processes of " if self.processes > 1 else ""
         return f"{times}{name}, {self.precision}, {self.threads} CPU threads"
 
     def peak_memory_mb(self) -> float:
-        """Most memory this process has held: on the GPU for CUDA, resident otherwise."""
+        """Return the peak memory of this process in MB: GPU memory with CUDA, resident memory otherwise."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
         import resource

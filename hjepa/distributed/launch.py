@@ -1,6 +1,6 @@
-"""Where the processes of a run come from: torchrun and SLURM start them, otherwise the run starts them itself.
+"""Start the processes of a run, unless torchrun or SLURM have started them.
 
-One process fails, all end, and its sentence is the run's.
+If one process fails, all of them end, and the run reports the error of the one that failed first.
 """
 
 import logging.config
@@ -18,41 +18,41 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from hjepa.config.errors import UserError, friendly_errors
+from hjepa.config.paths import CONF
 from hjepa.config.schema import Config
+from hjepa.config.terminal import survive_closed_pipes
 from hjepa.tracking.run_folder import RunFolder
 
 Task = Callable[[Config, Path], float | None]
 
-GRACE = 20  # seconds that the others have to write what they know when one process has failed
+GRACE_SECONDS = 20  # the other processes have this long to save and end after one has failed
 
 
 def launch(task: Task, config: Config, path: Path) -> float | None:
-    """Run a task in as many processes as `hardware.processes` says; this is one of them if they are there already.
+    """Run a task in `hardware.processes` processes, or as one of them if they have been started already.
 
     Raises:
-        UserError: the sentence of the process that failed first.
+        UserError: A process failed; the message is that of the process that failed first.
     """
     count = config["hardware"]["processes"]
-    if count is not None and count < 1:
-        raise UserError(f"hardware.processes={count}: expected at least 1, or null for one per GPU.")
     if count == 1 or "RANK" in os.environ:
         return task(config, path)
     if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
         adopt_slurm()
         return task(config, path)
-    count = count or gpus()
+    count = count or num_gpus()
     return task(config, path) if count == 1 else start(task, config, path, count)
 
 
-def gpus() -> int:
-    """CUDA devices that this process may use, at least 1."""
+def num_gpus() -> int:
+    """Return the number of CUDA devices that this process may use, at least 1."""
     import torch
 
     return max(1, torch.cuda.device_count())
 
 
 def adopt_slurm() -> None:
-    """Describe SLURM's tasks as torchrun does."""
+    """Set the environment variables of torchrun from those of SLURM's tasks."""
     from submitit.helpers import TorchDistributedEnvironment
 
     tasks = TorchDistributedEnvironment()
@@ -61,46 +61,50 @@ def adopt_slurm() -> None:
     else:
         try:
             socket.gethostbyname(tasks.master_addr)
-        except OSError:  # an unresolvable name would cost minutes and then fail
+        except OSError:  # a name that does not resolve would fail only after minutes
             tasks.master_addr = os.environ["SLURM_LAUNCH_NODE_IPADDR"]
     tasks.export(set_cuda_visible_devices=False)
 
 
 def start(task: Task, config: Config, path: Path, count: int) -> float | None:
-    """Start the processes, pass them the signals that this one gets, and wait for all."""
+    """Start the processes, forward SIGINT and SIGTERM to them, and wait for all."""
+    from torch.distributed.elastic.utils.distributed import get_free_port
     from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
     reports = multiprocessing.get_context("spawn").SimpleQueue()
-    loggers = OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True)
-    arguments = (task, config, path, count, free_port(), loggers, reports)
+    called_by_hydra = HydraConfig.initialized()
+    logging_node = HydraConfig.get().job_logging if called_by_hydra else OmegaConf.load(CONF / "hydra/job_logging/hjepa.yaml")
+    loggers = OmegaConf.to_container(logging_node, resolve=True)
+    arguments = (task, config, path, count, get_free_port(), loggers, reports)
     processes = start_processes(rank, arguments, nprocs=count, join=False, start_method="spawn")
 
     def forward(number: int, frame: FrameType | None) -> None:
         for pid in processes.pids():
             os.kill(pid, number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while not processes.join(grace_period=GRACE):
+        while not processes.join(grace_period=GRACE_SECONDS):
             pass
     except ProcessExitedException as error:
-        died = f"Process {error.error_index} of {count} died ({error}); the same command continues the run."
-        reason = died if reports.empty() else reports.get()
-        note_failure(config, path, reason)
+        death = f"Process {error.error_index} of {count} died ({error}); the same command continues the run."
+        reason = death if reports.empty() else reports.get()
+        record_failure(config, path, reason)
         raise UserError(reason) from None
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
     code, result = reports.get()
     return sys.exit(code) if code else result
 
 
 def rank(number: int, task: Task, config: Config, path: Path, count: int, port: int, loggers: Any, reports: Any) -> None:
-    """One process: the main one reports the result, any of them a failure."""
-    os.setpgrp()  # a Ctrl-C in the terminal is passed on by the parent, once
+    """Run the task in one process. Any process reports an error, the main process also reports the result."""
+    os.setpgrp()  # so that a Ctrl-C in the terminal arrives once, from the parent
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
     os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    survive_closed_pipes()
     logging.config.dictConfig(loggers)
     report: tuple[int, float | None] = (0, None)
     try:
@@ -115,15 +119,8 @@ def rank(number: int, task: Task, config: Config, path: Path, count: int, port: 
         reports.put(report)
 
 
-def note_failure(config: Config, path: Path, reason: str) -> None:
-    """Put the reason into the summary, which the main process may not have lived to write."""
+def record_failure(config: Config, path: Path, reason: str) -> None:
+    """Write the reason of a failure into the summary, in case the main process died before it could."""
     folder = RunFolder(path, config)
     if path.is_dir():
         folder.write_summary(folder.summary() | {"status": "failed", "reason": reason})
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -1,8 +1,9 @@
-"""Several processes, one run (data parallel): which one this is, its share of every batch, what they tell one another.
+"""Data parallel training: several processes that share the batches of one run.
 
-Every draw of a step is made for the whole batch in every process, each then computes its own images, and statistics over the
-batch are taken over all processes: N processes with B / N images each are one process with B, up to rounding. The main
-process, rank 0, alone measures and writes. `hjepa.distributed.launch` says where the processes come from.
+Every process samples the random numbers of a step for the whole batch, and computes only its own share of the images.
+Statistics over the batch are taken over all processes. N processes with B / N images each are therefore equal to one process
+with B images, up to rounding. Only the main process, rank 0, evaluates and writes. `hjepa.distributed.launch` starts
+the processes.
 """
 
 import logging
@@ -17,88 +18,110 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=1)  # how long the others wait while the main process measures; a dead one is noticed at once
+EVALUATION_TIMEOUT = timedelta(days=1)  # the other processes wait while the main one evaluates; a dead one is noticed at once
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run.
+    """The place of this process among the processes of the run.
 
-    Args:
-        rank: its number; size: how many there are; local_rank, local_size: the same on this machine.
-        side: a group for messages on the CPU, apart from the gradients; None for a process alone.
+    Attributes:
+        rank: Number of this process.
+        size: Number of processes.
+        local_rank: Number of this process among those of this machine.
+        local_size: Number of processes on this machine.
+        cpu_group: Process group for messages on the CPU, apart from the gradients; None for a single process.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    side: Any = None
+    cpu_group: Any = None
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that measures and writes."""
+        """Whether this is the process that evaluates and writes."""
         return self.rank == 0
 
-    def rows(self, batch: int, parts: int) -> Tensor | None:
-        """Positions in a batch of the images that this process computes, its share of each of the parts that the batch is
-        computed in; None for all.
+    def rows(self, batch_size: int, num_parts: int) -> Tensor | None:
+        """Return the positions in a batch of the images that this process computes.
+
+        Args:
+            batch_size: Number of images in the batch.
+            num_parts: Number of parts in which the batch is computed (gradient accumulation); this process has a share of each.
+
+        Returns:
+            int64 [batch_size / size], or None for all images.
         """
-        return None if self.size == 1 else torch.arange(batch).view(parts, self.size, -1)[:, self.rank].flatten()
+        if self.size == 1:
+            return None
+        return torch.arange(batch_size).view(num_parts, self.size, -1)[:, self.rank].flatten()
 
     def all_reduce_mean(self, values: Tensor) -> Tensor:
-        """The mean over all processes; waits for them."""
+        """Return the mean of the values of all processes."""
         if self.size == 1:
             return values
         values = values.clone()
         dist.all_reduce(values)
         return values / self.size
 
-    def all_gather_object(self, thing: T) -> list[T]:
-        """What all processes have, by rank; waits for them."""
+    def all_gather_object(self, value: T) -> list[T]:
+        """Return the values of all processes, ordered by rank."""
         if self.size == 1:
-            return [thing]
-        things: list[Any] = [None] * self.size
-        dist.all_gather_object(things, thing, group=self.side)
-        return things
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.cpu_group)
+        return values
 
-    def broadcast_object(self, thing: T) -> T:
-        """What the main process has, for all of them; waits for it."""
+    def broadcast_object(self, value: T) -> T:
+        """Return the value of the main process."""
         if self.size == 1:
-            return thing
-        box: list[Any] = [thing]
-        dist.broadcast_object_list(box, src=0, group=self.side)
-        return box[0]
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0, group=self.cpu_group)
+        return values[0]
 
 
 class AsyncConsensus:
-    """Whether any process wants something, known at the next call: no step waits for the answer."""
+    """Find out whether any process raised a flag.
+
+    The answer to one call is returned by the next, so that no training step waits for other processes.
+    """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.pending: tuple[Any, Tensor] | None = None
 
-    def __call__(self, *wishes: bool) -> list[bool]:
-        """What was wished for at the last call; a process alone gets its own wishes at once."""
+    def __call__(self, *flags: bool) -> list[bool]:
+        """Send the flags of this process, and return whether any process raised each flag at the previous call.
+
+        A single process gets its own flags back at once.
+        """
         if self.world.size == 1:
-            return list(wishes)
-        before = self.settle() or [False] * len(wishes)
-        flags = torch.tensor(wishes, dtype=torch.int32)
-        self.pending = (dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.world.side, async_op=True), flags)
-        return before
+            return list(flags)
+        previous = self.settle() or [False] * len(flags)
+        values = torch.tensor(flags, dtype=torch.int32)
+        work = dist.all_reduce(values, dist.ReduceOp.MAX, group=self.world.cpu_group, async_op=True)
+        self.pending = work, values
+        return previous
 
     def settle(self) -> list[bool]:
-        """Wait for the last call's answer and forget it."""
+        """Wait for the answer to the last call; empty if it was already returned."""
         if self.pending is None:
             return []
-        work, flags = self.pending
+        work, values = self.pending
         work.wait()
         self.pending = None
-        return [bool(flag) for flag in flags]
+        return [bool(value) for value in values]
 
 
 def init_process_group(cuda: bool) -> World:
-    """Meet the other processes that the environment speaks of, as torchrun does (RANK, WORLD_SIZE, ...), if any."""
+    """Initialize the process group from the environment variables of torchrun (RANK, WORLD_SIZE, ...), if they are set.
+
+    Args:
+        cuda: Whether the gradients are on GPUs, which communicate through NCCL.
+    """
     rank, size, local_rank, local_size = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
@@ -106,26 +129,30 @@ def init_process_group(cuda: bool) -> World:
     if size == 1:
         return World()
     if rank:
-        logging.getLogger("hjepa").setLevel(logging.WARNING)  # the main process speaks for all
+        logging.getLogger("hjepa").setLevel(logging.WARNING)  # the main process logs for all
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
-    return World(rank, size, local_rank, local_size, dist.new_group(backend="gloo", timeout=PATIENCE))
+    return World(rank, size, local_rank, local_size, dist.new_group(backend="gloo", timeout=EVALUATION_TIMEOUT))
 
 
 def destroy_process_group() -> None:
-    """Part from the other processes."""
+    """Destroy the process group if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 class AllGather(torch.autograd.Function):
-    """All processes' tensors [B, ...] as one [N * B, ...]; a tensor's gradient is the sum over all processes that used it."""
+    """Concatenate the tensors [B, ...] of N processes to [N * B, ...].
+
+    The gradient of a tensor is the sum over all processes, because each of them used it. The same function of
+    torch.distributed.nn is deprecated.
+    """
 
     @staticmethod
-    def forward(context: Any, own: Tensor) -> Tensor:
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, own.contiguous())
-        return torch.cat(parts)
+    def forward(context: Any, tensor: Tensor) -> Tensor:
+        tensors = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(tensors, tensor.contiguous())
+        return torch.cat(tensors)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
@@ -135,13 +162,13 @@ class AllGather(torch.autograd.Function):
 
 
 def all_gather_with_grad(features: Tensor) -> Tensor:
-    """The features [B, ...] of all processes, [N * B, ...]; gradients flow to each one's own."""
+    """Return the features [B, ...] of all N processes as [N * B, ...]; gradients flow back to every process."""
     gathered: Tensor = AllGather.apply(features) if dist.is_initialized() else features
     return gathered
 
 
 def broadcast_from_main(values: Tensor) -> Tensor:
-    """The main process' values, in all of them."""
+    """Overwrite a tensor with that of the main process, and return it."""
     if dist.is_initialized():
         dist.broadcast(values, src=0)
     return values

@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.multiprocessing.spawn import start_processes
 
-from hjepa.distributed.launch import free_port
 from hjepa.distributed.process_group import World
 from tests.helpers.runs import ROOT, TINY, launch, trainer
 
@@ -49,7 +49,7 @@ def train_all(divided: bool) -> dict[str, Any]:
             if step == STEPS - 1:
                 state, t = t.world.broadcast_object(t.state_dict()), trainer(*options)
                 t.load_state_dict(state)
-            t.meter.add(t.train_step(*t.batch(step), step))
+            t.meter.add(t.train_step(t.get_batch(step), step))
         weights = t.state_dict()["model"]
         results[name] = ({k: v.detach().clone() for k, v in weights.items()}, t.meter.interval())
     return results
@@ -67,7 +67,7 @@ def rank(number: int, count: int, port: int, file: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of one process, and of two."""
     file = tmp_path_factory.mktemp("ranks") / "results.pt"
-    start_processes(rank, (2, free_port(), str(file)), nprocs=2, start_method="spawn")
+    start_processes(rank, (2, get_free_port(), str(file)), nprocs=2, start_method="spawn")
     return train_all(divided=False), torch.load(file)
 
 

@@ -1,113 +1,106 @@
-"""Dense accuracy: do the patch features say which part, or background, the patch shows? On `dataset=shapes`, where every pixel's
-part is known by construction.
+"""Dense accuracy: do the patch tokens tell which part, or the background, a patch shows?
+
+Only for `dataset=shapes`, where the part at every pixel is known by construction.
 """
 
 from dataclasses import dataclass
 
 import torch
+from sklearn.metrics import jaccard_score
 from torch import Tensor
 from tqdm import tqdm
 
 from hjepa.config.errors import UserError
-from hjepa.data.datamodule import unit
+from hjepa.config.types import PositiveFloat, PositiveFraction, PositiveInt
+from hjepa.data.datamodule import to_unit_range
 from hjepa.data.shapes import PARTS, Shapes
 from hjepa.metrics.probes import accuracy, logistic, standardize
 from hjepa.models.layers import patchify
 from hjepa.tasks.evaluate.features import LabeledImages, Subset
-from hjepa.tasks.evaluate.protocol import EvalContext, Scores
+from hjepa.tasks.evaluate.protocol import EvalContext, EvalProtocol, Scores
 from hjepa.tasks.trained_run import NETWORK_KINDS, NetworkKind
 
-CLASSES = 1 + len(PARTS)  # the background first
-
-Patches = tuple[Tensor, Tensor, Tensor, Tensor]  # features and labels of the patches to fit on, and of those to score on
+NUM_CLASSES = 1 + len(PARTS)  # class 0 is the background
 
 
 @dataclass(frozen=True)
-class DenseProbe:
-    """Logistic regression on the patch tokens of every depth, and on the patches' pixels.
+class DenseProbe(EvalProtocol):
+    """Logistic regression on the patch tokens at every depth, and on the pixels of the patches.
 
     Args:
-        train_images, test_images: at most so many images, all of whose patches are used.
-        coverage: share of a patch that a part must cover for the patch to be called one of it.
+        train_images: Largest number of images to fit to; all of their patches are used.
+        test_images: Largest number of images to score on; all of their patches are used.
+        coverage: Fraction of a patch that a part must cover to be the label of the patch.
         penalty: L2 penalty.
     """
 
-    train_images: int
-    test_images: int
-    coverage: float
-    penalty: float
+    train_images: PositiveInt
+    test_images: PositiveInt
+    coverage: PositiveFraction
+    penalty: PositiveFloat
 
-    def __post_init__(self) -> None:
-        if min(self.train_images, self.test_images) < 1 or not 0 < self.coverage <= 1 or self.penalty <= 0:
+    def check(self, context: EvalContext) -> None:
+        if not isinstance(context.data.dataset, Shapes):
             raise UserError(
-                f"task.dense.train_images={self.train_images}, test_images={self.test_images}, coverage={self.coverage} and "
-                f"penalty={self.penalty}: expected at least one image of each, a share above 0, and a positive penalty."
+                "protocol=[dense] is for runs on dataset=shapes, where the part that every patch shows is known; leave it out."
             )
 
-    def check(self, study: EvalContext) -> None:
-        """Refuse datasets of which nobody knows what the patches show."""
-        if not isinstance(study.data.dataset, Shapes):
-            raise UserError(
-                "task.protocols: dense is for runs on dataset=shapes, where it is known what every patch shows; leave it out."
-            )
-
-    def about(self, study: EvalContext) -> str:
-        counts = {role: len(part) for role, part in self.parts(study).items()}
-        background = (self.truths(study)["test"] == 0).double().mean().item()
+    def describe(self, context: EvalContext) -> str:
+        counts = {subset: len(images) for subset, images in self.images(context).items()}
+        background = (self.patch_labels(context)["test"] == 0).double().mean().item()
         return (
             f"Dense: which part a patch shows, by a linear probe of the patches of {counts['train']} images, scored on those of "
             f"{counts['test']} ({background:.1%} of them show the background)"
         )
 
-    def __call__(self, study: EvalContext) -> Scores:
-        rows: Scores = {}
-        run = study.run
-        parts, truths = self.parts(study), self.truths(study)
-        names = [name for name in study.features.names() if name.startswith("block")]
-        progress = tqdm(total=2 * len(names) + 1, desc="dense", unit="row", disable=None)
-        for who in NETWORK_KINDS:
-            for name in names:
-                tokens = {role: patch_tokens(study, who, name, part) for role, part in parts.items()}
-                rows[f"{who}/{name}"] = self.judge(tokens, truths)
+    def score(self, context: EvalContext) -> Scores:
+        scores: Scores = {}
+        run, images, labels = context.run, self.images(context), self.patch_labels(context)
+        layers = [layer for layer in context.features.layers() if layer.startswith("block")]
+        progress = tqdm(total=len(NETWORK_KINDS) * len(layers) + 1, desc="scoring dense", unit="source", disable=None)
+        for kind in NETWORK_KINDS:
+            for layer in layers:
+                tokens = {subset: patch_tokens(context, kind, layer, images[subset]) for subset in images}
+                scores[f"{kind}/{layer}"] = self.score_patches(tokens, labels)
                 progress.update()
-        size = run.encoder.patch_size
-        raw = {role: patchify(unit(part.split.images[part.index]), size).flatten(0, 1) for role, part in parts.items()}
-        rows["pixels"] = self.judge({role: x.to(run.hardware.device) for role, x in raw.items()}, truths)
+        pixels = {subset: to_unit_range(chosen.split.images[chosen.index]) for subset, chosen in images.items()}
+        size, device = run.encoder.patch_size, run.hardware.device
+        patches = {subset: patchify(values, size).flatten(0, 1).to(device) for subset, values in pixels.items()}
+        scores["pixels"] = self.score_patches(patches, labels)
+        progress.update()
         progress.close()
-        return rows
+        return scores
 
-    def parts(self, study: EvalContext) -> dict[Subset, LabeledImages]:
-        """The images that are used."""
-        counts: dict[Subset, int] = {"train": self.train_images, "test": self.test_images}
-        return {role: LabeledImages(part.split, part.index[: counts[role]]) for role, part in study.data.parts.items()}
+    def images(self, context: EvalContext) -> dict[Subset, LabeledImages]:
+        """Return the images whose patches are used."""
+        limits: dict[Subset, int] = {"train": self.train_images, "test": self.test_images}
+        subsets = context.data.subsets
+        return {subset: LabeledImages(images.split, images.index[: limits[subset]]) for subset, images in subsets.items()}
 
-    def truths(self, study: EvalContext) -> dict[Subset, Tensor]:
-        """What the patches of these images show, int64 [n * patches]."""
-        dataset, size = study.data.dataset, study.run.encoder.patch_size
+    def patch_labels(self, context: EvalContext) -> dict[Subset, Tensor]:
+        """Return the classes of the patches of these images, int64 [n * patches]."""
+        dataset, size = context.data.dataset, context.run.encoder.patch_size
         assert isinstance(dataset, Shapes)
-        everything = dataset.patch_parts("train", size, self.coverage)
-        keep, held = dataset.parts(dataset.load("train").labels["part"])
-        test = everything[held] if study.data.test == "validation" else dataset.patch_parts("test", size, self.coverage)
-        shown: dict[Subset, Tensor] = {"train": everything[keep], "test": test}
-        return {role: shown[role][part.index].flatten().to(study.run.hardware.device) for role, part in self.parts(study).items()}
+        train_split = dataset.patch_parts("train", size, self.coverage)
+        train, validation = dataset.split_indices(dataset.load("train").labels["part"])
+        scored = (
+            train_split[validation] if context.data.test == "validation" else dataset.patch_parts("test", size, self.coverage)
+        )
+        labels: dict[Subset, Tensor] = {"train": train_split[train], "test": scored}
+        device = context.run.hardware.device
+        return {subset: labels[subset][images.index].flatten().to(device) for subset, images in self.images(context).items()}
 
-    def judge(self, patches: dict[Subset, Tensor], truths: dict[Subset, Tensor]) -> dict[str, float]:
-        """Accuracy, and mean intersection over union, of patches [n, F]."""
+    def score_patches(self, patches: dict[Subset, Tensor], labels: dict[Subset, Tensor]) -> dict[str, float]:
+        """Return accuracy and mean intersection over union (the VOC score) of patches [n, F]."""
         x, y = standardize(patches["train"], patches["test"])
-        logits = logistic(x, truths["train"], CLASSES, self.penalty)(y)
-        return {"accuracy": accuracy(logits, truths["test"]), "miou": mean_iou(logits.argmax(1), truths["test"])}
+        logits = logistic(x, labels["train"], NUM_CLASSES, self.penalty)(y)
+        miou = jaccard_score(labels["test"].cpu(), logits.argmax(1).cpu(), average="macro")
+        return {"accuracy": accuracy(logits, labels["test"]), "miou": float(miou)}
 
 
-def patch_tokens(study: EvalContext, who: NetworkKind, layer: str, part: LabeledImages) -> Tensor:
-    """Patch tokens [n * patches, D] of a layer, image by image in raster order."""
-    batches = part.batches(study.features.batch_size, study.run.hardware.device, f"{who}, {layer}")
-    network, normalize = study.features.layer_features[who], study.run.dataset.normalize
-    return torch.cat([network.tokens(normalize(images))[layer].cells for images in batches]).flatten(0, 1).float()
-
-
-def mean_iou(predicted: Tensor, truth: Tensor) -> float:
-    """Mean over the classes that there are of |predicted and true| / |predicted or true|, int64 [n] each (VOC's score)."""
-    table = torch.bincount(truth * CLASSES + predicted, minlength=CLASSES**2).view(CLASSES, CLASSES).double()
-    both, union = table.diag(), table.sum(0) + table.sum(1) - table.diag()
-    there = union > 0
-    return (both[there] / union[there]).mean().item()
+def patch_tokens(context: EvalContext, kind: NetworkKind, layer: str, images: LabeledImages) -> Tensor:
+    """Return the patch tokens [n * patches, D] of a layer, image by image in raster order."""
+    device = context.run.hardware.device
+    batches = images.batches(context.features.batch_size, device, f"extracting features ({kind}, {layer})")
+    network, normalize = context.features.networks[kind], context.run.dataset.normalize
+    return torch.cat([network.tokens(normalize(batch))[layer].cells for batch in batches]).flatten(0, 1).float()

@@ -1,90 +1,86 @@
-"""Few-shot accuracy: what a handful of labels, or a small share of them, is good for on top of the features."""
+"""Few-shot accuracy: logistic regression on a handful of labels, or on a small fraction of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
-from statistics import mean
+from statistics import mean, stdev
 
 import torch
 from torch import Generator, Tensor
 
 from hjepa.config.errors import UserError
+from hjepa.config.types import PositiveFloat, PositiveFraction, PositiveInt
 from hjepa.distributed.seeding import generator
 from hjepa.metrics.probes import accuracy, logistic
-from hjepa.sweeps.tables import std
-from hjepa.tasks.evaluate.protocol import EvalContext, Scores
+from hjepa.tasks.evaluate.protocol import EvalContext, EvalProtocol, Scores
 
-Count = Callable[[int], int]
+SubsetSize = Callable[[int], int]  # number of images of a class -> number of images to sample
 
 
 @dataclass(frozen=True)
-class FewShot:
-    """Logistic regression on few labeled images, drawn anew several times and alike for every source of features.
+class FewShot(EvalProtocol):
+    """Logistic regression on random subsets of the labeled images, the same subsets for every source of features.
 
-    The features are standardized with the statistics of all images to fit on, which takes no labels.
+    The features are standardized with the statistics of all images to fit to, which needs no labels.
 
     Args:
-        shots: images per class; shares: of the images of every class, at least one.
-        draws: how often they are drawn; the spread is the standard deviation over the draws.
-        penalty: L2 penalty; there are too few images to choose one with.
+        shots: Numbers of images per class.
+        shares: Fractions of the images of every class, rounded up to whole images.
+        draws: Number of random subsets; the standard deviation is over these.
+        penalty: L2 penalty. The subsets are too small to choose it by validation.
     """
 
-    shots: list[int]
-    shares: list[float]
-    draws: int
-    penalty: float
+    shots: list[PositiveInt]
+    shares: list[PositiveFraction]
+    draws: PositiveInt
+    penalty: PositiveFloat
 
     def __post_init__(self) -> None:
-        if min([1, *self.shots]) < 1 or not self.shots + self.shares or self.draws < 1 or self.penalty <= 0:
-            raise UserError(
-                f"task.fewshot.shots={list(self.shots)}, shares={list(self.shares)}, draws={self.draws} and "
-                f"penalty={self.penalty}: expected numbers of images of at least 1, some draws, and a positive penalty."
-            )
-        if any(not 0 < share <= 1 for share in self.shares):
-            raise UserError(f"task.fewshot.shares={list(self.shares)}: expected shares above 0 and at most 1.")
+        if not self.shots and not self.shares:
+            raise UserError("protocol.fewshot.shots=[] and shares=[]: expected at least one number of images or fraction.")
 
-    def check(self, study: EvalContext) -> None:
-        """Refuse classes with fewer images than shots."""
-        for name, labels, _ in study.labels():
+    def check(self, context: EvalContext) -> None:
+        for name, labels, _ in context.labels():
             classes, counts = labels[labels >= 0].unique(return_counts=True)
             if self.shots and int(counts.min()) < max(self.shots):
                 raise UserError(
-                    f"task.fewshot.shots={list(self.shots)}: class {int(classes[counts.argmin()])} of the label {name} has only "
-                    f"{int(counts.min())} images to draw from; ask for fewer shots, or raise task.train_images."
+                    f"protocol.fewshot.shots={list(self.shots)}: class {int(classes[counts.argmin()])} of the label {name} has "
+                    f"only {int(counts.min())} images to sample from; set fewer shots, or raise task.train_images."
                 )
 
-    def about(self, study: EvalContext) -> str:
+    def describe(self, context: EvalContext) -> str:
         return (
-            f"Few-shot linear probe, accuracy, mean and standard deviation over {self.draws} draws of the images to fit on, "
-            f"{study.data.describe()}"
+            f"Few-shot linear probe, accuracy, mean and standard deviation over {self.draws} random subsets of the images to fit "
+            f"to, {context.data.describe()}"
         )
 
-    def __call__(self, study: EvalContext) -> Scores:
-        rows: Scores = {}
-        for source, x, y in study.pairs("fewshot", last_only=True):
-            columns = rows[source] = {}
-            for name, train, test in study.labels():
-                for what, count in self.settings().items():
-                    draws = [draw(train, count, generator(0, "fewshot", what, i)) for i in range(self.draws)]
-                    found = [accuracy(self.fit(x, train, chosen, y), test) for chosen in draws]
-                    columns |= {f"{name}/{what}": mean(found), f"{name}/{what} std": std(found)}
-        return rows
+    def score(self, context: EvalContext) -> Scores:
+        scores: Scores = {}
+        for source, x, y in context.sources("fewshot", last_only=True):
+            columns = scores[source] = {}
+            for name, train, test in context.labels():
+                for column, size in self.subset_sizes().items():
+                    subsets = [sample_subset(train, size, generator(0, "fewshot", column, i)) for i in range(self.draws)]
+                    accuracies = [accuracy(self.fit(x, train, subset, y), test) for subset in subsets]
+                    columns[f"{name}/{column}"] = mean(accuracies)
+                    columns[f"{name}/{column} std"] = stdev(accuracies) if self.draws > 1 else 0.0
+        return scores
 
-    def settings(self) -> dict[str, Count]:
-        """How many images of a class are drawn, by column."""
-        shots: dict[str, Count] = {f"{shot} per class": partial(min, shot) for shot in self.shots}
+    def subset_sizes(self) -> dict[str, SubsetSize]:
+        """Return how many images of a class are sampled, by column of the table."""
+        shots: dict[str, SubsetSize] = {f"{shot} per class": partial(min, shot) for shot in self.shots}
         return shots | {f"{100 * share:g} percent": lambda members, share=share: ceil(share * members) for share in self.shares}
 
-    def fit(self, x: Tensor, labels: Tensor, chosen: Tensor, y: Tensor) -> Tensor:
-        """Logits [M, classes] for y [M, D], from the chosen of x [N, D]."""
-        return logistic(x[chosen.to(x.device)], labels[chosen], int(labels.max()) + 1, self.penalty)(y)
+    def fit(self, x: Tensor, labels: Tensor, subset: Tensor, y: Tensor) -> Tensor:
+        """Return logits [M, classes] for y [M, D], fitted to a subset of x [N, D]."""
+        return logistic(x[subset.to(x.device)], labels[subset], int(labels.max()) + 1, self.penalty)(y)
 
 
-def draw(labels: Tensor, count: Count, generator: Generator) -> Tensor:
-    """Positions of as many images of every class as `count` makes of the number of its members."""
-    chosen = []
+def sample_subset(labels: Tensor, size: SubsetSize, generator: Generator) -> Tensor:
+    """Sample positions of `size(members)` images of every class, where `members` is the number of images of the class."""
+    subset = []
     for label in labels[labels >= 0].unique():
         members = (labels == label).nonzero().squeeze(1)
-        chosen.append(members[torch.randperm(len(members), generator=generator)[: count(len(members))]])
-    return torch.cat(chosen)
+        subset.append(members[torch.randperm(len(members), generator=generator)[: size(len(members))]])
+    return torch.cat(subset)

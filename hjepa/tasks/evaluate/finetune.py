@@ -1,4 +1,4 @@
-"""Fine-tuning: the trained encoder with a linear head, trained end to end on the labels; the untrained one beside it."""
+"""Fine-tuning: the encoder and a linear head trained end to end on the labels, from trained and from random weights."""
 
 import copy
 from dataclasses import dataclass
@@ -8,94 +8,94 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hjepa.config.errors import UserError
-from hjepa.data.datamodule import DataModule, unit
+from hjepa.config.types import NonNegativeFloat, PositiveFloat, PositiveInt
+from hjepa.data.datamodule import DataModule, to_unit_range
 from hjepa.distributed.seeding import generator, seed_global
 from hjepa.metrics.probes import accuracy
-from hjepa.models.vit import ViTEncoder
+from hjepa.models.encoder import Encoder
 from hjepa.optim.optimizers import TOKENS
 from hjepa.optim.schedules import CosineSchedule
 from hjepa.optim.step_plan import StepPlan
 from hjepa.tasks.evaluate.features import LabeledImages
-from hjepa.tasks.evaluate.protocol import EvalContext, Scores
+from hjepa.tasks.evaluate.protocol import EvalContext, EvalProtocol, Scores
+from hjepa.tasks.trained_run import NetworkKind
 
-CLIP = 1.0  # norm of the gradient
+CLIP_NORM = 1.0  # largest norm of the gradient
 
 
 @dataclass(frozen=True)
-class FineTuning:
-    """AdamW on the sum of every label's cross-entropy; the learning rate warms up and then falls as half a cosine, and images
-    are augmented as they were in training.
+class FineTuning(EvalProtocol):
+    """AdamW on the sum of the cross-entropies of all labels, with warmup, cosine decay and the augmentations of the run.
 
     Args:
-        epochs, lr, weight_decay, batch_size, warmup_epochs: of the training.
+        epochs: Number of epochs.
+        lr: Peak learning rate.
+        weight_decay: Weight decay of the matrices.
+        batch_size: Number of images per step.
+        warmup_epochs: Length of the linear warmup of the learning rate.
     """
 
-    epochs: int
-    lr: float
-    weight_decay: float
-    batch_size: int
-    warmup_epochs: float
+    epochs: PositiveInt
+    lr: PositiveFloat
+    weight_decay: NonNegativeFloat
+    batch_size: PositiveInt
+    warmup_epochs: NonNegativeFloat
 
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or self.lr <= 0 or min(self.weight_decay, self.warmup_epochs) < 0:
+    def check(self, context: EvalContext) -> None:
+        self.plan(context)
+
+    def plan(self, context: EvalContext) -> StepPlan:
+        """Return the steps of the training; the last few images of an epoch, which do not fill a batch, are left out."""
+        count = len(context.data.subsets["train"])
+        if self.batch_size > count:
             raise UserError(
-                f"task.finetune.epochs={self.epochs}, batch_size={self.batch_size}, lr={self.lr}, "
-                f"weight_decay={self.weight_decay} and warmup_epochs={self.warmup_epochs}: expected at least one epoch and "
-                "image, a positive rate, and no negative numbers."
+                f"protocol.finetune.batch_size={self.batch_size}: expected at most {count}, the number of images to train on."
             )
+        return StepPlan(count, self.epochs, None, self.batch_size)
 
-    def check(self, study: EvalContext) -> None:
-        """Refuse batches that are larger than the training part."""
-        self.plan(study)
+    def describe(self, context: EvalContext) -> str:
+        return f"Fine-tuned for {self.epochs} epochs, accuracy, {context.data.describe()}"
 
-    def plan(self, study: EvalContext) -> StepPlan:
-        """The steps, of which the last few images of an epoch are left out."""
-        images = len(study.data.parts["train"])
-        if self.batch_size > images:
-            raise UserError(f"task.finetune.batch_size={self.batch_size}: expected at most {images}, the images to train on.")
-        return StepPlan(images, self.epochs, None, self.batch_size)
+    def score(self, context: EvalContext) -> Scores:
+        encoders: dict[NetworkKind, Encoder] = {"trained": context.run.encoder, "untrained": context.run.untrained}
+        return {
+            f"{kind}/block {encoder.num_layers}": self.fine_tune(context, encoder, kind) for kind, encoder in encoders.items()
+        }
 
-    def about(self, study: EvalContext) -> str:
-        return f"Fine-tuned for {self.epochs} epochs, accuracy, {study.data.describe()}"
-
-    def __call__(self, study: EvalContext) -> Scores:
-        encoders = {"trained": study.run.encoder, "untrained": study.run.untrained}
-        return {f"{who}/block {encoder.depth}": self.tune(study, encoder, who) for who, encoder in encoders.items()}
-
-    def tune(self, study: EvalContext, encoder: ViTEncoder, who: str) -> dict[str, float]:
-        """Accuracies on the images to score on, by label, of a fine-tuned copy of an encoder."""
-        train, test = (study.data.parts[role] for role in ("train", "test"))
-        device, normalize = study.run.hardware.device, study.run.dataset.normalize
-        seed_global(study.run.config["seed"], "finetune")
-        network = Classifier(encoder, {name: int(label.max()) + 1 for name, label in train.labels.items()}).to(device)
-        self.train(network.train(), study, who)
-        network.eval()
+    def fine_tune(self, context: EvalContext, encoder: Encoder, kind: NetworkKind) -> dict[str, float]:
+        """Fine-tune a copy of an encoder, and return its accuracy on the images to score on by label."""
+        train, test = (context.data.subsets[subset] for subset in ("train", "test"))
+        device, normalize = context.run.hardware.device, context.run.dataset.normalize
+        seed_global(context.run.config["seed"], "finetune")
+        classifier = Classifier(encoder, {name: int(label.max()) + 1 for name, label in train.labels.items()}).to(device)
+        self.train(classifier.train(), context, kind)
+        classifier.eval()
         with torch.no_grad():
-            batches = test.batches(study.features.batch_size, device, f"scoring the {who} network")
-            logits = [network(normalize(images)) for images in batches]
-        return {name: accuracy(torch.cat([part[name] for part in logits]), label) for name, label in test.labels.items()}
+            batches = test.batches(context.features.batch_size, device, f"scoring finetune ({kind})")
+            logits = [classifier(normalize(images)) for images in batches]
+        return {name: accuracy(torch.cat([batch[name] for batch in logits]), label) for name, label in test.labels.items()}
 
-    def train(self, network: "Classifier", study: EvalContext, who: str) -> None:
-        """Train a network: every draw is a function of the run's seed and the step."""
-        plan, part, seed = self.plan(study), study.data.parts["train"], study.run.config["seed"]
-        hardware, dataset = study.run.hardware, study.run.dataset
+    def train(self, classifier: "Classifier", context: EvalContext, kind: NetworkKind) -> None:
+        """Train a classifier; all random numbers are functions of the run's seed and the step."""
+        plan, images, seed = self.plan(context), context.data.subsets["train"], context.run.config["seed"]
+        hardware, dataset = context.run.hardware, context.run.dataset
         scaler = hardware.scaler()
-        rates = CosineSchedule(self.lr, 0.0, warmup_epochs=min(self.warmup_epochs, self.epochs))(plan)
-        optimizer = torch.optim.AdamW(groups(network, self.weight_decay), lr=self.lr)
-        order = torch.cat([shuffled(plan, seed, epoch) for epoch in range(self.epochs)])
-        batches = LabeledImages(part.split, part.index[order]).batches(
-            plan.batch_size, hardware.device, f"fine-tuning the {who} network"
+        learning_rates = CosineSchedule(self.lr, 0.0, warmup_epochs=min(self.warmup_epochs, self.epochs))(plan)
+        optimizer = torch.optim.AdamW(parameter_groups(classifier, self.weight_decay), lr=self.lr)
+        order = torch.cat([shuffle(plan, seed, epoch) for epoch in range(self.epochs)])
+        batches = LabeledImages(images.split, images.index[order]).batches(
+            plan.batch_size, hardware.device, f"fine-tuning ({kind})"
         )
-        for step, (images, rows) in enumerate(zip(batches, order.split(plan.batch_size), strict=True)):
+        for step, (batch, rows) in enumerate(zip(batches, order.split(plan.batch_size), strict=True)):
             for group in optimizer.param_groups:
-                group["lr"] = rates[step]
+                group["lr"] = learning_rates[step]
             with hardware.autocast():
-                logits = network(augmented(dataset, images, seed, step))
-            loss = cross_entropy(logits, {name: label[rows] for name, label in part.labels.items()})
+                logits = classifier(augment(dataset, batch, seed, step))
+            loss = cross_entropy(logits, {name: label[rows] for name, label in images.labels.items()})
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(network.parameters(), CLIP)
+            nn.utils.clip_grad_norm_(classifier.parameters(), CLIP_NORM)
             scaler.step(optimizer)
             scaler.update()
 
@@ -104,43 +104,44 @@ class Classifier(nn.Module):
     """A copy of an encoder with a linear head per label on its pooled features.
 
     Args:
-        classes: number of classes by label.
+        encoder: Encoder to copy.
+        num_classes: Number of classes by label.
     """
 
-    def __init__(self, encoder: ViTEncoder, classes: dict[str, int]) -> None:
+    def __init__(self, encoder: Encoder, num_classes: dict[str, int]) -> None:
         super().__init__()
         self.encoder = copy.deepcopy(encoder).requires_grad_(True)
-        self.heads = nn.ModuleDict({name: nn.Linear(encoder.feature_dim, count) for name, count in classes.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(encoder.feature_dim, count) for name, count in num_classes.items()})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalized images [B, 3, S, S] -> logits [B, classes] by label."""
+        """Return logits [B, classes] by label of normalized images [B, 3, S, S]."""
         features = self.encoder.features(images)
         return {name: head(features) for name, head in self.heads.items()}
 
 
-def groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Trainable parameters that decay (matrices) and those that do not, as in pre-training."""
-    decays: dict[bool, list[Tensor]] = {True: [], False: []}
-    for name, p in network.named_parameters():
-        if p.requires_grad:
-            decays[p.ndim > 1 and not name.endswith(TOKENS)].append(p)
-    return [{"params": decays[True], "weight_decay": weight_decay}, {"params": decays[False], "weight_decay": 0.0}]
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Return the trainable parameters in two groups, with weight decay (matrices) and without, as in pre-training."""
+    by_decay: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            by_decay[parameter.ndim > 1 and not name.endswith(TOKENS)].append(parameter)
+    return [{"params": by_decay[True], "weight_decay": weight_decay}, {"params": by_decay[False], "weight_decay": 0.0}]
 
 
-def shuffled(plan: StepPlan, seed: int, epoch: int) -> Tensor:
-    """The order of an epoch's images, without those that fill no batch."""
-    order = torch.randperm(plan.images, generator=generator(seed, "finetune order", epoch))
+def shuffle(plan: StepPlan, seed: int, epoch: int) -> Tensor:
+    """Return the order of the images of an epoch, without those that do not fill a batch."""
+    order = torch.randperm(plan.num_images, generator=generator(seed, "finetune order", epoch))
     return order[: plan.steps_in_epoch(epoch) * plan.batch_size]
 
 
-def augmented(dataset: DataModule, images: Tensor, seed: int, step: int) -> Tensor:
-    """Augmented, normalized images, float [B, 3, S, S], of uint8 ones."""
-    draws = dataset.augment.draw(len(images), generator(seed, "finetune augment", step))
-    return dataset.standardize(dataset.augment(unit(images), draws))
+def augment(dataset: DataModule, images: Tensor, seed: int, step: int) -> Tensor:
+    """Return augmented, normalized images float [B, 3, S, S] of uint8 images."""
+    params = dataset.augment.sample_params(len(images), generator(seed, "finetune augment", step))
+    return dataset.standardize(dataset.augment(to_unit_range(images), params))
 
 
 def cross_entropy(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
-    """The sum over the labels; unknown ones (-1) count nothing."""
+    """Return the sum of the cross-entropies of all labels; unknown labels (-1) are ignored."""
     losses = [
         F.cross_entropy(logits[name].float(), label.to(logits[name].device), ignore_index=-1) for name, label in labels.items()
     ]

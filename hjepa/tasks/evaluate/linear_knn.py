@@ -1,72 +1,62 @@
-"""Linear and k-NN accuracy of every source of features: the probe that a run is watched by in training, on all depths."""
+"""Linear and k-NN accuracy of every source of features: the probe of the training loop, applied at all depths."""
 
 from dataclasses import dataclass, replace
 
 from hjepa.config.errors import UserError
+from hjepa.config.types import PositiveFloat, PositiveInt
 from hjepa.metrics.probes import accuracy, knn
-from hjepa.tasks.evaluate.protocol import EvalContext, Scores
+from hjepa.tasks.evaluate.protocol import EvalContext, EvalProtocol, Scores
 
 
 @dataclass(frozen=True)
-class LinearProbe:
+class LinearProbe(EvalProtocol):
     """Logistic regression.
 
     Args:
-        penalties: L2 penalties, of which the best on a fifth of the images to fit on is taken; None for those of the probe.
+        penalties: L2 penalties, of which the one with the best accuracy on a fifth of the images to fit to is chosen; None for
+            the penalties of the run's own probe.
     """
 
-    penalties: list[float] | None
+    penalties: list[PositiveFloat] | None
 
     def __post_init__(self) -> None:
-        if self.penalties is not None and (not self.penalties or min(self.penalties) <= 0):
-            raise UserError(f"task.linear.penalties={list(self.penalties)}: give at least one, all positive, or null.")
+        if self.penalties is not None and not self.penalties:
+            raise UserError("protocol.linear.penalties=[]: expected at least one penalty, or null.")
 
-    def check(self, study: EvalContext) -> None:
-        """Any labeled images will do."""
-        study.labels()
+    def describe(self, context: EvalContext) -> str:
+        return f"Linear probe, accuracy, {context.data.describe()}"
 
-    def about(self, study: EvalContext) -> str:
-        return f"Linear probe, accuracy, {study.data.describe()}"
-
-    def __call__(self, study: EvalContext) -> Scores:
-        probe = replace(study.probe, penalties=self.penalties or study.probe.penalties)
+    def score(self, context: EvalContext) -> Scores:
+        probe = replace(context.probe, penalties=self.penalties or context.probe.penalties)
         return {
-            source: {name: accuracy(probe.linear(x, train, y), test) for name, train, test in study.labels()}
-            for source, x, y in study.pairs("linear")
+            source: {name: accuracy(probe.linear(x, train, y), test) for name, train, test in context.labels()}
+            for source, x, y in context.sources("linear")
         }
 
 
 @dataclass(frozen=True)
-class KNNProbe:
-    """Weighted k-NN vote (Wu et al. 2018).
+class KNNProbe(EvalProtocol):
+    """Weighted k-nearest-neighbor classification (Wu et al. 2018).
 
     Args:
-        neighbors, temperature: of the vote; None for those of the probe.
+        neighbors: Number of neighbors; None for that of the run's own probe.
+        temperature: Temperature of the weights; None for that of the run's own probe.
     """
 
-    neighbors: int | None
-    temperature: float | None
+    neighbors: PositiveInt | None
+    temperature: PositiveFloat | None
 
-    def __post_init__(self) -> None:
-        for name, value in (("neighbors", self.neighbors), ("temperature", self.temperature)):
-            if value is not None and value <= 0:
-                raise UserError(f"task.knn.{name}={value} must be positive, or null for that of the run's probe.")
+    def options(self, context: EvalContext) -> tuple[int, float]:
+        """Return the number of neighbors and the temperature."""
+        return self.neighbors or context.probe.neighbors, self.temperature or context.probe.temperature
 
-    def check(self, study: EvalContext) -> None:
-        """Any labeled images will do."""
-        study.labels()
+    def describe(self, context: EvalContext) -> str:
+        neighbors, temperature = self.options(context)
+        return f"k-NN ({neighbors} neighbors, temperature {temperature:g}), accuracy, {context.data.describe()}"
 
-    def about(self, study: EvalContext) -> str:
-        neighbors, temperature = self.options(study)
-        return f"k-NN ({neighbors} neighbors, temperature {temperature:g}), accuracy, {study.data.describe()}"
-
-    def options(self, study: EvalContext) -> tuple[int, float]:
-        """Neighbors and temperature."""
-        return self.neighbors or study.probe.neighbors, self.temperature or study.probe.temperature
-
-    def __call__(self, study: EvalContext) -> Scores:
-        neighbors, temperature = self.options(study)
+    def score(self, context: EvalContext) -> Scores:
+        neighbors, temperature = self.options(context)
         return {
-            source: {name: accuracy(knn(x, train, y, neighbors, temperature), test) for name, train, test in study.labels()}
-            for source, x, y in study.pairs("knn")
+            source: {name: accuracy(knn(x, train, y, neighbors, temperature), test) for name, train, test in context.labels()}
+            for source, x, y in context.sources("knn")
         }

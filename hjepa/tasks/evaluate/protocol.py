@@ -1,9 +1,10 @@
-"""What a protocol is given, and what it returns: a table's rows (sources of features) and columns (scores)."""
+"""The interface of evaluation protocols: their input, a run with its data and features, and their output, a table of scores."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from torch import Tensor
 from tqdm import tqdm
@@ -13,57 +14,69 @@ from hjepa.config.identity import short_hash
 from hjepa.config.instantiate import build_or_none
 from hjepa.config.schema import Config
 from hjepa.metrics.probes import Probe
-from hjepa.tasks.evaluate.features import Data, Features
+from hjepa.tasks.evaluate.features import EvalData, Features
 from hjepa.tasks.trained_run import TrainedRun, load_run
 
-# source -> column -> number; sources are trained/block 3, untrained/stacked 1, pixels, ...; a column "X std" is the spread of X
+# source of features -> column -> score. Sources are trained/block 3, untrained/stacked 1, pixels, ...; a column "X std" is the
+# standard deviation of the column X.
 Scores = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class EvalContext:
-    """A run and the data that its features are judged on.
+    """The input of a protocol.
 
     Attributes:
-        probe: the run's own, for options that are left open.
+        run: Run to evaluate.
+        data: Images to fit to and images to score on.
+        features: Features of these images.
+        probe: Probe of the run, which supplies the options that a protocol leaves open.
+        options: Config of the protocol.
     """
 
     run: TrainedRun
-    data: Data
+    data: EvalData
     features: Features
     probe: Probe
+    options: Config
 
-    def key(self, options: Config) -> str:
-        """Digits of everything that a protocol's result is a function of."""
-        return short_hash(self.features.key | {"options": options, "probe": asdict(self.probe)})
+    @property
+    def key(self) -> str:
+        """Hash of everything that determines the scores of the protocol."""
+        return short_hash(self.features.key | {"options": self.options, "probe": asdict(self.probe)})
 
     def labels(self) -> list[tuple[str, Tensor, Tensor]]:
-        """Every label: its name, and the labels to fit on [N] and to score on [M], in the order of the features."""
-        train, test = (self.data.parts[role].labels for role in ("train", "test"))
+        """Return the name of every label, its values to fit to [N] and to score on [M], in the order of the features."""
+        train, test = (self.data.subsets[subset].labels for subset in ("train", "test"))
         return [(name, train[name], test[name]) for name in train]
 
-    def pairs(self, what: str, last_only: bool = False) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """`Features.pairs`, with progress."""
-        total = self.features.count(last_only)
-        return iter(tqdm(self.features.pairs(last_only), total=total, desc=what, unit="row", disable=None))
+    def sources(self, protocol: str, last_only: bool = False) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield `Features.sources` with a progress bar."""
+        total = self.features.num_sources(last_only)
+        yield from tqdm(self.features.sources(last_only), total=total, desc=f"scoring {protocol}", unit="source", disable=None)
 
 
-class EvalProtocol(Protocol):
-    """A protocol of evaluation."""
+class EvalProtocol(ABC):
+    """A protocol: a dataclass with the options of its file in `conf/protocol/`."""
 
-    def check(self, study: EvalContext) -> None:
-        """Raise UserError for a run or data that it cannot judge, before long work starts."""
+    percent = True  # scores are fractions, which tables show in percent
 
-    def about(self, study: EvalContext) -> str:
-        """What is scored, and what on, in words."""
+    def check(self, context: EvalContext) -> None:
+        """Raise `UserError` for a run or data that the protocol cannot evaluate; called before any long computation."""
+        context.labels()
 
-    def __call__(self, study: EvalContext) -> Scores:
-        """The scores of every source; accuracies are fractions."""
+    @abstractmethod
+    def describe(self, context: EvalContext) -> str:
+        """Return the title of the table: what is scored, on which images."""
+
+    @abstractmethod
+    def score(self, context: EvalContext) -> Scores:
+        """Return the scores of every source of features."""
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """The shared options of an evaluation, see `hjepa.tasks.evaluate.evaluate.evaluate`."""
+    """The options that all protocols share; see `hjepa.tasks.evaluate.evaluate.evaluate_runs`."""
 
     checkpoint: str | None
     root: str | None
@@ -73,30 +86,27 @@ class EvalOptions:
     batch_size: int | None
     depths: list[int] | None
 
-    def __post_init__(self) -> None:
-        for name in ("train_images", "test_images", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"task.{name}={value}: expected at least 1, or null.")
-
-    def study(self, config: Config, folder: Path, place: Path) -> EvalContext:
-        """Open a run.
+    def load_context(self, config: Config, folder: Path, features_folder: Path) -> EvalContext:
+        """Load a run, for a protocol without options.
 
         Args:
-            config: of the command; folder: of the run; place: where features are kept.
+            config: Config of the command.
+            folder: Folder of the run.
+            features_folder: Folder to store features in.
         """
         run = load_run(config | {"run": str(folder)}, self.checkpoint, self.root)
         probe: Probe | None = build_or_none(run.config["probe"]) or build_or_none(config["probe"])
         if probe is None:
-            raise UserError(f"{folder} was trained without probes and none is chosen now; leave probe=none out.")
-        data = Data(run.dataset, run.config["dataset"], self.split, self.train_images, self.test_images)
-        return EvalContext(run, data, Features(run, data, place, self.blocks(run), self.batch_size or probe.batch_size), probe)
+            raise UserError(f"{folder} was trained without probes, and this command has none either; leave out probe=none.")
+        data = EvalData(run.dataset, run.config["dataset"], self.split, self.train_images, self.test_images)
+        features = Features(run, data, features_folder, self.depths_of(run), self.batch_size or probe.batch_size)
+        return EvalContext(run, data, features, probe, options={})
 
-    def blocks(self, run: TrainedRun) -> list[int]:
-        """The depths to judge, ascending; the last block is always among them."""
-        last, depths = run.encoder.depth, self.depths
+    def depths_of(self, run: TrainedRun) -> list[int]:
+        """Return the depths to evaluate in ascending order; the last block is always one of them."""
+        last, depths = run.encoder.num_layers, self.depths
         if depths is not None and (not depths or not all(1 <= depth <= last for depth in depths)):
             raise UserError(
-                f"task.depths={depths}: {run.folder.name} has an encoder of {last} blocks; expected some of 1 to {last}."
+                f"task.depths={depths}: the encoder of {run.folder.name} has {last} blocks; expected numbers from 1 to {last}."
             )
         return sorted({*(depths or range(1, last + 1)), last})

@@ -1,99 +1,139 @@
-"""What an evaluation has found so far: evaluate/summary.json, kept after every protocol, so that an interrupted one goes on.
+"""Results of an evaluation in evaluate/summary.json, which is written after every protocol so that it can be continued.
 
 status        finished, or unfinished while protocols are missing
 run, run_id, experiment, seed
-checkpoint    hash of the one that was evaluated last
-protocols     those that were asked for last
-checkpoints   hash -> name, step, results; results: protocol -> key (digits of all that it is a function of), about, rows
+checkpoint    hash of the checkpoint that was evaluated last
+protocols     protocols of the last evaluation
+checkpoints   hash -> name, step, results; results: protocol -> key (hash of all that determines it), about, rows, percent
 """
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hjepa.tasks.evaluate.protocol import Scores
-from hjepa.tasks.evaluate.tables import table
+from hjepa.config.identity import identity, short_hash
+from hjepa.tasks.evaluate.protocol import EvalContext, EvalProtocol, Scores
+from hjepa.tasks.evaluate.tables import Result, aggregate_runs, result_table, runs_table, to_text
 from hjepa.tasks.trained_run import TrainedRun
 from hjepa.tracking.atomic import atomic_write
-from hjepa.tracking.run_folder import Record, read_summary
+from hjepa.tracking.run_folder import Record, check_writable, read_config, read_summary
 
 
 class Results:
     """The results of a run.
 
     Args:
-        folder: evaluate/ in the run's folder; anew: forget everything and remove the features.
+        folder: The folder evaluate/ in the run's folder.
+        run: Run.
+        overwrite: Discard earlier results and features.
     """
 
-    def __init__(self, folder: Path, run: TrainedRun, anew: bool) -> None:
-        if anew:
+    def __init__(self, folder: Path, run: TrainedRun, overwrite: bool) -> None:
+        if overwrite:
             (folder / "summary.json").unlink(missing_ok=True)
-        for place in (folder / "features").glob("*"):
-            if anew or not place.name.startswith(run.hash):
-                shutil.rmtree(place)  # of another checkpoint, or half-written
-        self.folder, self.hash = folder, run.hash
-        self.run_id: str | None = read_summary(run.folder).get("run_id")
+        for features in (folder / "features").glob("*"):
+            if overwrite or not features.name.startswith(run.hash):
+                shutil.rmtree(features)  # features of another checkpoint, or incomplete ones
+        self.folder = folder
         self.protocols: list[str] = []
         self.summary: Record = {
             "status": "unfinished",
             "run": run.folder.name,
-            "run_id": self.run_id,
+            "run_id": read_summary(run.folder).get("run_id"),
             "experiment": run.config["experiment_name"],
             "seed": run.config["seed"],
             "checkpoint": run.hash,
             "protocols": [],
             "checkpoints": read_summary(folder).get("checkpoints", {}),
         }
-        own = self.summary["checkpoints"].setdefault(run.hash, {"results": {}})
-        own |= {"name": run.checkpoint.stem, "step": run.step}
-        self.own: dict[str, Any] = own["results"]
+        checkpoint = self.summary["checkpoints"].setdefault(run.hash, {"results": {}})
+        checkpoint |= {"name": run.checkpoint.stem, "step": run.step}
+        self.by_protocol: dict[str, Result] = checkpoint["results"]
 
-    def ask(self, protocols: list[str]) -> None:
-        """Note which protocols are wanted."""
+    def select(self, protocols: list[str]) -> None:
+        """Set the protocols of this evaluation."""
         self.protocols = self.summary["protocols"] = protocols
 
-    def has(self, protocol: str, key: str) -> bool:
-        """Whether a protocol was done with this checkpoint and these options."""
-        return bool(self.own.get(protocol, {}).get("key") == key)
+    def has(self, name: str, context: EvalContext) -> bool:
+        """Return whether a protocol was computed with this checkpoint and these options."""
+        return bool(self.by_protocol.get(name, {}).get("key") == context.key)
 
-    def keep(self, protocol: str, key: str, about: str, rows: Scores) -> None:
-        """Keep what a protocol has found."""
-        self.own[protocol] = {"key": key, "about": about, "rows": rows}
-        self.write()
+    def add(self, name: str, protocol: EvalProtocol, context: EvalContext) -> None:
+        """Compute a protocol and store its scores."""
+        title, rows = protocol.describe(context), protocol.score(context)
+        self.by_protocol[name] = {"key": context.key, "about": title, "rows": rows, "percent": protocol.percent}
+        self.write_summary()
 
-    def end(self) -> None:
-        """Everything is there: write it, and the tables."""
+    def finish(self) -> None:
+        """Mark the evaluation as finished, and write summary.json and table.txt."""
         self.summary["status"] = "finished"
-        self.write()
+        self.write_summary()
         atomic_write(self.folder / "table.txt", "\n\n".join(map(self.table, self.protocols)) + "\n")
 
-    def write(self) -> None:
+    def write_summary(self) -> None:
         """Write summary.json."""
         atomic_write(self.folder / "summary.json", json.dumps(self.summary, indent=2) + "\n")
 
-    def rows(self, protocol: str) -> Scores:
-        """What a protocol has found."""
-        rows: Scores = self.own[protocol]["rows"]
-        return rows
+    def rows(self, name: str) -> Scores:
+        """Return the scores of a protocol."""
+        return self.by_protocol[name]["rows"]
 
-    def about(self, protocol: str) -> str:
-        """What it was found on, in words."""
-        return str(self.own[protocol]["about"])
+    def table(self, name: str) -> str:
+        """Return the scores of a protocol as text."""
+        result = self.by_protocol[name]
+        return to_text(result["about"], result_table(name, result))
 
-    def table(self, protocol: str) -> str:
-        """What a protocol has found as text."""
-        return table(protocol, self.about(protocol), self.rows(protocol))
-
-    def score(self) -> float | None:
-        """The linear accuracy of the trained encoder's last block, the first row, by the main label."""
+    def linear_accuracy(self) -> float | None:
+        """Return the linear accuracy of the trained encoder's last block for the main label, None if it was not computed."""
         return next(iter(next(iter(self.rows("linear").values())).values())) if "linear" in self.protocols else None
 
     def metrics(self) -> dict[str, float]:
-        """Everything that was asked for, as flat names for trackers: evaluate/linear/trained/block 6/class."""
+        """Return all scores under flat names for trackers, such as evaluate/linear/trained/block 6/class."""
         return {
             f"evaluate/{protocol}/{source}/{column}": value
             for protocol in self.protocols
             for source, columns in self.rows(protocol).items()
             for column, value in columns.items()
         }
+
+
+def aggregate_seeds(root: Path, results: dict[Path, Results]) -> None:
+    """Print runs that differ only in their seeds with their means, and write them to evaluate/ in the folder of the runs."""
+    blocks: list[str] = []
+    groups: list[dict[str, Any]] = []
+    for folders in group_by_seed(list(results)):
+        if len(folders) < 2:
+            continue
+        runs = [results[folder] for folder in folders]
+        names = label_runs(folders, runs)
+        blocks.append(f"{len(runs)} runs that differ only in their seeds: {', '.join(folder.name for folder in folders)}")
+        means = {}
+        for protocol in [name for name in runs[0].protocols if all(name in run.protocols for run in runs)]:
+            by_run = {name: run.by_protocol[protocol] for name, run in zip(names, runs, strict=True)}
+            means[protocol] = aggregate_runs({name: result["rows"] for name, result in by_run.items()})
+            title = f"{runs[0].by_protocol[protocol]['about']}; mean and standard deviation over the runs"
+            blocks.append(to_text(title, runs_table(protocol, by_run)))
+        groups.append({"runs": [str(folder) for folder in folders], "means": means})
+    if groups:
+        folder = root / "evaluate"
+        check_writable(folder, "make it writable")
+        folder.mkdir(exist_ok=True)
+        atomic_write(folder / "summary.json", json.dumps({"status": "finished", "groups": groups}, indent=2) + "\n")
+        atomic_write(folder / "table.txt", "\n\n".join(blocks) + "\n")
+        print("\n" + "\n\n".join(blocks) + f"\n\nOver the seeds: {folder}/summary.json and table.txt", flush=True)
+
+
+def group_by_seed(folders: Sequence[Path]) -> list[list[Path]]:
+    """Return run folders in groups whose configs differ only in their seeds."""
+    groups: dict[str, list[Path]] = {}
+    for folder in folders:
+        groups.setdefault(short_hash(identity(read_config(folder)) | {"seed": None}), []).append(folder)
+    return list(groups.values())
+
+
+def label_runs(folders: Sequence[Path], runs: Sequence[Results]) -> list[str]:
+    """Return a name for every run: its seed or, if two runs have the same seed, its folder."""
+    seeds = [f"seed {run.summary['seed']}" for run in runs]
+    return seeds if len(set(seeds)) == len(seeds) else [folder.name for folder in folders]

@@ -1,6 +1,5 @@
-"""What a report says of a run, gathered from its folder."""
+"""The facts that the report on a run shows, read from the run folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,116 +8,94 @@ from omegaconf import OmegaConf
 from hjepa.config.identity import flatten
 from hjepa.config.schema import Config
 from hjepa.plotting import CAPTIONS
-from hjepa.tasks.evaluate.tables import grid
-from hjepa.tasks.report.html import Picture, Table, tables
+from hjepa.tasks.evaluate.tables import result_table
+from hjepa.tasks.report.html import Picture, Table
 from hjepa.tracking.run_folder import Record, read_config, read_records, read_summary
 from hjepa.training.summary import gains
 
-CHOICES = (
-    "model",
-    "levels",
-    "masking",
-    "loss",
-    "regularizer",
-    "projector",
-    "teacher",
-    "optimizer",
-    "schedule",
-    "dataset",
-    "train",
-)
+GROUPS = ("model levels masking loss regularizer projector teacher optimizer schedule dataset train").split()
 
-RUN_ENDS = {
+STATUS_TEXT = {
     "stopped": "was stopped",
-    "requeued": "was stopped and waits to go on",
+    "requeued": "was stopped and waits in the queue to continue",
     "failed": "FAILED",
     "collapsed": "COLLAPSED",
 }
 
+COSTS = {  # key of summary.json -> label and format
+    "steps": ("optimizer steps", "{:,.0f}"),
+    "epochs": ("epochs", "{:.3g}"),
+    "seconds": ("seconds of training", "{:,.0f}"),
+    "watch_seconds": ("seconds of probes and collapse statistics", "{:,.0f}"),
+    "images_per_second": ("images per second", "{:,.0f}"),
+    "peak_memory_mb": ("peak memory", "{:,.0f} MB"),
+    "device": ("device", "{}"),
+}
+
 
 def run_facts(folder: Path) -> dict[str, Any]:
-    """The facts of a run's page; also of a run that goes on, failed, or was never probed."""
+    """Return the facts of a run's page; the run may be unfinished, failed, or without probes."""
     config, summary, records = read_config(folder), read_summary(folder), read_records(folder)
     pictures = find_pictures(folder)
-    drawn = {picture.file.stem.partition("-")[0] for picture in pictures}
+    names = {picture.name for picture in pictures}
     return {
         "title": f"{config['experiment_name']} / {folder.name}",
         "folder": str(folder),
-        "status": status(summary, records),
+        "status": describe_status(summary, records),
         "gains": gains(summary),
-        "held_out": held_out(records),
-        "curves": [picture for picture in pictures if picture.file.stem == "curves"],
-        "pictures": [picture for picture in pictures if picture.file.stem != "curves"],
-        "missing": [kind for kind in CAPTIONS if kind not in drawn],
-        "evaluation": evaluation(folder),
-        "cost": cost(summary),
-        "choices": [choice(group, config[group]) for group in CHOICES if group in config],
+        "held_out": held_out_losses(records),
+        "curves": [picture for picture in pictures if picture.name == "curves"],
+        "pictures": [picture for picture in pictures if picture.name != "curves"],
+        "missing": [name for name in CAPTIONS if name not in names],
+        "evaluation": evaluation_tables(folder),
+        "costs": cost_rows(summary),
+        "groups": [group_row(group, config[group]) for group in GROUPS if group in config],
         "config": OmegaConf.to_yaml(OmegaConf.create(config)),
-        "origin": {key: summary.get(key) for key in ("command", "commit", "dirty")},
+        "provenance": {key: summary.get(key) for key in ("command", "commit", "dirty")},
         "seed": config["seed"],
     }
 
 
-def status(summary: Record, records: list[Record]) -> str:
-    """How the run ended, in a sentence; empty where it is finished."""
+def describe_status(summary: Record, records: list[Record]) -> str:
+    """Return a sentence about a run that has not finished; empty for a finished run."""
     if not summary:
-        return f"This run has not ended: it got to step {records[-1]['step'] if records else 0} so far."
+        return f"This run has not ended; it has reached step {records[-1]['step'] if records else 0} so far."
     if summary["status"] == "finished":
         return ""
     reason = f": {summary['reason']}" if summary.get("reason") else ""
-    return f"This run {RUN_ENDS.get(summary['status'], summary['status'])}{reason}."
+    return f"This run {STATUS_TEXT.get(summary['status'], summary['status'])}{reason}."
 
 
-def held_out(records: list[Record]) -> dict[str, float] | None:
-    """The last held-out loss and that of predicting one constant vector; None where nothing is predicted."""
+def held_out_losses(records: list[Record]) -> dict[str, float] | None:
+    """Return the last held-out loss and that of predicting one constant vector; None if the run predicts nothing."""
     last = next((record for record in reversed(records) if "validation/loss" in record), None)
     return last and {"loss": last["validation/loss"], "constant": last["validation/constant_loss"]}
 
 
 def find_pictures(folder: Path) -> list[Picture]:
-    """The pictures of a run folder by kind; those of task=visualize stand for the run's own of the same name."""
-    files = {file.name: file for place in ("plots", "visualize") for file in sorted((folder / place).glob("*.png"))}
+    """Return the pictures of a run in the order of `CAPTIONS`; those of task=visualize replace those of training."""
+    files = {file.name: file for subfolder in ("plots", "visualize") for file in (folder / subfolder).glob("*.png")}
     order = list(CAPTIONS)
-
-    def place(file: Path) -> tuple[int, str]:
-        kind = file.stem.partition("-")[0]
-        return (order.index(kind) if kind in order else len(order), file.name)
-
-    return [Picture(file) for file in sorted(files.values(), key=place)]
+    pictures = [Picture(file) for file in files.values()]
+    return sorted(pictures, key=lambda p: (order.index(p.name) if p.name in order else len(order), p.file.name))
 
 
-def evaluation(folder: Path) -> list[Table]:
-    """The tables of task=evaluate, of the checkpoint that was evaluated last."""
-    file = folder / "evaluate" / "summary.json"
-    if not file.exists():
-        return []
-    found = json.loads(file.read_text())
-    latest = found.get("checkpoints", {}).get(found.get("checkpoint"), found)
-    results = latest.get("results", latest)
-    if not all(isinstance(result, dict) and {"about", "rows"} <= result.keys() for result in results.values()):
-        return list(tables(results))  # of another version
-    grids = {result["about"]: grid(protocol, result["rows"]) for protocol, result in results.items()}
-    return [Table(about, heads, rows) for about, (heads, *rows) in grids.items()]
+def evaluation_tables(folder: Path) -> list[Table]:
+    """Return a table per protocol of task=evaluate, for the checkpoint that was evaluated last; none before an evaluation."""
+    evaluation = read_summary(folder / "evaluate")
+    checkpoint = evaluation.get("checkpoints", {}).get(evaluation.get("checkpoint"), {})
+    results = checkpoint.get("results", {})
+    return [Table.from_frame(result["about"], result_table(protocol, result)) for protocol, result in results.items()]
 
 
-def cost(summary: Record) -> list[tuple[str, str]]:
-    """What the run took, as rows of what there is."""
-    forms = {
-        "steps": ("optimizer steps", "{:,.0f}"),
-        "epochs": ("epochs", "{:.3g}"),
-        "seconds": ("seconds of training", "{:,.0f}"),
-        "watch_seconds": ("seconds of probes and collapse watch", "{:,.0f}"),
-        "images_per_second": ("images per second", "{:,.0f}"),
-        "peak_memory_mb": ("peak memory", "{:,.0f} MB"),
-        "device": ("device", "{}"),
-    }
-    rows = [(name, form.format(summary[key])) for key, (name, form) in forms.items() if summary.get(key) is not None]
-    parameters = summary.get("parameters", {})
-    return [*rows, *((f"parameters, {part}", f"{count:,}") for part, count in parameters.items())]
+def cost_rows(summary: Record) -> list[tuple[str, str]]:
+    """Return label and value of every cost that the summary contains."""
+    rows = [(label, form.format(summary[key])) for key, (label, form) in COSTS.items() if summary.get(key) is not None]
+    return [*rows, *((f"parameters, {module}", f"{count:,}") for module, count in summary.get("parameters", {}).items())]
 
 
-def choice(group: str, node: Config) -> tuple[str, str, str]:
-    """A group, the class that was chosen there, and its plain options."""
-    kind = node.get("_target_", "none").rpartition(".")[2]
+def group_row(group: str, node: Config) -> tuple[str, str, str]:
+    """Return a config group, the class that was chosen for it, and its plain options."""
+    class_name = node.get("_target_", "none").rpartition(".")[2]
     options = [f"{key}={value}" for key, value in flatten(node).items() if not key.startswith("_") and "._" not in key]
-    return group, kind, "  ".join(options)
+    return group, class_name, "  ".join(options)

@@ -1,4 +1,9 @@
-"""One entry for every `task=`: what is done with a run."""
+"""The tasks: one entry point for every file in `conf/task/`.
+
+To add a task, write a function `(config, path, **options)`, list it in `__init__.pyi`, and write a file in `conf/task/` with the
+options that names the function as `_target_` with `_partial_: true`. `config` is the whole resolved config, `path` the folder of
+the run that the config describes.
+"""
 
 import lazy_loader
 

@@ -1,27 +1,11 @@
-"""The one entry point: `python launch.py [group=option] [key=value]`, see conf/ and `python launch.py --help`."""
+"""Run hjepa from a checkout: `python launch.py [group=option] [key=value]`; see conf/ and `python launch.py --help`.
 
-import os
-import sys
+This is the command `hjepa` of an installed package, but outputs/ and data/ lie in the checkout.
+"""
+
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig
-
-from hjepa.config.errors import UserError, friendly_cli_errors
-
-os.environ["HJEPA_ROOT"] = str(Path(__file__).resolve().parent)  # finds conf/, sweeps/ and outputs/ from any folder
-
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> float | None:
-    from hjepa.config.run import run
-
-    try:
-        return run(cfg)
-    except UserError as error:
-        sys.exit(str(error))
-
+from hjepa.cli import main
 
 if __name__ == "__main__":
-    with friendly_cli_errors():
-        main()
+    main(home=Path(__file__).resolve().parent)

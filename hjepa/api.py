@@ -1,0 +1,221 @@
+"""The Python API: compose a config, train it, and load what was trained.
+
+    import hjepa
+
+    config = hjepa.compose("experiment=smoke", "seed=1")
+    config.train.epochs = 1
+    run = hjepa.train(config)
+    features = run.features("path/to/images")
+
+Every mistake in an argument raises a `hjepa.UserError`, whose message is the sentence that the command line would print.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from hjepa.config.cli_errors import format_hydra_error
+from hjepa.config.errors import UserError
+from hjepa.config.identity import run_path
+from hjepa.config.paths import CONF, FILES, path_variables
+from hjepa.config.run import import_from_working_directory, perform
+from hjepa.config.schema import Config, check, resolve
+from hjepa.config.targets import USER_TARGETS, allow_targets_of_command_line
+
+if TYPE_CHECKING:
+    from hjepa.tasks.inference import Run as Run
+
+EXTERNAL = ("${oc.env:", "${hydra:", "${now:")  # interpolations that only have a value while a config is composed
+
+
+def __getattr__(name: str) -> Any:
+    """Import `Run`, and with it torch, when it is first used."""
+    if name == "Run":
+        from hjepa.tasks.inference import Run
+
+        return Run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def compose(*overrides: str, config_dir: str | os.PathLike[str] | None = None) -> DictConfig:
+    """Compose and check the config of a command line.
+
+    The config can be edited: `config.train.epochs = 1`. Options that refer to other options follow them, as on the command line:
+    after `config.dataset.image_size = 64`, `config.model.image_size` is 64.
+
+    Args:
+        *overrides: Options and values as on the command line, such as `"model=vit_tiny"` and `"seed=1"`.
+        config_dir: Folder with further options, as for `--config-dir`. Classes that it names may be instantiated.
+
+    Returns:
+        The config, in which unknown keys cannot be set.
+
+    Raises:
+        UserError: If an option is unknown, or a value is missing or of the wrong type.
+
+    Example:
+        >>> config = hjepa.compose("experiment=cifar10", "dataset.root=images", "seed=1")
+        >>> config.optimizer.lr = 1e-3
+    """
+    import_from_working_directory()
+    folders = [FILES, *([Path(config_dir).expanduser().absolute()] if config_dir is not None else [])]
+    if not folders[-1].is_dir():
+        raise UserError(f"config_dir={config_dir} is not a folder.")
+    searchpath = ",".join(quote(f"file://{folder}") for folder in folders)
+    current = HydraConfig.instance().cfg
+    try:
+        with environment(path_variables()), initialize_config_dir(str(CONF), job_name="hjepa", version_base="1.3"):
+            config = hydra_compose("config", [*overrides, f"hydra.searchpath=[{searchpath}]"], return_hydra_config=True)
+            HydraConfig.instance().set_config(config)
+            return finish(config)
+    except UserError:
+        raise
+    except CompactHydraException as error:
+        raise UserError(format_hydra_error(error)) from None
+    finally:
+        HydraConfig.instance().cfg = current
+
+
+def finish(config: DictConfig) -> DictConfig:
+    """Check a composed config, and return it without Hydra's part and without references to the environment."""
+    if config.hydra.mode is not None and config.hydra.mode.name == "MULTIRUN":
+        raise UserError("A sweep has several configs; compose them one by one, or start the sweep on the command line.")
+    known = os.environ.get(USER_TARGETS, "").split()
+    allow_targets_of_command_line(config.hydra.runtime)
+    os.environ[USER_TARGETS] = " ".join(sorted({*known, *os.environ[USER_TARGETS].split()}))  # those of earlier configs stay
+    with open_dict(config):
+        del config["hydra"]
+    resolved = resolve(config)
+    check(resolved)
+    editable = OmegaConf.create(replace_external(OmegaConf.to_container(config), resolved))
+    OmegaConf.set_struct(editable, True)
+    return editable
+
+
+def replace_external(raw: Any, resolved: Any) -> Any:
+    """Return raw config values, where references to the environment and to Hydra are replaced by their resolved values."""
+    if isinstance(raw, dict):
+        return {key: replace_external(value, resolved[key]) for key, value in raw.items()}
+    if isinstance(raw, list):
+        return [replace_external(*pair) for pair in zip(raw, resolved, strict=True)]
+    return resolved if isinstance(raw, str) and any(start in raw for start in EXTERNAL) else raw
+
+
+def quote(text: str) -> str:
+    """Quote a string for Hydra's override grammar."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables while the context lasts."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+def train(config: DictConfig | Mapping[str, Any]) -> "Run":
+    """Train a config in this process, and load the result.
+
+    As on the command line, an unfinished run of the same config is continued, and a finished one is returned at once. Ctrl-C (in
+    a notebook, "interrupt") saves the run before `KeyboardInterrupt` is raised; the same call continues it.
+
+    Args:
+        config: Config from `compose`, edited or not, or the config of an earlier run.
+
+    Returns:
+        The trained run, as from `load`.
+
+    Raises:
+        UserError: If the config is wrong, or training cannot continue.
+
+    Example:
+        >>> run = hjepa.train(hjepa.compose("experiment=smoke"))
+        >>> run.summary["probe"]["linear"]
+    """
+    plain = resolve(config if isinstance(config, DictConfig) else OmegaConf.create(dict(config)))
+    check(plain)
+    if plain["task"]["_target_"] != "hjepa.tasks.train_model":
+        raise UserError(f"task={plain['choices']['task']}: hjepa.train needs task=train; use the command line for other tasks.")
+    folder = run_path(plain)
+    with messages():
+        try:
+            perform(plain, folder)
+        except SystemExit:  # the command line would end here
+            raise KeyboardInterrupt("The run is saved; the same call continues it.") from None
+    from hjepa.tasks.inference import load_run_folder
+
+    return load_run_folder(folder, None, plain)
+
+
+@contextmanager
+def messages() -> Iterator[None]:
+    """Show the messages of hjepa while the context lasts, if the program has not configured logging itself."""
+    logger = logging.getLogger("hjepa")
+    level, handler = logger.level, logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    own = not logger.hasHandlers()
+    logger.setLevel(level or logging.INFO)
+    if own:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
+def load(
+    folder: str | os.PathLike[str],
+    checkpoint: str | None = None,
+    device: str | None = None,
+    config_dir: str | os.PathLike[str] | None = None,
+) -> "Run":
+    """Load a trained encoder from a run folder, or from the folder that `task=export` wrote.
+
+    Args:
+        folder: Run folder (`outputs/EXPERIMENT/NAME`) or export folder (`outputs/EXPERIMENT/NAME/export`).
+        checkpoint: Name of a checkpoint of the run, such as `"latest"` or `"epoch-00005"`. None: the best one by linear probe.
+        device: `"cpu"`, `"cuda"` or `"mps"`. None: the first of cuda, mps and cpu that this machine has.
+        config_dir: Folder with further options, if the run was trained with one.
+
+    Returns:
+        The encoder with its config, metrics and preprocessing.
+
+    Raises:
+        UserError: If the folder, the checkpoint or the device does not exist.
+
+    Example:
+        >>> run = hjepa.load("outputs/default/NAME")
+        >>> run.features("path/to/images")
+    """
+    path = Path(folder).expanduser().absolute()
+    hardware = f"hardware.device={device or 'auto'}"
+    if (path / "config.yaml").exists():
+        from hjepa.tasks.inference import load_run_folder
+
+        command: Config = resolve(compose(hardware, "tracking=none", config_dir=config_dir))
+        return load_run_folder(path, checkpoint, command)
+    if (path / "timm.json").exists():
+        from hjepa.config.instantiate import build
+        from hjepa.tasks.inference import load_export_folder
+
+        if checkpoint is not None:
+            raise UserError(f"{path} is an export, which has no checkpoints; leave checkpoint={checkpoint!r} out.")
+        return load_export_folder(path, build(resolve(compose(hardware))["hardware"]).device)
+    reason = "has neither config.yaml nor timm.json" if path.is_dir() else "does not exist"
+    raise UserError(f"{path} {reason}; expected a run folder (outputs/EXPERIMENT/NAME) or its export folder.")

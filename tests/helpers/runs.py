@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-os.environ["HJEPA_ROOT"] = str(ROOT)
+os.environ |= {"HJEPA_ROOT": str(ROOT), "HJEPA_HOME": str(ROOT)}
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 
@@ -67,30 +67,34 @@ def launch(*overrides: str, cwd: Path = ROOT, timeout: float = 500, **env: str) 
 
 
 def build_components(*overrides: str) -> Any:
-    """The parts of a tiny run."""
-    from hjepa.config.schema import check, resolve
-    from hjepa.training.build import build_components as assemble_config
+    """Return the components of a tiny run."""
+    from hjepa.training.build import build_components
 
-    config = resolve(compose(*tiny(*overrides)))
-    check(config)
-    return assemble_config(config)
+    return build_components(checked_config(*overrides))
 
 
 def trainer(*overrides: str) -> Any:
-    """The trainer of a tiny run, with its images loaded."""
+    """Return the trainer of a tiny run, with its images loaded."""
     from hjepa.config.instantiate import build
+    from hjepa.training.build import build_components
+
+    config = checked_config(*overrides)
+    components = build_components(config)
+    train, _ = components.dataset.train_and_validation()
+    return build(config["train"], components=components, images=train.images)
+
+
+def checked_config(*overrides: str) -> Any:
+    """Return the resolved and checked config of a tiny run."""
     from hjepa.config.schema import check, resolve
-    from hjepa.training.build import build_components as assemble_config
 
     config = resolve(compose(*tiny(*overrides)))
     check(config)
-    parts = assemble_config(config)
-    train, _ = parts.dataset.train_and_validation()
-    return build(config["train"], parts=parts, images=train.images)
+    return config
 
 
 def plan(steps: int, steps_per_epoch: int) -> Any:
-    """A plan of even epochs."""
+    """Return a plan with a batch size of 1 and epochs of equal length."""
     from hjepa.optim.step_plan import StepPlan
 
-    return StepPlan(images=steps_per_epoch, epochs=None, length=steps, batch_size=1)
+    return StepPlan(num_images=steps_per_epoch, epochs=None, length=steps, batch_size=1)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from sklearn.metrics import jaccard_score
 from torch import Tensor
-from tqdm import tqdm
 
 from hjepa.config.errors import UserError
+from hjepa.config.terminal import progress_bar
 from hjepa.config.types import PositiveFloat, PositiveFraction, PositiveInt
 from hjepa.data.datamodule import to_unit_range
 from hjepa.data.shapes import PARTS, Shapes
@@ -57,7 +57,7 @@ class DenseProbe(EvalProtocol):
         scores: Scores = {}
         run, images, labels = context.run, self.images(context), self.patch_labels(context)
         layers = [layer for layer in context.features.layers() if layer.startswith("block")]
-        progress = tqdm(total=len(NETWORK_KINDS) * len(layers) + 1, desc="scoring dense", unit="source", disable=None)
+        progress = progress_bar(total=len(NETWORK_KINDS) * len(layers) + 1, desc="scoring dense", unit="source")
         for kind in NETWORK_KINDS:
             for layer in layers:
                 tokens = {subset: patch_tokens(context, kind, layer, images[subset]) for subset in images}

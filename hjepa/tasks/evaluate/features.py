@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from hjepa.config.errors import UserError
 from hjepa.config.identity import NOT_IDENTITY_DATASET, short_hash
 from hjepa.config.schema import Config
+from hjepa.config.terminal import progress_bar
 from hjepa.data.datamodule import DataModule, Split, to_unit_range
 from hjepa.data.stream import Stream
 from hjepa.metrics.probes import extract_features, labeled_indices, standardize
@@ -59,7 +59,7 @@ class LabeledImages:
         positions = self.index.split(size)
         images = self.split.images
         stream = None if isinstance(images, Tensor) else Stream(images, positions.__getitem__, len(positions), device)
-        for step in tqdm(range(len(positions)), desc=description, unit="batch", leave=None, disable=None):
+        for step in progress_bar(range(len(positions)), desc=description, unit="batch", leave=None):
             yield stream.batch(step) if stream else images[positions[step]].to(device)
 
 

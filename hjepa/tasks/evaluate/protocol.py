@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
-from tqdm import tqdm
 
 from hjepa.config.errors import UserError
 from hjepa.config.identity import short_hash
 from hjepa.config.instantiate import build_or_none
 from hjepa.config.schema import Config
+from hjepa.config.terminal import progress_bar
 from hjepa.metrics.probes import Probe
 from hjepa.tasks.evaluate.features import EvalData, Features
 from hjepa.tasks.trained_run import TrainedRun, load_run
@@ -53,7 +53,7 @@ class EvalContext:
     def sources(self, protocol: str, last_only: bool = False) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield `Features.sources` with a progress bar."""
         total = self.features.num_sources(last_only)
-        yield from tqdm(self.features.sources(last_only), total=total, desc=f"scoring {protocol}", unit="source", disable=None)
+        yield from progress_bar(self.features.sources(last_only), total=total, desc=f"scoring {protocol}", unit="source")
 
 
 class EvalProtocol(ABC):

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hjepa.config.errors import UserError
+from hjepa.config.terminal import progress_bar
 from hjepa.data.datamodule import to_unit_range
 from hjepa.distributed.seeding import generator
 from hjepa.metrics.spectrum import feature_statistics, lidar
@@ -43,7 +43,7 @@ class Quality(EvalProtocol):
     def score(self, context: EvalContext) -> Scores:
         scores: Scores = {}
         layers = context.features.layers()
-        progress = tqdm(total=len(NETWORK_KINDS) * len(layers), desc="scoring quality", unit="source", disable=None)
+        progress = progress_bar(total=len(NETWORK_KINDS) * len(layers), desc="scoring quality", unit="source")
         for kind in NETWORK_KINDS:
             features, views = context.features.load(kind, "test"), self.view_features(context, kind)
             for layer in layers:

@@ -55,9 +55,9 @@ def main(*overrides: str) -> None:
         clock.around(session.tracker.members["mlflow"], "send", "the tracker's thread (CPU)", time.thread_time)
         session.run()
     whole = clock.seconds.pop("steps")
-    print(f"{trainer.steps} steps, {1000 * whole / trainer.steps:.1f} ms each")
+    print(f"{trainer.num_steps} steps, {1000 * whole / trainer.num_steps:.1f} ms each")
     for what, seconds in clock.seconds.items():
-        print(f"{what:<30}{1000 * seconds / trainer.steps:8.3f} ms a step {seconds / whole:8.3%}")
+        print(f"{what:<30}{1000 * seconds / trainer.num_steps:8.3f} ms a step {seconds / whole:8.3%}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The collapse watch: do different images still get different features?
+"""Collapse detection: do different images still have different features?
 
-All figures are taken across images, on pooled features as they are (layer-normalized ones look healthy even when every
-image is the same). The verdict compares a network with itself before training, because a healthy untrained network's
-features may lie close together too.
+All statistics are taken across images, on pooled features without normalization (layer-normalized features look healthy even if
+they are the same for every image). A network is compared with itself before training, because the features of a healthy untrained
+network may also lie close together.
 """
 
 import torch
@@ -11,27 +11,31 @@ from torch import Tensor
 
 
 def effective_rank(features: Tensor) -> float:
-    """RankMe (Garrido et al. 2023, eq. 3): exp of the entropy of the singular values of [N, D], from 1 to min(N, D)."""
+    """Return RankMe (Garrido et al. 2023, eq. 3) of features [N, D]: exp of the entropy of the singular values.
+
+    The value lies between 1 and min(N, D).
+    """
     return entropy_rank(torch.linalg.svdvals(features.cpu().double()))  # Apple GPUs have no float64
 
 
 def entropy_rank(values: Tensor) -> float:
-    """exp of the entropy of the shares of non-negative values [D] in their sum."""
-    share = values / values.sum().clamp(min=1e-12) + 1e-7
-    return torch.exp(-(share * share.log()).sum()).item()
+    """Return exp of the entropy of non-negative values [D], normalized to sum to 1."""
+    probabilities = values / values.sum().clamp(min=1e-12) + 1e-7
+    return torch.exp(-(probabilities * probabilities.log()).sum()).item()
 
 
-def feature_spread(features: Tensor) -> dict[str, float]:
-    """How features [N, D] differ across images.
+def collapse_statistics(features: Tensor) -> dict[str, float]:
+    """Measure how features [N, D] vary across images.
 
     Returns:
-        `std`: mean standard deviation per dimension; `norm`: mean length; `variation`: std over root mean square, 0 when all
-        images are the same; `cosine`: mean cosine between different images; `rank`: effective rank of the centered features.
+        `std`, the mean standard deviation per dimension; `norm`, the mean length; `variation`, the standard deviation divided
+        by the root mean square, which is 0 if all images have the same features; `cosine`, the mean cosine similarity of
+        different images; and `rank`, the effective rank (Roy & Vetterli 2007) of the centered features.
     """
     features = features.float()
     n = len(features)
-    unit = F.normalize(features, dim=1)
-    cosine = (unit.sum(0).square().sum() - n) / (n * (n - 1))
+    normalized = F.normalize(features, dim=1)
+    cosine = (normalized.sum(0).square().sum() - n) / (n * (n - 1))
     centered = features - features.mean(0)
     rms = features.square().mean().sqrt().clamp(min=1e-12)
     return {
@@ -43,13 +47,13 @@ def feature_spread(features: Tensor) -> dict[str, float]:
     }
 
 
-def verdict(now: dict[str, float], untrained: dict[str, float]) -> str | None:
-    """What kind of collapse `feature_spread` figures show beside the untrained network's, in words; None if healthy."""
-    if now["variation"] < 0.1 * untrained["variation"]:
+def describe_collapse(statistics: dict[str, float], untrained: dict[str, float]) -> str | None:
+    """Describe the collapse that `collapse_statistics` show beside those of the untrained network; return None if healthy."""
+    if statistics["variation"] < 0.1 * untrained["variation"]:
         return (
-            f"complete collapse: features of different images differ by {now['variation']:.2g} of their size "
+            f"complete collapse: features of different images differ by {statistics['variation']:.2g} of their size "
             f"(untrained: {untrained['variation']:.2g})"
         )
-    if now["rank"] < 0.25 * untrained["rank"]:
-        return f"dimensional collapse: features fill {now['rank']:.1f} dimensions (untrained: {untrained['rank']:.1f})"
+    if statistics["rank"] < 0.25 * untrained["rank"]:
+        return f"dimensional collapse: features span {statistics['rank']:.1f} dimensions (untrained: {untrained['rank']:.1f})"
     return None

@@ -1,23 +1,29 @@
-"""Probes: is the representation any good? Linear and k-NN classification of frozen features, and their effective rank.
+"""Linear and k-NN probes of frozen features, and the effective rank of the features.
 
-One protocol, online and offline: features of the teacher (mean patch token, plus mean summary token if any) of unaugmented
-images, standardized with the training part's statistics, fitted on training images, scored on the validation part.
+Training and evaluation use the same protocol: features of the teacher (mean patch token, plus mean summary token if there is one)
+of images without augmentation, standardized with the statistics of the training images, fitted on training images and scored on
+the validation images.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hjepa.config.errors import UserError
+from hjepa.config.terminal import progress_bar
+from hjepa.config.types import PositiveFloat, PositiveInt
 from hjepa.data.datamodule import Split
 from hjepa.distributed.seeding import generator
 from hjepa.metrics.collapse import effective_rank
-from hjepa.models.vit import ViTEncoder
+from hjepa.models.encoder import Encoder
 
-CURVATURE = 0.1  # about that of the cross-entropy, p (1 - p), with ten classes
+Features_co = TypeVar("Features_co", covariant=True)
+
+CURVATURE = 0.1  # typical curvature p (1 - p) of the cross-entropy with ten classes
 
 
 @dataclass(frozen=True)
@@ -25,50 +31,82 @@ class Probe:
     """Linear and k-NN accuracy for every label of a dataset.
 
     Args:
-        every: epochs between probes during training; the untrained network and the last epoch are always probed.
-        train_images, validation_images: at most this many, the same ones each time.
-        neighbors, temperature: of the weighted k-NN vote (Wu et al. 2018).
-        penalties: L2 penalties of the logistic regression to choose from.
-        batch_size: images per forward pass.
+        every: Epochs between probes during training; the untrained network and the last epoch are always probed.
+        train_images: Maximum number of training images; the same images are used each time.
+        validation_images: Maximum number of validation images; the same images are used each time.
+        neighbors: Number of neighbors of the weighted k-NN vote (Wu et al. 2018).
+        temperature: Temperature of the weighted k-NN vote.
+        penalties: Candidate L2 penalties of the logistic regression.
+        batch_size: Images per forward pass.
     """
 
-    every: int
-    train_images: int
-    validation_images: int
-    neighbors: int
-    temperature: float
-    penalties: list[float]
-    batch_size: int
+    every: PositiveInt
+    train_images: PositiveInt
+    validation_images: PositiveInt
+    neighbors: PositiveInt
+    temperature: PositiveFloat
+    penalties: list[PositiveFloat]
+    batch_size: PositiveInt
 
     def __post_init__(self) -> None:
-        for name in ("every", "train_images", "validation_images", "neighbors", "batch_size", "temperature"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"probe.{name}={getattr(self, name)} must be positive.")
-        if not self.penalties or min(self.penalties) <= 0:
-            raise UserError(f"probe.penalties={list(self.penalties)}: give at least one, all positive.")
+        if not self.penalties:
+            raise UserError("probe.penalties=[]: expected at least one L2 penalty.")
 
-    def choose(self, train: Split, validation: Split) -> tuple[Split, Split]:
-        """The labeled images that the probe uses, a fixed random choice."""
+    def select_images(self, train: Split, validation: Split) -> tuple[Split, Split]:
+        """Return the fixed random subsets of the labeled images that the probe uses."""
         if not train.labels:
-            raise UserError("The images have no labels, which the probes need; sort them into class folders or use probe=none.")
+            raise UserError("The probes need labels, and the images have none; sort them into class folders or use probe=none.")
         return subset(train, self.train_images), subset(validation, self.validation_images)
 
     def __call__(
-        self, encoder: ViTEncoder, train: Split, validation: Split, normalize: Callable[[Tensor], Tensor]
+        self,
+        encoder: Encoder,
+        train: Split,
+        validation: Split,
+        normalize: Callable[[Tensor], Tensor],
+        progress: str | None = None,
     ) -> dict[str, float]:
-        """Scores of an encoder: `linear`, `knn` (fractions, main label), `linear_NAME`, `knn_NAME`, `rankme`."""
-        x, y = (extract(encoder, split.images[:], normalize, self.batch_size) for split in (train, validation))
-        scores = {"rankme": effective_rank(y)}
-        x, y = standardize(x, y)
-        for position, name in enumerate(train.labels):
-            suffix = f"_{name}" if position else ""
-            scores[f"linear{suffix}"] = accuracy(self.linear(x, train.labels[name], y), validation.labels[name])
-            votes = knn(x, train.labels[name], y, self.neighbors, self.temperature)
-            scores[f"knn{suffix}"] = accuracy(votes, validation.labels[name])
+        """Return the scores of an encoder.
+
+        Args:
+            encoder: Encoder whose features are probed.
+            train: Images and labels to fit on.
+            validation: Images and labels to score on.
+            normalize: Function from uint8 images to the encoder's input.
+            progress: Description of a progress bar; None shows no bar.
+
+        Returns:
+            Accuracies in [0, 1] as `linear` and `knn` for the main label and `linear_NAME` and `knn_NAME` for the others, and
+            the effective rank as `rankme`.
+        """
+        num_batches = sum(-(-len(split) // self.batch_size) for split in (train, validation))
+        steps = num_batches + 2 * len(train.labels)
+        with progress_bar(desc=progress, total=steps, leave=False, disable=progress is None) as bar:
+
+            def features(split: Split) -> Tensor:
+                extracted = []
+                for batch in extract_features(encoder, split.images[:].split(self.batch_size), normalize):
+                    extracted.append(batch)
+                    bar.update()
+                return torch.cat(extracted)
+
+            x, y = features(train), features(validation)
+            scores = {"rankme": effective_rank(y)}
+            x, y = standardize(x, y)
+            for position, (name, labels) in enumerate(train.labels.items()):
+                suffix = f"_{name}" if position else ""
+                scores[f"linear{suffix}"] = accuracy(self.linear(x, labels, y), validation.labels[name])
+                bar.update()
+                votes = knn(x, labels, y, self.neighbors, self.temperature)
+                scores[f"knn{suffix}"] = accuracy(votes, validation.labels[name])
+                bar.update()
         return scores
 
     def linear(self, x: Tensor, labels: Tensor, y: Tensor) -> Tensor:
-        """Logits [M, classes] for y [M, D]: logistic regression on x [N, D], its penalty chosen on a fifth of x."""
+        """Return the logits [M, classes] for y [M, D] of a logistic regression on x [N, D].
+
+        The penalty is selected on a fifth of x; then the regression is fitted on all of x.
+        """
         classes, held = int(labels.max()) + 1, len(x) // 5
         if len(self.penalties) == 1:
             return logistic(x, labels, classes, self.penalties[0])(y)
@@ -78,43 +116,75 @@ class Probe:
 
 
 def subset(split: Split, count: int) -> Split:
-    """At most `count` labeled images of a split, in a fixed random order."""
+    """Return at most `count` labeled images of a split in a fixed random order."""
     return split[labeled_indices(split, count)]
 
 
 def labeled_indices(split: Split, count: int | None) -> Tensor:
-    """Positions of at most `count` labeled images (None: of all) in a fixed random order."""
-    known = (next(iter(split.labels.values())) >= 0).nonzero().squeeze(1)
-    return known[torch.randperm(len(known), generator=generator(0, "probe"))[:count]]
+    """Return the positions of at most `count` labeled images (None for all of them) in a fixed random order."""
+    labeled = (next(iter(split.labels.values())) >= 0).nonzero().squeeze(1)
+    return labeled[torch.randperm(len(labeled), generator=generator(0, "probe"))[:count]]
+
+
+class FeatureExtractor(Protocol[Features_co]):
+    """A network with a method `features`: an `Encoder`, or several layers of one that return a feature vector each."""
+
+    training: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch between training and evaluation mode."""
+
+    def features(self, images: Tensor) -> Features_co:
+        """Return the features of normalized images [B, 3, S, S]."""
 
 
 @torch.no_grad()
-def extract(encoder: ViTEncoder, images: Tensor, normalize: Callable[[Tensor], Tensor], batch_size: int) -> Tensor:
-    """Features float32 [N, D] of uint8 images [N, 3, S, S], on the encoder's device."""
-    device = encoder.pos_embed.device
-    training = encoder.training
-    encoder.eval()
-    features = [encoder.features(normalize(part.to(device))) for part in images.split(batch_size)]
-    encoder.train(training)
-    return torch.cat(features).float()
+def extract_features(
+    network: FeatureExtractor[Features_co], batches: Iterable[Tensor], normalize: Callable[[Tensor], Tensor]
+) -> Iterator[Features_co]:
+    """Yield the features of every batch of uint8 images [B, 3, S, S], on the network's device and in evaluation mode.
+
+    Probes, evaluation, export and pictures all extract features with this function.
+
+    Args:
+        network: Network.
+        batches: Batches of images on any device, which may be decoded while the network computes.
+        normalize: Function from uint8 images to the network's input.
+    """
+    for images in batches:
+        training = network.training
+        network.train(False)
+        features = network.features(normalize(images.to(network.device)))
+        network.train(training)
+        yield features
 
 
 def standardize(train: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with the training features' mean and standard deviation per dimension taken out."""
+    """Standardize both sets of features with the mean and standard deviation per dimension of the training features."""
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
     return (train - mean).div_(std), (other - mean).div_(std)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of rows whose highest logit is the label."""
+    """Return the fraction of rows whose highest logit is the label."""
     return (logits.argmax(1) == labels.to(logits.device)).float().mean().item()
 
 
 def logistic(x: Tensor, labels: Tensor, classes: int, penalty: float) -> Callable[[Tensor], Tensor]:
-    """Multinomial logistic regression with an L2 penalty on the weights, by L-BFGS: a function from features to logits.
+    """Fit a multinomial logistic regression with L-BFGS and return it as a function from features to logits.
 
-    Features are far from isotropic, so the solver works along their principal axes, each scaled by what the curvature of the
-    loss is about there: the optimum is the same and comes in tens of steps instead of hundreds.
+    Features are far from isotropic, so the solver works in coordinates along their principal axes, each scaled by the approximate
+    curvature of the loss. The optimum is the same, and the solver needs tens of iterations instead of hundreds.
+
+    Args:
+        x: Features [N, D].
+        labels: Class indices [N].
+        classes: Number of classes.
+        penalty: L2 penalty on the weights; the bias is not penalized.
     """
     labels = labels.to(x.device)
     axes, variance = principal_axes(x)
@@ -138,26 +208,29 @@ def logistic(x: Tensor, labels: Tensor, classes: int, penalty: float) -> Callabl
 
 
 def principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal axes [D, R] of x [N, D] about 0 and the mean square along each [R]; R is the smaller of N and D at most."""
+    """Return orthonormal principal axes [D, R] of x [N, D] about the origin and the mean square [R] along each of them.
+
+    R is at most the smaller of N and D.
+    """
     n, width = x.shape
     if width <= n:
-        values, vectors = torch.linalg.eigh((x.T @ x / n).cpu().double())  # Apple GPUs can neither
+        values, vectors = torch.linalg.eigh((x.T @ x / n).cpu().double())  # Apple GPUs have neither eigh nor float64
     else:
         rows = x.cpu().double()
         values, vectors = torch.linalg.eigh(rows @ rows.T / n)
-        there = values > values[-1] * 1e-12  # below it is rounding
-        values = values[there]
-        vectors = rows.T @ vectors[:, there] / (n * values).sqrt()
+        nonzero = values > values[-1] * 1e-12  # smaller eigenvalues are rounding errors
+        values = values[nonzero]
+        vectors = rows.T @ vectors[:, nonzero] / (n * values).sqrt()
     return vectors.to(x), values.clamp(min=0).to(x)
 
 
 def knn(x: Tensor, labels: Tensor, y: Tensor, neighbors: int, temperature: float, chunk: int = 1024) -> Tensor:
-    """Votes [M, classes] of the nearest of x [N, D] for each of y [M, D], weighted by exp(cosine / temperature)."""
+    """Return the votes [M, classes] of the nearest neighbors in x [N, D] for y [M, D], weighted by exp(cosine / temperature)."""
     labels = labels.to(x.device)
     x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
     votes = []
-    for part in y.split(chunk):
-        similarity, index = (part @ x.T).topk(min(neighbors, len(x)), dim=1)
+    for queries in y.split(chunk):
+        similarity, index = (queries @ x.T).topk(min(neighbors, len(x)), dim=1)
         weight = ((similarity - 1) / temperature).exp()
-        votes.append(torch.zeros(len(part), int(labels.max()) + 1, device=x.device).scatter_add_(1, labels[index], weight))
+        votes.append(torch.zeros(len(queries), int(labels.max()) + 1, device=x.device).scatter_add_(1, labels[index], weight))
     return torch.cat(votes)

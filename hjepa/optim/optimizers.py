@@ -1,4 +1,8 @@
-"""Optimizers: parameter groups (what decays, how fast each part and layer learns) and the rates of each step."""
+"""Optimizers with parameter groups by component, weight decay and learning-rate factor.
+
+An optimizer is a function `create_*(model, **options) -> Optimizer`, which the config instantiates. To add one, write such a
+function on top of `parameter_groups`, list it in `hjepa/optim/__init__.pyi`, and add one YAML in conf/optimizer.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -10,81 +14,75 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from hjepa.config.errors import UserError
+from hjepa.config.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveFraction, PositiveInt
 from hjepa.models.hjepa import HJEPA
 from hjepa.optim.soap import SOAP
 
 Groups = list[dict[str, Any]]
 
-TOKENS = ("mask_tokens", "reg_token", "pos_embed")  # matrices by shape alone
+TOKENS = ("mask_tokens", "reg_token", "pos_embed")  # they have the shape of matrices, but weight decay does not apply to them
 
 
 def parameter_groups(model: HJEPA, lr_scale: dict[str, float], layer_decay: float) -> Groups:
-    """Trainable parameters by part, by weight decay (matrices, and the norms, biases and tokens, which do not decay) and by the
-    factor of their learning rate.
+    """Group the trainable parameters by component, weight decay and learning-rate factor.
+
+    Weight decay applies to matrices; norms, biases and tokens do not decay.
 
     Args:
-        model: student and predictor are trained.
-        lr_scale: factor of a part's learning rate (see `part_of`); 1 for parts that are not named.
-        layer_decay: a layer of the student learns this much slower than the one above it; 1 for no difference.
+        model: Model whose student, predictor and stacked levels are trained.
+        lr_scale: Learning-rate factor of each component (see `component_of`); 1 for components that are not listed.
+        layer_decay: Learning-rate factor from one layer of the student to the layer below it; 1 for equal rates.
+
+    Returns:
+        Groups with the keys `params`, `part` (the component), `decay` (whether weight decay applies) and `scale` (the factor).
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    check_rates(lr_scale, layer_decay, {part_of(name) for name in trainable})
+    check_components(lr_scale, "optimizer.lr_scale", {component_of(name) for name in trainable})
+    num_layers, layer_ids = model.student.num_layers, model.student.layer_ids()
+    layers_above = {f"student.{name}": num_layers + 1 - layer for name, layer in layer_ids.items()}
     groups: dict[tuple[str, bool, float], list[Tensor]] = defaultdict(list)
     for name, p in trainable.items():
-        part, decay = part_of(name), p.ndim > 1 and not name.endswith(TOKENS)
-        scale = lr_scale.get(part, 1.0) * layer_decay ** layers_above(name, model.student.depth)
-        groups[part, decay, scale].append(p)
+        component, decay = component_of(name), p.ndim > 1 and not name.endswith(TOKENS)
+        scale = lr_scale.get(component, 1.0) * layer_decay ** layers_above.get(name, 0)
+        groups[component, decay, scale].append(p)
     return [
-        {"params": groups[part, decay, scale], "part": part, "decay": decay, "scale": scale}
+        {"params": groups[component, decay, scale], "part": component, "decay": decay, "scale": scale}
         | ({} if decay else {"weight_decay": 0.0})
-        for part, decay, scale in sorted(groups, reverse=True)
+        for component, decay, scale in sorted(groups, reverse=True)
     ]
 
 
-def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to: student, predictor, ..., stacked1 for the first stacked level."""
+def component_of(name: str) -> str:
+    """Return the component of a parameter: student, predictor, ..., or stacked1 for the first stacked level."""
     words = name.split(".")
-    stacked = next(i for i, word in enumerate(words) if word != "upper")
-    return f"stacked{stacked}" if stacked else words[0]
+    level = next(i for i, word in enumerate(words) if word != "upper")
+    return f"stacked{level}" if level else words[0]
 
 
-def check_rates(lr_scale: dict[str, float], layer_decay: float, parts: set[str]) -> None:
-    """Refuse factors of parts that are not trained, and factors out of range."""
-    for part, scale in lr_scale.items():
-        if part not in parts and scale != 1:
-            raise UserError(f"optimizer.lr_scale.{part} names no trained part; there are {', '.join(sorted(parts))}.")
-        if scale < 0:
-            raise UserError(f"optimizer.lr_scale.{part}={scale}: expected 0 (the part stays as it is) or more.")
-    if not 0 < layer_decay <= 1:
-        raise UserError(f"optimizer.layer_decay={layer_decay}: expected above 0 and at most 1 (all layers learn alike).")
+def check_components(values: Mapping[str, Any], option: str, trained: set[str]) -> None:
+    """Raise `UserError` if an option sets a value for a component that is not trained; a factor of 1 is always accepted."""
+    for component, value in values.items():
+        if component not in trained and value != 1:
+            raise UserError(f"{option}.{component} is not a trained component; choose among {', '.join(sorted(trained))}.")
 
 
-def layers_above(name: str, depth: int) -> int:
-    """How many layers of the student are above a parameter, as BEiT counts them (Bao et al. 2022): 0 for the final norm and
-    everything after the student, depth - i for block i, depth + 1 for the patch embedding, summary tokens and positions.
-    """
-    part, _, inside = name.partition(".")
-    if part != "student" or inside.startswith("norm."):
-        return 0
-    return depth - int(inside.split(".")[1]) if inside.startswith("blocks.") else depth + 1
+def split_groups(groups: Groups, is_selected: Callable[[Tensor], bool]) -> tuple[Groups, Groups]:
+    """Return the selected parameters among those that decay, and all other parameters, in groups with unchanged options."""
+
+    def keep(selected: bool) -> Groups:
+        kept = [(group, [p for p in group["params"] if (group["decay"] and is_selected(p)) == selected]) for group in groups]
+        return [group | {"params": params} for group, params in kept if params]
+
+    return keep(True), keep(False)
 
 
-def split(groups: Groups, chosen: Callable[[Tensor], bool]) -> tuple[Groups, Groups]:
-    """The decaying parameters that are chosen, and all others, each in groups of the same options."""
-    parts: tuple[Groups, Groups] = ([], [])
-    for group in groups:
-        for part, wanted in zip(parts, (True, False), strict=True):
-            params = [p for p in group["params"] if (group["decay"] and chosen(p)) == wanted]
-            if params:
-                part.append(group | {"params": params})
-    return parts
+class CombinedOptimizer(Optimizer):
+    """Several optimizers over disjoint parameters behind the interface of one.
 
-
-class Combined(Optimizer):
-    """Optimizers of disjoint parameters that act as one: `param_groups` are theirs, a step is a step of each.
+    `param_groups` lists the groups of all optimizers, and `step` takes a step of each.
 
     Args:
-        optimizers: in the order in which their groups are listed and their states saved.
+        *optimizers: Optimizers in the order in which their groups are listed and their states are saved.
     """
 
     def __init__(self, *optimizers: Optimizer) -> None:
@@ -92,7 +90,6 @@ class Combined(Optimizer):
         super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """A step of each; the closure, if any, is evaluated once."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -102,51 +99,49 @@ class Combined(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of all."""
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state of the same optimizers over the same parameters."""
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        # Loading replaces the groups of each, and those listed here must be the same objects for rates to reach them.
+        # Loading replaced the groups of each optimizer; `set_hyperparameters` must reach the new ones.
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
 def create_adamw(
     model: HJEPA,
-    lr: float,
-    weight_decay: float,
-    betas: list[float],
-    eps: float,
-    lr_scale: dict[str, float],
-    layer_decay: float,
+    lr: PositiveFloat,
+    weight_decay: NonNegativeFloat,
+    betas: list[Fraction],
+    eps: PositiveFloat,
+    lr_scale: dict[str, NonNegativeFloat],
+    layer_decay: PositiveFraction,
 ) -> Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), fused into one kernel per group. For the rates, see `parameter_groups`."""
+    """Create AdamW (Loshchilov & Hutter 2019); see `parameter_groups` for the last two options."""
     return fused_adamw(parameter_groups(model, lr_scale, layer_decay), lr, weight_decay, betas, eps)
 
 
 def fused_adamw(groups: Groups, lr: float, weight_decay: float, betas: list[float], eps: float) -> Optimizer:
-    """torch's AdamW, in its fastest form."""
+    """Create torch's AdamW with its fused kernel, the fastest one."""
     beta1, beta2 = betas
     return AdamW(groups, lr=lr, weight_decay=weight_decay, betas=(beta1, beta2), eps=eps, fused=True)
 
 
 def create_soap(
     model: HJEPA,
-    lr: float,
-    weight_decay: float,
-    betas: list[float],
-    eps: float,
-    frequency: int,
-    max_dim: int,
-    lr_scale: dict[str, float],
-    layer_decay: float,
+    lr: PositiveFloat,
+    weight_decay: NonNegativeFloat,
+    betas: list[Fraction],
+    eps: PositiveFloat,
+    frequency: PositiveInt,
+    max_dim: NonNegativeInt,
+    lr_scale: dict[str, NonNegativeFloat],
+    layer_decay: PositiveFraction,
 ) -> Optimizer:
-    """SOAP (Vyas et al. 2024) for matrices, AdamW for norms, biases and tokens; see `hjepa.optim.create_soap.SOAP`."""
-    matrices, others = split(parameter_groups(model, lr_scale, layer_decay), lambda p: True)
+    """Create SOAP (Vyas et al. 2024) for matrices and AdamW for norms, biases and tokens; see `hjepa.optim.soap.SOAP`."""
+    matrices, others = split_groups(parameter_groups(model, lr_scale, layer_decay), lambda p: True)
     beta1, beta2 = betas
-    return Combined(
+    return CombinedOptimizer(
         SOAP(matrices, lr, weight_decay, (beta1, beta2), eps, frequency, max_dim),
         fused_adamw(others, lr, weight_decay, betas, eps),
     )
@@ -154,27 +149,27 @@ def create_soap(
 
 def create_muon(
     model: HJEPA,
-    lr: float,
-    weight_decay: float,
-    momentum: float,
-    betas: list[float],
-    eps: float,
-    lr_scale: dict[str, float],
-    layer_decay: float,
+    lr: PositiveFloat,
+    weight_decay: NonNegativeFloat,
+    momentum: Fraction,
+    betas: list[Fraction],
+    eps: PositiveFloat,
+    lr_scale: dict[str, NonNegativeFloat],
+    layer_decay: PositiveFraction,
 ) -> Optimizer:
-    """Muon (Jordan et al. 2024) for the matrices of the blocks and heads, AdamW (`betas`, `eps`) for everything else.
+    """Create Muon (Jordan et al. 2024) for 2-D weights and AdamW (`betas`, `eps`) for all other parameters.
 
-    Orthogonal updates are scaled to the size that AdamW's usually have (Liu et al. 2025), so that one learning rate and
-    weight decay serve both.
+    The orthogonal updates are scaled to the usual size of AdamW's (Liu et al. 2025), so that both optimizers work with the same
+    learning rate and weight decay.
 
     Raises:
-        UserError: this torch has no Muon.
+        UserError: The installed torch has no Muon.
     """
     if not hasattr(torch.optim, "Muon"):
-        raise UserError(f"optimizer=muon needs torch 2.9 or later and this is {torch.__version__}; update it, or use soap.")
-    matrices, others = split(parameter_groups(model, lr_scale, layer_decay), lambda p: p.ndim == 2)
+        raise UserError(f"optimizer=muon needs torch 2.9 or later, and this is {torch.__version__}; update torch or use soap.")
+    matrices, others = split_groups(parameter_groups(model, lr_scale, layer_decay), lambda p: p.ndim == 2)
     scaled: dict[str, Any] = {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw"}
-    return Combined(
+    return CombinedOptimizer(
         torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, **scaled),
         fused_adamw(others, lr, weight_decay, betas, eps),
     )
@@ -182,36 +177,33 @@ def create_muon(
 
 def create_lars(
     model: HJEPA,
-    lr: float,
-    weight_decay: float,
-    momentum: float,
-    trust: float,
-    lr_scale: dict[str, float],
-    layer_decay: float,
+    lr: PositiveFloat,
+    weight_decay: NonNegativeFloat,
+    momentum: Fraction,
+    trust: PositiveFloat,
+    lr_scale: dict[str, NonNegativeFloat],
+    layer_decay: PositiveFraction,
 ) -> Optimizer:
-    """LARS (You et al. 2017): SGD with momentum, whose rate for a matrix w is also trust |w| / (|g| + weight_decay |w|).
+    """Create LARS (You et al. 2017): SGD with momentum and a learning rate that adapts to the norm of every matrix.
 
-    Norms, biases and tokens do not adapt, as in BYOL and VICReg.
+    The rate of a matrix w with gradient g is multiplied by trust |w| / (|g| + weight_decay |w|). As in BYOL and VICReg, the rates
+    of norms, biases and tokens do not adapt.
     """
     groups = parameter_groups(model, lr_scale, layer_decay)
-    adaptive = [group | {"always_adapt": group["decay"]} for group in groups]  # also where the weight decay is 0
+    adaptive = [group | {"always_adapt": group["decay"]} for group in groups]  # timm's Lars adapts only where weight decay is > 0
     optimizer: Optimizer = Lars(adaptive, lr=lr, weight_decay=weight_decay, momentum=momentum, trust_coeff=trust)
     return optimizer
 
 
-def set_rates(optimizer: Optimizer, lr: Mapping[str, float], weight_decay: float) -> None:
-    """Set the learning rate of all groups, that of their part ("" for all others) by their factor, and the weight decay of those
-    that decay.
+def set_hyperparameters(optimizer: Optimizer, lr: Mapping[str, float], weight_decay: float) -> None:
+    """Set the learning rate and weight decay of every parameter group.
+
+    Args:
+        optimizer: Optimizer over groups made by `parameter_groups`.
+        lr: Learning rates by component; the key "" holds the rate of all components that are not listed.
+        weight_decay: Weight decay of the groups that decay.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr.get(group["part"], lr[""]) * group["scale"]
         if group["decay"]:
             group["weight_decay"] = weight_decay
-
-
-def check_known_parts(lr: Mapping[str, Any], optimizer: Optimizer) -> None:
-    """Refuse learning rates of parts that the optimizer does not train."""
-    trained = sorted({group["part"] for group in optimizer.param_groups})
-    for part in lr:
-        if part and part not in trained:
-            raise UserError(f"schedule.parts.{part} names no trained part; there are {', '.join(trained)}.")

@@ -1,7 +1,8 @@
-"""Schedules as lists indexed by optimizer step: learning rates, weight decay, EMA momentum.
+"""Schedules of learning rates, weight decay and EMA momentum, as lists indexed by optimizer step.
 
 Each schedule warms up linearly from 0 over its first steps (`warmup_epochs` or `warmup_steps`) and then goes from `start` to
-`end`. The value of step t is applied before update t.
+`end`. The value of step t is set before update t. To add a schedule, write a subclass of `Schedule` with `progress`, list it in
+`hjepa/optim/__init__.pyi`, and add one YAML in conf/schedule.
 """
 
 import math
@@ -9,91 +10,88 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 from hjepa.config.errors import UserError
+from hjepa.config.types import NonNegativeFloat, NonNegativeInt, PositiveFraction
 from hjepa.optim.step_plan import StepPlan
 
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """Shape of a value over a run; subclasses say how far it has come after a share of the way.
+    """Base class of schedules; a subclass defines the shape of the curve after the warm-up.
 
     Args:
-        start, end: the value after the warm-up and at the last step.
-        warmup_epochs, warmup_steps: length of the linear warm-up from 0; only one of the two may be set.
+        start: Value after the warm-up.
+        end: Value at the last step.
+        warmup_epochs: Length of the linear warm-up from 0 in epochs.
+        warmup_steps: Length of the warm-up in optimizer steps instead; at least one of the two lengths must be 0.
     """
 
-    start: float
-    end: float
-    warmup_epochs: float = 0.0
-    warmup_steps: int = 0
+    start: NonNegativeFloat
+    end: NonNegativeFloat
+    warmup_epochs: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         if self.warmup_epochs and self.warmup_steps:
             raise UserError(
                 f"warmup_epochs={self.warmup_epochs} and warmup_steps={self.warmup_steps} exclude each other; set one to 0."
             )
-        if self.warmup_epochs < 0 or self.warmup_steps < 0:
-            raise UserError(f"A warm-up of {self.warmup_epochs} epochs, {self.warmup_steps} steps cannot be negative.")
 
     @abstractmethod
-    def progress(self, share: float) -> float:
-        """How far from `start` (0) to `end` (1) the value is after `share` of the way."""
+    def progress(self, fraction: float) -> float:
+        """Return how far the value has moved from `start` (0) to `end` (1) after a fraction of the steps."""
 
     def __call__(self, plan: StepPlan) -> list[float]:
-        """The value of each of the plan's optimizer steps."""
-        warmup = min(plan.steps, self.warmup_steps or plan.steps_in_first(self.warmup_epochs))
-        rest = plan.steps - warmup
-        rise = [self.start * step / warmup for step in range(warmup)]
-        way = max(1, rest - 1)
-        return rise + [self.start + (self.end - self.start) * self.progress(step / way) for step in range(rest)]
+        """Return the value at each of the plan's optimizer steps."""
+        num_warmup = min(plan.num_steps, self.warmup_steps or plan.steps_in_first(self.warmup_epochs))
+        num_rest = plan.num_steps - num_warmup
+        warmup = [self.start * step / num_warmup for step in range(num_warmup)]
+        fractions = [step / max(1, num_rest - 1) for step in range(num_rest)]
+        return warmup + [self.start + (self.end - self.start) * self.progress(fraction) for fraction in fractions]
 
 
 class CosineSchedule(Schedule):
-    """Half a cosine (SGDR, Loshchilov & Hutter 2017)."""
+    """Half a cosine from `start` to `end` (SGDR, Loshchilov & Hutter 2017)."""
 
-    def progress(self, share: float) -> float:
-        return (1 - math.cos(math.pi * share)) / 2
+    def progress(self, fraction: float) -> float:
+        return (1 - math.cos(math.pi * fraction)) / 2
 
 
 class LinearSchedule(Schedule):
-    """A straight line."""
+    """A straight line from `start` to `end`."""
 
-    def progress(self, share: float) -> float:
-        return share
+    def progress(self, fraction: float) -> float:
+        return fraction
 
 
 class ConstantSchedule(Schedule):
-    """`start` all the way; `end` is not reached."""
+    """The value `start` throughout; `end` has no effect."""
 
-    def progress(self, share: float) -> float:
+    def progress(self, fraction: float) -> float:
         return 0.0
 
 
 @dataclass(frozen=True)
 class WSDSchedule(Schedule):
-    """Warm-up, stable, decay (Hu et al. 2024): `start` all the way, then a straight line to `end`.
+    """Warm-up, stable, decay (Hu et al. 2024): the value `start`, then a straight line to `end`.
 
     Args:
-        decay: share of the way, after the warm-up, that the line takes.
+        decay: Fraction of the steps after the warm-up over which the value decays.
     """
 
-    decay: float = 0.2
+    decay: PositiveFraction = 0.2
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.decay <= 1:
-            raise UserError(f"schedule: decay={self.decay} is a share of the run; expected a value in (0, 1].")
-
-    def progress(self, share: float) -> float:
-        return max(0.0, (share - (1 - self.decay)) / self.decay)
+    def progress(self, fraction: float) -> float:
+        return max(0.0, (fraction - (1 - self.decay)) / self.decay)
 
 
 @dataclass(frozen=True)
 class OptimizerSchedules:
-    """The schedules that the optimizer follows.
+    """Schedules of the optimizer's learning rates and weight decay.
 
     Args:
-        lr: learning rate; weight_decay: of the matrices.
-        parts: learning rates of single parts instead, by name: student, predictor, stacked1, ...
+        lr: Schedule of the learning rate.
+        weight_decay: Schedule of the weight decay of matrices.
+        parts: Learning-rate schedules of single components (student, predictor, stacked1, ...) that replace `lr`.
     """
 
     lr: Schedule
@@ -101,9 +99,10 @@ class OptimizerSchedules:
     parts: dict[str, Schedule] = field(default_factory=dict)
 
     def learning_rates(self, plan: StepPlan) -> dict[str, list[float]]:
-        """The learning rate of every step by part, "" for all that have none of their own; in proportion to the step's batch
-        (Goyal et al. 2017).
+        """Return the learning rate of every step by component, in proportion to the step's batch size (Goyal et al. 2017).
+
+        The key "" holds the rates of all components that have no schedule of their own.
         """
+        factors = [plan.batch_size_at(step) / plan.batch_size for step in range(plan.num_steps)]
         schedules = {"": self.lr} | self.parts
-        sizes = [plan.batch_size_at(step) / plan.batch_size for step in range(plan.steps)]
-        return {part: [size * lr for size, lr in zip(sizes, s(plan), strict=True)] for part, s in schedules.items()}
+        return {name: [f * lr for f, lr in zip(factors, s(plan), strict=True)] for name, s in schedules.items()}

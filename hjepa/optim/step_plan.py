@@ -1,4 +1,4 @@
-"""The plan of a run: how many images every optimizer step takes, and where the epochs end."""
+"""The batch size of every optimizer step of a run, and the steps at which its epochs end."""
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
@@ -10,61 +10,65 @@ from hjepa.config.errors import UserError
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Epochs of whole batches; what is left over of an epoch is dropped, another part each time.
+    """Epochs of complete batches; the images that are left over at the end of an epoch are dropped, different ones each time.
 
     Args:
-        images: in the training part.
-        epochs, length: of the run, in epochs or in optimizer steps; one of the two is None.
-        batch_size: images per step, after the warm-up.
-        batch_start, batch_warmup: batch size of the first epoch, growing linearly over `batch_warmup` epochs; None for none.
-        parts: every batch size is a multiple of this.
+        num_images: Number of training images.
+        epochs: Length of the run in epochs, or None.
+        length: Length of the run in optimizer steps, or None; exactly one of `epochs` and `length` is set.
+        batch_size: Images per step after the warm-up of the batch size.
+        batch_start: Batch size of the first epoch, or None for a constant batch size.
+        batch_warmup: Number of epochs over which the batch size grows linearly.
+        divisor: Every batch size is a multiple of this number.
     """
 
-    images: int
+    num_images: int
     epochs: int | None
     length: int | None
     batch_size: int
     batch_start: int | None = None
     batch_warmup: int = 0
-    parts: int = 1
+    divisor: int = 1
 
     def __post_init__(self) -> None:
-        if (self.epochs is None) == (self.length is None) or (self.epochs or self.length or 0) < 1:
+        if (self.epochs is None) == (self.length is None):
             raise UserError(
-                f"train.epochs={self.epochs} and train.steps={self.length}: set one to at least 1, the other to null."
+                f"train.epochs={self.epochs} and train.steps={self.length}: set exactly one of them, the other to null."
             )
-        if not 1 <= self.batch_size <= self.images:
-            raise UserError(f"train.batch_size={self.batch_size}: expected 1 to {self.images}, the number of training images.")
-        if self.parts < 1 or self.batch_size % self.parts:
+        if self.batch_size > self.num_images:
             raise UserError(
-                f"train.batch_size={self.batch_size} cannot be cut into {self.parts} equal parts (train.accumulate times the "
-                "number of processes); choose a multiple."
+                f"train.batch_size={self.batch_size}: expected at most {self.num_images}, the number of training images."
             )
-        if (self.batch_start is None) != (self.batch_warmup == 0) or self.batch_warmup < 0:
+        if self.batch_size % self.divisor:
             raise UserError(
-                f"train.batch_start={self.batch_start} and train.batch_warmup={self.batch_warmup} go together: a batch size to "
-                "start from and the epochs to grow over, or null and 0."
+                f"train.batch_size={self.batch_size} cannot be divided into {self.divisor} equal parts (train.accumulate times "
+                "the number of processes); choose a multiple."
             )
-        if self.batch_start is not None and not self.parts <= self.batch_start <= self.batch_size:
+        if (self.batch_start is None) != (self.batch_warmup == 0):
             raise UserError(
-                f"train.batch_start={self.batch_start}: expected train.accumulate={self.parts} to "
-                f"train.batch_size={self.batch_size}."
+                f"train.batch_start={self.batch_start} and train.batch_warmup={self.batch_warmup} belong together: set a batch "
+                "size to start from and the number of epochs over which it grows, or null and 0."
+            )
+        if self.batch_start is not None and not self.divisor <= self.batch_start <= self.batch_size:
+            raise UserError(
+                f"train.batch_start={self.batch_start}: expected a value from {self.divisor} (train.accumulate times the number "
+                f"of processes) to train.batch_size={self.batch_size}."
             )
 
     def batch_size_in_epoch(self, epoch: int) -> int:
-        """Images per step in an epoch, counted from 0."""
+        """Return the images per step in an epoch, counted from 0."""
         if self.batch_start is None or epoch >= self.batch_warmup:
             return self.batch_size
-        grown = self.batch_start + (self.batch_size - self.batch_start) * epoch / self.batch_warmup
-        return int(grown) // self.parts * self.parts
+        size = self.batch_start + (self.batch_size - self.batch_start) * epoch / self.batch_warmup
+        return int(size) // self.divisor * self.divisor
 
     def steps_in_epoch(self, epoch: int) -> int:
-        """Steps of a whole epoch."""
-        return self.images // self.batch_size_in_epoch(epoch)
+        """Return the number of steps of a complete epoch."""
+        return self.num_images // self.batch_size_in_epoch(epoch)
 
     @cached_property
     def epoch_ends(self) -> list[int]:
-        """The number of steps done after each epoch; the last one may be cut off."""
+        """The number of completed steps at the end of each epoch; the last epoch may be incomplete."""
         if self.epochs is not None:
             return list(accumulate(self.steps_in_epoch(epoch) for epoch in range(self.epochs)))
         ends, length = [0], self.length or 0
@@ -73,35 +77,35 @@ class StepPlan:
         return ends[1:]
 
     @property
-    def steps(self) -> int:
-        """Optimizer steps of the run."""
+    def num_steps(self) -> int:
+        """The number of optimizer steps of the run."""
         return self.epoch_ends[-1]
 
     def steps_in_first(self, epochs: float) -> int:
-        """Steps in the first `epochs` epochs."""
-        whole = int(epochs)
-        return sum(self.steps_in_epoch(epoch) for epoch in range(whole)) + round((epochs - whole) * self.steps_in_epoch(whole))
+        """Return the number of steps in the first `epochs` epochs, which may be a fraction."""
+        full = int(epochs)
+        return sum(self.steps_in_epoch(epoch) for epoch in range(full)) + round((epochs - full) * self.steps_in_epoch(full))
 
     def locate(self, step: int) -> tuple[int, int]:
-        """The epoch of a step and the first image that it takes in the epoch's order, both from 0."""
+        """Return the epoch of a step and the position of its first image in the order of that epoch, both counted from 0."""
         epoch = bisect_right(self.epoch_ends, step)
         return epoch, (step - self.first_step(epoch)) * self.batch_size_in_epoch(epoch)
 
     def first_step(self, epoch: int) -> int:
-        """The first step of an epoch."""
+        """Return the first step of an epoch."""
         return self.epoch_ends[epoch - 1] if epoch else 0
 
     def batch_size_at(self, step: int) -> int:
-        """Images of a step."""
+        """Return the number of images of a step."""
         return self.batch_size_in_epoch(bisect_right(self.epoch_ends, step))
 
-    def images_seen(self, done: int) -> int:
-        """Images in the first `done` steps."""
-        epoch = bisect_left(self.epoch_ends, done)
-        before = sum((self.epoch_ends[e] - self.first_step(e)) * self.batch_size_in_epoch(e) for e in range(epoch))
-        return before + (done - self.first_step(epoch)) * self.batch_size_in_epoch(epoch)
+    def images_seen(self, num_steps: int) -> int:
+        """Return the number of images in the first `num_steps` steps."""
+        epoch = bisect_left(self.epoch_ends, num_steps)
+        earlier = sum((self.epoch_ends[e] - self.first_step(e)) * self.batch_size_in_epoch(e) for e in range(epoch))
+        return earlier + (num_steps - self.first_step(epoch)) * self.batch_size_in_epoch(epoch)
 
-    def epochs_done(self, done: int) -> float:
-        """Epochs in the first `done` steps."""
-        epoch = bisect_left(self.epoch_ends, done)
-        return epoch + (done - self.first_step(epoch)) / self.steps_in_epoch(epoch)
+    def epochs_done(self, num_steps: int) -> float:
+        """Return the number of epochs, with the fraction of the last one, in the first `num_steps` steps."""
+        epoch = bisect_left(self.epoch_ends, num_steps)
+        return epoch + (num_steps - self.first_step(epoch)) / self.steps_in_epoch(epoch)

@@ -88,7 +88,9 @@ def check_options(config: Config, dataset: DataModule) -> None:
     if not regularizer and not levels:
         raise UserError("levels=none with regularizer=none leaves nothing to minimize; choose levels or a regularizer.")
     if dataset.local_views and not regularizer:
-        raise UserError(f"dataset.local_views={dataset.local_views} has an effect only with a regularizer; choose one, or set it to 0.")
+        raise UserError(
+            f"dataset.local_views={dataset.local_views} has an effect only with a regularizer; choose one, or set it to 0."
+        )
     if dataset.local_views and dataset.local_size % patch:
         raise UserError(f"dataset.local_size={dataset.local_size} must be a multiple of model.patch_size={patch}.")
 

@@ -1,7 +1,9 @@
-"""Checkpoints: everything that a run needs to go on bit for bit, written so that no crash leaves a torn file.
+"""Checkpoints: everything that a run needs to continue bit for bit, written so that a crash never leaves a damaged file.
 
-`latest.pt` is the state to resume from, `best.pt` (and further best ones) the state with the highest probe score, and
-`epoch-N.pt` are kept on request. Random states are not stored: all randomness derives from the seed and the step.
+`latest.pt` is the state from which a run resumes. `best.pt` (and further `best-*.pt`) are the states with the highest probe
+scores, and `epoch-N.pt` are kept on request. Every checkpoint holds the state of the trainer (step, model, optimizer, ...), the
+state of the monitor under `watch`, and the part of the config that identifies the run under `identity`. Random states are not
+stored, because all randomness derives from the seed and the step.
 """
 
 import os
@@ -10,113 +12,127 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.stateful import Stateful
 
 from hjepa.config.errors import UserError
 from hjepa.config.identity import differences
+from hjepa.config.types import NonNegativeInt, PositiveFloat, PositiveInt
 from hjepa.config.upgrade import upgrade_config
-from hjepa.models.pretrained import read
+from hjepa.distributed.process_group import World
+from hjepa.models.pretrained import read_checkpoint
+from hjepa.tracking.atomic import atomic_files
 
 State = dict[str, Any]
 
 
-def save_atomically(path: Path, state: State) -> None:
-    """Write beside the target, flush to the disk, then rename: the target is always the old or the new file, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # a full disk has room again for the reason to be written down
-        raise
-
-
 class Checkpointer:
-    """The checkpoint folder of a run.
+    """Saves and loads the checkpoints of a run.
 
     Args:
-        every_seconds: the most training time that a crash may cost; the end of an epoch is always saved.
-        every_epochs: keep `epoch-N.pt` of every n-th epoch; None keeps none.
-        last: keep `epoch-N.pt` of the last k epochs.
-        best: keep the best n by probe score.
+        every_seconds: Training time between two saves, which is the most that a crash can cost; each epoch end is saved as well.
+        every_epochs: Keep `epoch-N.pt` of every n-th epoch; None keeps none.
+        last: Number of last epochs whose `epoch-N.pt` is kept.
+        best: Number of checkpoints with the highest probe scores to keep.
     """
 
-    def __init__(self, every_seconds: float, every_epochs: int | None, last: int, best: int) -> None:
-        if every_seconds <= 0 or last < 0 or best < 0 or (every_epochs is not None and every_epochs < 1):
-            raise UserError(
-                f"checkpoint.every_seconds={every_seconds}, every_epochs={every_epochs}, last={last}, best={best}: "
-                "expected a positive interval, every_epochs of at least 1 or null, and counts of at least 0."
-            )
+    def __init__(
+        self, every_seconds: PositiveFloat, every_epochs: PositiveInt | None, last: NonNegativeInt, best: NonNegativeInt
+    ) -> None:
         self.every_seconds, self.every_epochs, self.last, self.best = every_seconds, every_epochs, last, best
-        self.folder, self.identity = Path(), State()
+        self.folder, self.identity, self.world = Path(), State(), World()
         self.saved_at = time.monotonic()
 
-    def open(self, folder: Path, identity: State) -> None:
-        """Use a folder for the run of a config."""
-        self.folder, self.identity = folder, identity
-
-    def clean(self, folder: Path) -> None:
-        """Make the folder, or remove what an interrupted write has left in it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink()
-
-    def load(self, device: torch.device) -> State | None:
-        """The latest state, None if there is none yet; refuses one of another config."""
-        if not self.latest.exists():
-            return None
-        state = read(self.latest, device)
-        changed = differences(upgrade_config(state["identity"]), self.identity)
-        if changed:
-            raise UserError(f"{self.latest} belongs to another config ({'; '.join(changed)}); remove it or give another name.")
-        return state
+    def attach(self, folder: Path, identity: State, world: World) -> None:
+        """Set the folder of the checkpoints, the identity of the run (see `hjepa.config.identity`) and its processes."""
+        self.folder, self.identity, self.world = folder, identity, world
 
     @property
     def latest(self) -> Path:
-        """The state to resume from."""
+        """The checkpoint from which a run resumes."""
         return self.folder / "latest.pt"
 
+    def clean(self) -> None:
+        """Create the folder, or remove what an interrupted write has left in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".*.tmp"):
+            leftover.unlink()
+
     def due(self) -> bool:
-        """Whether `every_seconds` have passed since the last save."""
+        """Return whether `every_seconds` have passed since the last save."""
         return time.monotonic() - self.saved_at > self.every_seconds
 
-    def save(self, state: State, epoch: int | None = None, score: float | None = None) -> None:
-        """Save the latest state; at the end of an epoch also what is kept of it."""
-        save_atomically(self.latest, {"identity": self.identity, **state})
+    def save(self, trainer: Stateful, monitor: Stateful, epoch: int | None = None, score: float | None = None) -> None:
+        """Save the latest state; every process must call this, and the main process writes.
+
+        Args:
+            trainer: Trainer whose state is saved.
+            monitor: Monitor whose state is saved.
+            epoch: Number of the epoch that has just ended, if any, to keep its checkpoint as configured.
+            score: Probe score of this state, if any, to keep it among the best.
+        """
+        state = {"identity": self.identity, **trainer.state_dict(), "watch": monitor.state_dict()}
+        if self.world.main:
+            self.write(state, epoch, score)
         self.saved_at = time.monotonic()
+
+    def write(self, state: State, epoch: int | None, score: float | None) -> None:
+        """Write the latest state and keep it under further names as configured; see `save`."""
+        with atomic_files(self.latest, sync=True) as (temporary,), temporary.open("wb") as file:
+            torch.save(state, file)  # to an open file, since torch reports a full disk without its error number otherwise
         if epoch is not None and (self.last or self.every_epochs):
-            self.keep(f"epoch-{epoch:05d}.pt")
+            self.keep_as(f"epoch-{epoch:05d}.pt")
             self.prune_epochs(epoch)
         if score is not None and self.best:
-            self.keep_best(score, int(state["step"]))
+            self.keep_if_best(score, int(state["step"]))
 
-    def keep(self, name: str) -> None:
-        """Give the latest state a second name; a hard link costs neither time nor space."""
-        link = self.folder / f".{name}.tmp"
-        link.unlink(missing_ok=True)
-        os.link(self.latest, link)
-        link.replace(self.folder / name)
+    def load(self, trainer: Stateful, monitor: Stateful, device: torch.device) -> bool:
+        """Load the latest state into trainer and monitor; every process must call this.
+
+        Args:
+            trainer: Trainer to restore.
+            monitor: Monitor to restore.
+            device: Device to which the tensors are loaded.
+
+        Returns:
+            Whether a checkpoint existed.
+
+        Raises:
+            UserError: The checkpoint belongs to a run with another config.
+        """
+        self.world.broadcast_object(None)  # wait until the main process has prepared the folder
+        if not self.latest.exists():
+            return False
+        state = read_checkpoint(self.latest, device)
+        changed = differences(upgrade_config(state["identity"]), self.identity)
+        if changed:
+            raise UserError(f"{self.latest} belongs to another config ({'; '.join(changed)}); remove it or set another name.")
+        trainer.load_state_dict(state)
+        monitor.load_state_dict(state["watch"])
+        return True
+
+    def keep_as(self, name: str) -> None:
+        """Keep the latest checkpoint under another name as a hard link, which takes neither time nor space."""
+        with atomic_files(self.folder / name) as (temporary,):
+            os.link(self.latest, temporary)
 
     def prune_epochs(self, epoch: int) -> None:
-        """Remove the epochs that are neither among the last k nor a multiple of n."""
+        """Remove the checkpoints of epochs that are neither among the last `last` nor a multiple of `every_epochs`."""
         for path in self.folder.glob("epoch-*.pt"):
             number = int(path.stem.removeprefix("epoch-"))
             if number <= epoch - self.last and not (self.every_epochs and number % self.every_epochs == 0):
                 path.unlink()
 
-    def keep_best(self, score: float, step: int) -> None:
-        """Keep this state if its score is among the n best; `best.pt` is the very best."""
-        self.keep(f"best-{score:.4f}-{step:08d}.pt")
+    def keep_if_best(self, score: float, step: int) -> None:
+        """Keep the latest checkpoint if its score is among the `best` highest; `best.pt` has the highest score."""
+        self.keep_as(f"best-{score:.4f}-{step:08d}.pt")
         ranked = sorted(self.folder.glob("best-*.pt"), key=best_rank, reverse=True)
         for path in ranked[self.best :]:
             path.unlink()
         if best_rank(ranked[0])[1] == -step:
-            self.keep("best.pt")
+            self.keep_as("best.pt")
 
 
 def best_rank(path: Path) -> tuple[float, int]:
-    """(score, -step) from a name `best-SCORE-STEP.pt`: higher is better, earlier wins a tie."""
+    """Return (score, -step) of a file `best-SCORE-STEP.pt`: a higher score ranks first, and the earlier step wins a tie."""
     _, score, step = path.stem.split("-")
     return float(score), -int(step)

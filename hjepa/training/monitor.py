@@ -1,4 +1,7 @@
-"""What a run measures of itself besides the loss it minimizes: held-out loss, collapse watch, probes, the untrained network."""
+"""Measurements during a run besides the training loss: held-out loss, collapse detection, and probes.
+
+The untrained network is measured as well, as the baseline of everything that follows.
+"""
 
 import logging
 import time
@@ -6,117 +9,136 @@ from typing import Any
 
 import torch
 
-from hjepa.data.datamodule import DataModule, Split, spaced
-from hjepa.distributed.device import Hardware
+from hjepa.data.datamodule import Split, evenly_spaced_indices
 from hjepa.distributed.seeding import generator
-from hjepa.losses import PredictionLoss
-from hjepa.masking import MaskSampler
-from hjepa.metrics.collapse import feature_spread, verdict
-from hjepa.metrics.probes import Probe, extract
-from hjepa.models.hjepa import HJEPA
+from hjepa.metrics.collapse import collapse_statistics, describe_collapse
+from hjepa.metrics.probes import Probe, extract_features
+from hjepa.training.build import Components
 
 log = logging.getLogger(__name__)
 
-HELD_OUT = 256  # validation images for the held-out loss and the collapse watch
+NUM_HELD_OUT = 256  # validation images for the held-out loss and the collapse detection
 
-PART = 64  # images per forward pass
+BATCH_SIZE = 64  # images per forward pass
 
-STATE = ("untrained", "untrained_spread", "latest", "collapsed", "seconds")
+# The attributes in a checkpoint, by their keys.
+STATE = {
+    "untrained": "untrained_scores",
+    "untrained_spread": "untrained_statistics",
+    "latest": "latest_scores",
+    "collapsed": "collapse",
+    "seconds": "seconds",
+}
 
 Scores = dict[str, float]
 
 
 class Monitor:
-    """Measures a model on the validation part.
+    """Measures the model of a run on the validation images.
 
     Args:
-        probe: None measures no probes; train, validation: the two parts of the training split.
+        components: Components of the run.
+        probe: Probe of the features, or None.
+        train: Training images, which the probe fits on.
+        validation: Validation images.
+
+    Attributes:
+        untrained_statistics: Collapse statistics of the untrained teacher.
+        untrained_scores: Probe scores of the untrained teacher; empty without a probe.
+        latest_scores: Latest probe scores.
+        collapse: Description of the collapse found at the end of the last epoch, or None.
+        seconds: Time spent on measurements.
     """
 
-    def __init__(
-        self,
-        model: HJEPA,
-        hardware: Hardware,
-        dataset: DataModule,
-        sampler: MaskSampler,
-        loss: PredictionLoss,
-        probe: Probe | None,
-        train: Split,
-        validation: Split,
-    ) -> None:
-        self.model, self.hardware, self.dataset, self.sampler, self.loss = model, hardware, dataset, sampler, loss
-        self.probe = probe
-        self.parts = probe.choose(train, validation) if probe else None
-        self.held_out = validation.images[spaced(len(validation), HELD_OUT)]
-        self.untrained_spread: Scores = {}
-        self.untrained: Scores = {}
-        self.latest: Scores = {}
-        self.collapsed: str | None = None
+    def __init__(self, components: Components, probe: Probe | None, train: Split, validation: Split) -> None:
+        self.components, self.model, self.probe = components, components.model, probe
+        self.probe_splits = probe.select_images(train, validation) if probe else None
+        self.held_out = validation.images[evenly_spaced_indices(len(validation), NUM_HELD_OUT)]
+        self.untrained_statistics: Scores = {}
+        self.untrained_scores: Scores = {}
+        self.latest_scores: Scores = {}
+        self.collapse: str | None = None
         self.seconds = 0.0
 
-    def begin(self) -> Scores:
-        """Measure the untrained network: the baseline of everything later."""
-        began = time.perf_counter()
-        self.untrained_spread = self.spreads()["teacher"]
-        self.untrained = self.latest = self.scores()
-        measured = {**self.held_out_loss(), **named("teacher", self.untrained_spread), **named("probe", self.untrained)}
-        self.seconds += time.perf_counter() - began
+    def measure_untrained(self) -> Scores:
+        """Measure the untrained network, the baseline of all later measurements."""
+        start = time.perf_counter()
+        log.info("measuring the untrained network")
+        self.untrained_statistics = self.collapse_statistics()["teacher"]
+        self.untrained_scores = self.latest_scores = self.probe_scores("probing the untrained network")
+        measured = {
+            **self.held_out_loss(),
+            **with_prefix("teacher", self.untrained_statistics),
+            **with_prefix("probe", self.untrained_scores),
+        }
+        self.seconds += time.perf_counter() - start
         return measured
 
-    def epoch(self, probe_now: bool) -> Scores:
-        """Measure at the end of an epoch; a collapse is put in words and warned about."""
-        began = time.perf_counter()
-        spreads = self.spreads()
+    def measure_epoch(self, run_probe: bool) -> Scores:
+        """Measure the model at the end of an epoch, with or without the probe, and log a warning if it has collapsed."""
+        start = time.perf_counter()
+        statistics = self.collapse_statistics()
         measured = self.held_out_loss()
-        for who, figures in spreads.items():
-            measured |= named(who, figures)
-        found = [f"{who}: {word}" for who, figures in spreads.items() if (word := verdict(figures, self.untrained_spread))]
-        self.collapsed = "; ".join(found) or None
-        measured["collapsed"] = float(bool(found))
-        if found:
-            log.warning("COLLAPSED - %s. Its features are of no use; see train.stop_on_collapse.", self.collapsed)
-        if probe_now and self.probe:
-            self.latest = self.scores()
-            measured |= named("probe", self.latest) | named("untrained", self.untrained)
-        self.seconds += time.perf_counter() - began
+        collapses = []
+        for encoder, values in statistics.items():
+            measured |= with_prefix(encoder, values)
+            if description := describe_collapse(values, self.untrained_statistics):
+                collapses.append(f"{encoder}: {description}")
+        self.collapse = "; ".join(collapses) or None
+        measured["collapsed"] = float(bool(collapses))
+        if collapses:
+            log.warning("COLLAPSED - %s. These features are useless; see train.stop_on_collapse.", self.collapse)
+        if run_probe and self.probe:
+            self.latest_scores = self.probe_scores("probing")
+            measured |= with_prefix("probe", self.latest_scores) | with_prefix("untrained", self.untrained_scores)
+        self.seconds += time.perf_counter() - start
         return measured
 
-    def scores(self) -> Scores:
-        """Probe scores of the teacher."""
-        return self.probe(self.model.teacher, *self.parts, self.dataset.normalize) if self.probe and self.parts else {}
+    def probe_scores(self, description: str) -> Scores:
+        """Return the probe scores of the teacher; `description` labels the progress bar."""
+        if not self.probe or not self.probe_splits:
+            return {}
+        progress = description if self.components.world.main else None
+        return self.probe(self.model.teacher, *self.probe_splits, self.components.dataset.normalize, progress)
 
-    def spreads(self) -> dict[str, Scores]:
-        """How the held-out images' features differ, for teacher and student."""
+    def collapse_statistics(self) -> dict[str, Scores]:
+        """Return the collapse statistics of teacher and student on the held-out images."""
         encoders = {"teacher": self.model.teacher} | ({} if self.model.teacher_is_student else {"student": self.model.student})
-        return {who: feature_spread(extract(e, self.held_out, self.dataset.normalize, PART)) for who, e in encoders.items()}
+        batches, normalize = self.held_out.split(BATCH_SIZE), self.components.dataset.normalize
+        features = {name: torch.cat(list(extract_features(e, batches, normalize))) for name, e in encoders.items()}
+        return {name: collapse_statistics(values) for name, values in features.items()}
 
     @torch.no_grad()
     def held_out_loss(self) -> Scores:
-        """Loss on held-out images under fixed masks, beside that of predicting one constant vector; empty without levels."""
+        """Return the loss on held-out images with fixed masks, and the loss of predicting one constant vector.
+
+        The result is empty for a model without levels.
+        """
         if not self.model.predictor:
             return {}
+        c = self.components
         training = self.model.training
         self.model.eval()
-        sums, parts = torch.zeros(2), self.held_out.split(PART)
-        for i, images in enumerate(parts):
-            masks = self.sampler(len(images), generator(0, "held out", i)).to(self.hardware.device)
-            with self.hardware.autocast():
-                output = self.model(self.dataset.normalize(images.to(self.hardware.device)), masks)
-                total, _ = self.loss(output)
-            sums += torch.stack([total, self.loss.constant(output)]).cpu() * len(images) / len(self.held_out)
+        sums = torch.zeros(2)
+        for i, images in enumerate(self.held_out.split(BATCH_SIZE)):
+            masks = c.sampler(len(images), generator(0, "held out", i)).to(c.hardware.device)
+            with c.hardware.autocast():
+                output = self.model(c.dataset.normalize(images.to(c.hardware.device)), masks)
+                loss, _ = c.objective.loss(output)
+            sums += torch.stack([loss, c.objective.loss.constant_baseline(output)]).cpu() * len(images) / len(self.held_out)
         self.model.train(training)
         return {"validation/loss": sums[0].item(), "validation/constant_loss": sums[1].item()}
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
-        return {key: getattr(self, key) for key in STATE}
+        """Return the measurements so far."""
+        return {key: getattr(self, attribute) for key, attribute in STATE.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
-        for key in STATE:
-            setattr(self, key, state[key])
+        """Restore a state returned by `state_dict`."""
+        for key, attribute in STATE.items():
+            setattr(self, attribute, state[key])
 
 
-def named(prefix: str, figures: Scores) -> Scores:
-    """Figures under `prefix/name`."""
-    return {f"{prefix}/{name}": value for name, value in figures.items()}
+def with_prefix(prefix: str, values: Scores) -> Scores:
+    """Return the values under the names `prefix/name`."""
+    return {f"{prefix}/{name}": value for name, value in values.items()}

@@ -1,5 +1,7 @@
-"""How a model is spread over the processes: a copy in each (DDP), or divided among them (FSDP2), so that each holds a part of
-every parameter, its gradient and its optimizer state, and a block as a whole only while it computes it.
+"""Parallel training: a copy of the model in each process (DDP), or the model divided among the processes (FSDP2).
+
+Under FSDP2, each process holds a part of every parameter, its gradient and its optimizer state, and gathers a complete block only
+while it computes the block.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -27,96 +29,102 @@ from hjepa.models.hjepa import HJEPA
 
 State = dict[str, Any]
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class DDPStrategy:
-    """A copy in each process; a backward pass makes the gradients the mean over all."""
+    """A copy of the model in each process; the backward pass averages the gradients over the processes."""
 
     def __init__(self, world: World) -> None:
         self.world = world
 
-    def divide(self, model: HJEPA, device: torch.device) -> None:
-        """Prepare the model, on its device, before its optimizer is made."""
+    def shard(self, model: HJEPA, device: torch.device) -> None:
+        """Divide the model, which is on its device, before its optimizer is created; DDP leaves it whole."""
 
     def wrap(self, model: HJEPA, optimizer: Optimizer) -> nn.Module:
-        """What to call for a forward pass."""
+        """Return the module to call for a forward pass, and keep model and optimizer for `state_dict`."""
+        self.model, self.optimizer = model, optimizer
         if self.world.size == 1:
             return model
         device = next(model.parameters()).device
-        modern = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
-        alike: dict[str, Any] = {"forward_sync_buffers" if modern else "broadcast_buffers": False}  # all have the same buffers
+        # All processes have the same buffers, so synchronizing them is unnecessary. Newer versions of torch renamed the option.
+        renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+        options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
         ids = [device.index] if device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **alike)
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **options)
 
-    def no_sync(self, net: nn.Module) -> AbstractContextManager[None]:
-        """Backward passes that add to each process' own gradients, for a later one to share."""
-        return net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext()
+    def no_sync(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Accumulate gradients in each process without averaging them, as DDP's `no_sync`."""
+        return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
 
     def measures(self) -> bool:
-        """Whether this process takes part in measuring."""
+        """Return whether this process takes part in measurements of the model."""
         return self.world.main
 
-    def state_dict(self, model: HJEPA, optimizer: Optimizer) -> State:
-        """The states of both for a checkpoint, whole ones on the main process."""
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    def state_dict(self) -> State:
+        """Return the complete states of model and optimizer; every process must call this, and the main process saves them."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, model: HJEPA, optimizer: Optimizer, state: State) -> None:
-        """Go on from a checkpoint."""
-        check_same_strategy(state, named=False)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    def load_state_dict(self, state: State) -> None:
+        """Restore a state returned by `state_dict`."""
+        check_same_strategy(state, sharded=False)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 class FSDPStrategy(DDPStrategy):
-    """Divided among the processes. All of them measure, since none has the whole model.
+    """The model divided among the processes; all of them take part in measurements, since none holds the complete model.
 
     Raises:
-        UserError: there is one process only, or the optimizer needs whole matrices.
+        UserError: There is only one process, or the optimizer needs complete matrices.
     """
 
-    def divide(self, model: HJEPA, device: torch.device) -> None:
+    def shard(self, model: HJEPA, device: torch.device) -> None:
         if self.world.size == 1:
             raise UserError("hardware.shard=true needs several processes to divide the model among; set hardware.processes.")
         mesh = init_device_mesh(device.type, (self.world.size,))
         for block in model.blocks():
             fully_shard(block, mesh=mesh)
-        parts = {model.student, model.teacher, model.predictor, model.upper, model.fusion, *model.projectors.values()}
-        for part in parts:  # each is called on its own
-            if part is not None and any(True for _ in part.parameters()):
-                fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        modules = {model.student, model.teacher, model.predictor, model.upper, model.fusion, *model.projectors.values()}
+        for module in modules:  # each of them is called on its own
+            if module is not None and any(True for _ in module.parameters()):
+                fully_shard(module, mesh=mesh, reshard_after_forward=True)
         for encoder in {model.student, model.teacher}:
             register_fsdp_forward_method(encoder, "features")
 
     def wrap(self, model: HJEPA, optimizer: Optimizer) -> nn.Module:
         if not isinstance(optimizer, AdamW):
-            raise UserError("hardware.shard=true divides every matrix among the processes and goes with optimizer=adamw only.")
+            raise UserError("hardware.shard=true divides every matrix among the processes, which needs optimizer=adamw.")
+        self.model, self.optimizer = model, optimizer
         return model
 
     def measures(self) -> bool:
         return True
 
-    def state_dict(self, model: HJEPA, optimizer: Optimizer) -> State:
+    def state_dict(self) -> State:
         return {
-            "model": get_model_state_dict(model, options=WHOLE),
-            "optimizer": get_optimizer_state_dict(model, optimizer, options=WHOLE),
+            "model": get_model_state_dict(self.model, options=FULL_STATE),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=FULL_STATE),
         }
 
-    def load_state_dict(self, model: HJEPA, optimizer: Optimizer, state: State) -> None:
-        check_same_strategy(state, named=True)
-        set_model_state_dict(model, state["model"], options=WHOLE)
-        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
+    def load_state_dict(self, state: State) -> None:
+        check_same_strategy(state, sharded=True)
+        set_model_state_dict(self.model, state["model"], options=FULL_STATE)
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=FULL_STATE)
 
 
-def check_same_strategy(state: State, named: bool) -> None:
-    """A divided model's optimizer state goes by names, others' by numbers: one does not serve the other."""
-    if named != any(isinstance(key, str) for key in state["optimizer"].get("state", ())):
+def check_same_strategy(state: State, sharded: bool) -> None:
+    """Raise `UserError` if a checkpoint was saved with the other strategy.
+
+    FSDP keys the optimizer state by parameter name and DDP by parameter number, so that neither can load the other's.
+    """
+    if sharded != any(isinstance(key, str) for key in state["optimizer"].get("state", ())):
         raise UserError(
-            f"The checkpoint is of a run with hardware.shard={str(not named).lower()}; continue it so, or start another run "
-            "from its weights with init_from=."
+            f"The checkpoint belongs to a run with hardware.shard={str(not sharded).lower()}; continue it with that setting, or "
+            "start another run from its weights with init_from=."
         )
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """A divided tensor as a whole, in all processes; others as they are."""
+    """Return a tensor that is divided among the processes as a complete one; return any other tensor unchanged."""
     return value.full_tensor() if isinstance(value, DTensor) else value

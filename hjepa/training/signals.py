@@ -1,8 +1,9 @@
-"""Stopping politely: a signal sets a flag, the loop saves after its step, the run ends as stopped or goes back into the queue.
+"""Graceful stops: a signal sets a flag, the training loop saves after its step, and the run ends as stopped or is requeued.
 
-INT (Ctrl-C) and TERM stop a run. Under SLURM, TERM also announces that the scheduler is about to take the node (preemption,
-`scontrol requeue`, `scancel`), and decides itself whether the job starts again: the run must not end before it is killed, or its
-job would count as failed. USR2 comes some time before the time limit: submitit's handler then queues the job again.
+INT (Ctrl-C) and TERM stop a run. Under SLURM, TERM announces that the scheduler is about to take the node away (preemption,
+`scontrol requeue`, `scancel`). The scheduler then decides whether the job starts again, so the process must not exit before it
+is killed, or the job would count as failed. USR2 arrives some time before the time limit; submitit's handler for it requeues the
+job.
 """
 
 import os
@@ -11,7 +12,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-GRACE_SECONDS = 3600  # longer than a scheduler lets a job live that it has told to end
+GRACE_SECONDS = 3600  # longer than a scheduler waits between its TERM and its KILL
 
 
 class Stopped(Exception):
@@ -19,47 +20,53 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """`with StopFlag() as stop:` and, in the loop, `if stop:`; a second Ctrl-C interrupts at once."""
+    """A context manager that is true once a stop signal has arrived; a second Ctrl-C interrupts at once.
+
+    Usage: `with StopFlag() as stop:` around the loop, and `if stop:` inside it.
+    """
 
     def __init__(self) -> None:
         self.number = 0
-        self.before: dict[int, Any] = {}
+        self.previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopFlag":
-        submitted = callable(signal.getsignal(signal.SIGUSR2))
-        for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR2] if submitted else [])):
-            self.before[number] = signal.signal(number, self.on_signal)
+        under_submitit = callable(signal.getsignal(signal.SIGUSR2))
+        for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR2] if under_submitit else [])):
+            self.previous_handlers[number] = signal.signal(number, self.on_signal)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Record a signal; raise `KeyboardInterrupt` for a Ctrl-C after another signal."""
         if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.number = self.number or number  # a requeue is followed by SIGTERM
+        self.number = self.number or number  # the TERM that follows a USR2 must not replace it
 
     def __bool__(self) -> bool:
         return bool(self.number)
 
     @property
     def requeue(self) -> bool:
-        """Whether the job was asked to go back into the queue."""
+        """Whether the job was asked to requeue itself."""
         return self.number == signal.SIGUSR2
 
-    def agree(self, requeue: bool) -> None:
-        """What any process of the run was asked for holds for all of them."""
+    def adopt(self, requeue: bool) -> None:
+        """Adopt a stop request that any process of the run has received."""
         self.number = signal.SIGUSR2 if requeue else self.number or signal.SIGTERM
 
     def leave(self) -> None:
-        """After the run has saved and said so: let submitit queue the job again, or SLURM end it; elsewhere nothing is left.
+        """Hand the job back to the scheduler after the run has been saved: requeue it, or wait for SLURM to end it.
+
+        Without a scheduler, this returns at once.
 
         Raises:
-            SystemExit: the job is in the queue again.
-            submitit.core.utils.UncompletedJobError: it may not be.
+            SystemExit: The job has been requeued.
+            submitit.core.utils.UncompletedJobError: The job may not be requeued again.
         """
         if self.requeue:
-            self.before[signal.SIGUSR2](signal.SIGUSR2, None)
+            self.previous_handlers[signal.SIGUSR2](signal.SIGUSR2, None)
         if self.number != signal.SIGINT and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
             time.sleep(GRACE_SECONDS)

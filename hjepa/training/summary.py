@@ -1,4 +1,4 @@
-"""The end of a run: summary.json for machines, a few plain sentences for people."""
+"""The end of a run: the contents of summary.json, and a few plain sentences for the terminal."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from hjepa.config.run import COMMAND
 from hjepa.config.schema import Config
 from hjepa.tracking.provenance import git_state
-from hjepa.training.build import Components
 from hjepa.training.monitor import Monitor
 from hjepa.training.trainer import Trainer
 
@@ -15,23 +14,26 @@ PROBES = {"linear": "linear probe", "knn": "k-NN"}
 
 
 def build_summary(
-    config: Config, parts: Components, trainer: Trainer, monitor: Monitor, records: list[dict[str, Any]], run_id: str | None
+    config: Config, trainer: Trainer, monitor: Monitor, records: list[dict[str, Any]], run_id: str | None
 ) -> dict[str, Any]:
-    """The contents of summary.json; accuracies are fractions, `best` is the probe record of the highest linear accuracy."""
-    probes = [r for r in records if "probe/linear" in r]
-    best = max(probes, key=lambda r: r["probe/linear"], default={})
+    """Return the contents of summary.json.
+
+    Accuracies are fractions, and `best` is the record with the highest accuracy of the linear probe.
+    """
+    hardware, probed = trainer.components.hardware, [r for r in records if "probe/linear" in r]
+    best = max(probed, key=lambda r: r["probe/linear"], default={})
     return {
-        "probe": monitor.latest,
+        "probe": monitor.latest_scores,
         "best": {k.removeprefix("probe/"): v for k, v in best.items() if k.startswith("probe/") or k == "step"},
-        "untrained": monitor.untrained,
-        "images_per_second": trainer.plan.images_seen(trainer.done) / max(trainer.seconds, 1e-9),
-        "steps": trainer.done,
-        "epochs": trainer.plan.epochs_done(trainer.done),
+        "untrained": monitor.untrained_scores,
+        "images_per_second": trainer.plan.images_seen(trainer.completed_steps) / max(trainer.seconds, 1e-9),
+        "steps": trainer.completed_steps,
+        "epochs": trainer.plan.epochs_done(trainer.completed_steps),
         "seconds": trainer.seconds,
         "watch_seconds": monitor.seconds,
-        "peak_memory_mb": parts.hardware.peak_memory_mb(),
-        "parameters": parts.model.parameter_counts(),
-        "device": parts.hardware.describe(),
+        "peak_memory_mb": hardware.peak_memory_mb(),
+        "parameters": trainer.model.parameter_counts(),
+        "device": hardware.describe(),
         "seed": config["seed"],
         "run_id": run_id,
         "commit": git_state().get("commit"),
@@ -41,7 +43,7 @@ def build_summary(
 
 
 class Gain(NamedTuple):
-    """A probe's accuracy beside that of the untrained network."""
+    """The accuracy of a probe and that of the untrained network."""
 
     probe: str
     score: float
@@ -55,17 +57,17 @@ class Gain(NamedTuple):
 
 
 def gains(summary: dict[str, Any]) -> list[Gain]:
-    """Every probe of a summary; labels but the main one are named."""
-    found = []
+    """Return the gain of every probe in a summary; probes of labels other than the main one carry the label's name."""
+    result = []
     for key, score in summary.get("probe", {}).items():
         kind, _, label = key.partition("_")
         if kind in PROBES and key in summary["untrained"]:
-            found.append(Gain(PROBES[kind] + (f" ({label})" if label else ""), score, summary["untrained"][key]))
-    return found
+            result.append(Gain(PROBES[kind] + (f" ({label})" if label else ""), score, summary["untrained"][key]))
+    return result
 
 
 def print_summary(summary: dict[str, Any], folder: Path, view_command: str | None) -> None:
-    """Print what came out in words; the last line names the run folder."""
+    """Print the result in words; the last line names the run folder."""
     if summary["status"] == "collapsed":
         print(f"The run COLLAPSED: {summary['reason']}.")
     for gain in gains(summary):
@@ -75,8 +77,8 @@ def print_summary(summary: dict[str, Any], folder: Path, view_command: str | Non
         )
     print(
         f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s, "
-        f"peak memory {summary['peak_memory_mb']:.0f} MB; probes and collapse watch took {summary['watch_seconds']:.0f} s"
+        f"peak memory {summary['peak_memory_mb']:.0f} MB; probes and other measurements took {summary['watch_seconds']:.0f} s"
     )
     if view_command:
-        print(f"To look at it in MLflow, type\n  {view_command}")
+        print(f"To view the run, type\n  {view_command}")
     print(f"Run folder: {folder}")

@@ -1,4 +1,7 @@
-"""Teachers: how the target encoder follows the student. It moves once per optimizer step, after the update."""
+"""Teacher updates: how the target encoder follows the student, once per optimizer step and after the update.
+
+To add one, write a subclass of `TeacherUpdate`, list it in `hjepa/training/__init__.pyi`, and add one YAML in conf/teacher.
+"""
 
 from collections.abc import Sequence
 
@@ -6,34 +9,35 @@ import torch
 from torch import Tensor
 
 from hjepa.config.errors import UserError
+from hjepa.config.types import PositiveFloat, PositiveInt
 from hjepa.models.hjepa import HJEPA
 from hjepa.models.pretrained import load_encoder, load_stacked_teachers
 from hjepa.optim.schedules import Schedule
 from hjepa.optim.step_plan import StepPlan
 
 
-def parameters(model: HJEPA) -> tuple[list[Tensor], list[Tensor]]:
-    """The parameters of all teachers, and those of their students in the same order."""
+def parameter_pairs(model: HJEPA) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the parameters of all teachers, and the corresponding parameters of their students in the same order."""
     teachers, students = zip(*model.teacher_student_pairs(), strict=True)
     return [p for t in teachers for p in t.parameters()], [p for s in students for p in s.parameters()]
 
 
 class TeacherUpdate:
-    """What the trainer asks of a teacher, which equals the student at the start of a run; this one never changes."""
+    """Base class of teacher updates, whose own teacher stays as it is initialized: equal to the initial student."""
 
     shares_weights = False  # True if the teacher is the student itself
 
     def attach(self, model: HJEPA) -> None:
         """Prepare the model's teacher, once, before its first step."""
 
-    def plan(self, plan: StepPlan) -> None:
-        """Lay out what it does over a run."""
+    def prepare(self, plan: StepPlan) -> None:
+        """Compute the schedule of the updates of a run."""
 
-    def update(self, model: HJEPA, step: int) -> None:
-        """Move the model's teacher after optimizer step `step`."""
+    def apply(self, model: HJEPA, step: int) -> None:
+        """Update the model's teacher after optimizer step `step`."""
 
-    def rates(self, step: int) -> dict[str, float]:
-        """What of it changes over the run, for the record."""
+    def logged_values(self, step: int) -> dict[str, float]:
+        """Return the values to log that change from step to step."""
         return {}
 
 
@@ -41,26 +45,23 @@ class EMA(TeacherUpdate):
     """Exponential moving average of the student (BYOL, Grill et al. 2020): teacher <- m * teacher + (1 - m) * student.
 
     Args:
-        momentum: the schedule of m over optimizer steps.
-        half_life: instead, the number of steps in which half of the teacher is replaced: m = 2 ** (-1 / half_life).
+        momentum: Schedule of m over optimizer steps.
+        half_life: Number of steps in which half of the teacher is replaced, m = 2 ** (-1 / half_life); None uses `momentum`.
     """
 
-    def __init__(self, momentum: Schedule, half_life: float | None = None) -> None:
-        if half_life is not None and half_life <= 0:
-            raise UserError(f"teacher.half_life={half_life}: expected a positive number of optimizer steps, or null.")
+    def __init__(self, momentum: Schedule, half_life: PositiveFloat | None = None) -> None:
         self.schedule, self.half_life = momentum, half_life
         self.momentum: Sequence[float] = ()
 
-    def plan(self, plan: StepPlan) -> None:
-        constant = self.half_life and [2 ** (-1 / self.half_life)] * plan.steps
-        self.momentum = constant or self.schedule(plan)
+    def prepare(self, plan: StepPlan) -> None:
+        self.momentum = [2 ** (-1 / self.half_life)] * plan.num_steps if self.half_life else self.schedule(plan)
 
     @torch.no_grad()
-    def update(self, model: HJEPA, step: int) -> None:
-        teachers, students = parameters(model)
+    def apply(self, model: HJEPA, step: int) -> None:
+        teachers, students = parameter_pairs(model)
         torch._foreach_lerp_(teachers, students, 1.0 - self.momentum[step])
 
-    def rates(self, step: int) -> dict[str, float]:
+    def logged_values(self, step: int) -> dict[str, float]:
         return {"momentum": self.momentum[step]}
 
 
@@ -68,34 +69,36 @@ class PeriodicCopy(TeacherUpdate):
     """A copy of the student that is renewed at intervals (Parallel JEPA).
 
     Args:
-        epochs, steps: the interval in epochs or in optimizer steps; the other one is None.
+        epochs: Interval in epochs, or None.
+        steps: Interval in optimizer steps, or None; exactly one of the two intervals is set.
     """
 
-    def __init__(self, epochs: float | None, steps: int | None) -> None:
-        if (epochs is None) == (steps is None) or (epochs or steps or 0) <= 0:
-            raise UserError(f"teacher.epochs={epochs} and teacher.steps={steps}: set one to a positive value, the other to null.")
+    def __init__(self, epochs: PositiveFloat | None, steps: PositiveInt | None) -> None:
+        if (epochs is None) == (steps is None):
+            raise UserError(f"teacher.epochs={epochs} and teacher.steps={steps}: set exactly one of them, the other to null.")
         self.epochs, self.steps = epochs, steps
-        self.due: set[int] = set()
+        self.copy_after: set[int] = set()
 
-    def plan(self, plan: StepPlan) -> None:
+    def prepare(self, plan: StepPlan) -> None:
         if self.steps:
-            self.due = set(range(self.steps, plan.steps + 1, self.steps))
+            self.copy_after = set(range(self.steps, plan.num_steps + 1, self.steps))
         else:
-            times = int(plan.epochs_done(plan.steps) / (self.epochs or 1))
-            self.due = {max(1, plan.steps_in_first((i + 1) * (self.epochs or 1))) for i in range(times)}
+            epochs = self.epochs or 1
+            num_copies = int(plan.epochs_done(plan.num_steps) / epochs)
+            self.copy_after = {max(1, plan.steps_in_first((i + 1) * epochs)) for i in range(num_copies)}
 
     @torch.no_grad()
-    def update(self, model: HJEPA, step: int) -> None:
-        if step + 1 in self.due:
-            torch._foreach_copy_(*parameters(model))
+    def apply(self, model: HJEPA, step: int) -> None:
+        if step + 1 in self.copy_after:
+            torch._foreach_copy_(*parameter_pairs(model))
 
 
 class Frozen(TeacherUpdate):
-    """Given weights that never change.
+    """Pretrained weights that never change.
 
     Args:
-        weights: a run folder, a checkpoint of a run (its teacher), or a timm checkpoint file of the same architecture, which
-            has nothing for stacked levels.
+        weights: Run folder, checkpoint of a run (its teacher is used), or timm checkpoint file of the same architecture. A timm
+            checkpoint has no weights for stacked levels.
     """
 
     def __init__(self, weights: str) -> None:
@@ -108,8 +111,9 @@ class Frozen(TeacherUpdate):
 
 
 class SharedWeights(TeacherUpdate):
-    """No teacher: the student gives the targets itself, and gradients flow through both sides. Without a regularizer this
-    collapses.
+    """No separate teacher: the student computes the targets, and gradients flow through both sides.
+
+    Without a regularizer, this collapses.
     """
 
     shares_weights = True

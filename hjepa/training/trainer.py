@@ -1,273 +1,309 @@
-"""The training loop. `Trainer.train_step` is one optimizer step, in the order of the data flow; `Trainer.fit` is the run.
+"""The training loop: `Trainer.train_step` is one optimizer step in the order of the data flow, `Trainer.fit` the whole run.
 
-Schedules are applied before the update; the teacher moves after it, once per optimizer step, also under accumulation.
-Nothing in the step waits for the device: losses stay there until they are logged.
+Schedules are applied before the update. The teacher follows after it, once per optimizer step, also with gradient accumulation.
+Nothing in a step waits for the device: losses stay on the device until they are logged.
 """
 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from hjepa.config.errors import UserError
+from hjepa.config.terminal import progress_bar, shows_progress
+from hjepa.config.types import NonNegativeInt, PositiveFloat, PositiveInt
 from hjepa.data.image_files import ImageFiles
 from hjepa.data.stream import Stream
 from hjepa.distributed.process_group import AsyncConsensus
 from hjepa.distributed.seeding import generator, seed_global
 from hjepa.masking import Masks
-from hjepa.optim.optimizers import check_known_parts, set_rates
+from hjepa.optim.optimizers import check_components, set_hyperparameters
 from hjepa.optim.step_plan import StepPlan
 from hjepa.training.build import Components
 from hjepa.training.checkpoint import Checkpointer, State
-from hjepa.training.meter import Meter
-from hjepa.training.monitor import Monitor
+from hjepa.training.meter import Meter, Terms
+from hjepa.training.monitor import Monitor, Scores
 from hjepa.training.parallel import full_tensor
 from hjepa.training.signals import StopFlag, Stopped
 
 log = logging.getLogger(__name__)
 
+Record = Callable[[dict[str, Any]], None]
+
+
+class Batch(NamedTuple):
+    """The input of a training step.
+
+    Attributes:
+        global_crops: Augmented, normalized global crops [B*V, 3, S, S]; the V crops of an image follow one another.
+        masks: Contexts and targets of the global crops.
+        local_crops: Local crops [B*L, 3, s, s], or None.
+    """
+
+    global_crops: Tensor
+    masks: Masks
+    local_crops: Tensor | None
+
+    def split(self, num_parts: int) -> list["Batch"]:
+        """Split the batch into equal parts of complete images."""
+        local_crops = [None] * num_parts if self.local_crops is None else self.local_crops.chunk(num_parts)
+        parts = zip(self.global_crops.chunk(num_parts), self.masks.split(num_parts), local_crops, strict=True)
+        return [Batch(*part) for part in parts]
+
 
 class Trainer:
-    """Trains the student of `parts` on images.
+    """Trains the student of a model on images.
 
     Args:
-        parts: see `Components`; images: the training images, uint8 [N, 3, S, S], or files of them.
-        epochs, steps: length of the run; one of the two is None.
-        batch_size: images per optimizer step; batch_start, batch_warmup: batch size of the first epoch and the epochs over
-            which it grows to `batch_size`, the learning rate in proportion (Goyal et al. 2017); None and 0 for a constant one.
-        accumulate: equal parts that a batch is computed in, to save memory.
-        clip_norm: largest gradient norm, None for no clipping.
-        log_every: steps between two records of the losses.
-        stop_on_collapse: end a collapsed run instead of only warning.
+        components: Components of the run.
+        images: Training images, uint8 [N, 3, S, S], or files of them.
+        epochs: Length of the run in epochs, or None.
+        steps: Length of the run in optimizer steps, or None; exactly one of the two lengths is set.
+        batch_size: Images per optimizer step.
+        batch_start: Batch size of the first epoch, or None for a constant one. The learning rate is scaled in proportion to the
+            batch size (Goyal et al. 2017).
+        batch_warmup: Number of epochs over which the batch size grows from `batch_start` to `batch_size`.
+        accumulate: Number of equal parts in which a batch is computed to save memory.
+        clip_norm: Maximum norm of the gradient; None for no clipping.
+        log_every: Number of steps between two records of the losses.
+        stop_on_collapse: Whether a collapse ends the run instead of only causing a warning.
     """
 
     def __init__(
         self,
-        parts: Components,
+        components: Components,
         images: Tensor | ImageFiles,
-        epochs: int | None,
-        steps: int | None,
-        batch_size: int,
-        batch_start: int | None,
-        batch_warmup: int,
-        accumulate: int,
-        clip_norm: float | None,
-        log_every: int,
+        epochs: PositiveInt | None,
+        steps: PositiveInt | None,
+        batch_size: PositiveInt,
+        batch_start: PositiveInt | None,
+        batch_warmup: NonNegativeInt,
+        accumulate: PositiveInt,
+        clip_norm: PositiveFloat | None,
+        log_every: PositiveInt,
         stop_on_collapse: bool,
     ) -> None:
-        if log_every < 1:
-            raise UserError(f"train.log_every={log_every}: expected at least 1.")
-        self.world = parts.world
-        pieces = accumulate * self.world.size
-        self.plan = plan = StepPlan(len(images), epochs, steps, batch_size, batch_start, batch_warmup, pieces)
-        self.parts, self.model, self.device = parts, parts.model, parts.hardware.device
-        self.net = parts.strategy.wrap(self.model, parts.optimizer)
-        self.accumulate, self.log_every = accumulate, log_every
-        self.clip_norm = float("inf") if clip_norm is None else clip_norm
-        self.stop_on_collapse = stop_on_collapse
-        self.steps = plan.steps
+        self.components, self.world, self.model = components, components.world, components.model
+        self.device, optimizer = components.hardware.device, components.optimizer
+        divisor = accumulate * self.world.size
+        self.plan = StepPlan(len(images), epochs, steps, batch_size, batch_start, batch_warmup, divisor)
+        self.num_steps = self.plan.num_steps
+        self.network = components.strategy.wrap(self.model, optimizer)
+        self.accumulate, self.log_every, self.stop_on_collapse = accumulate, log_every, stop_on_collapse
+        self.clip_norm = math.inf if clip_norm is None else clip_norm
         self.images = (
-            images.to(self.device) if isinstance(images, Tensor) else Stream(images, self.indices, self.steps, self.device)
+            images.to(self.device) if isinstance(images, Tensor) else Stream(images, self.indices, self.num_steps, self.device)
         )
-        self.lr = parts.schedule.learning_rates(plan)
-        self.weight_decay = parts.schedule.weight_decay(plan)
-        check_known_parts(self.lr, parts.optimizer)
-        parts.teacher.plan(plan)
-        self.trainable = [p for p in parts.model.parameters() if p.requires_grad]
-        self.scaler = parts.hardware.scaler()
+        check_components(components.schedule.parts, "schedule.parts", {group["part"] for group in optimizer.param_groups})
+        self.learning_rates = components.schedule.learning_rates(self.plan)
+        self.weight_decay = components.schedule.weight_decay(self.plan)
+        components.teacher_update.prepare(self.plan)
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.scaler = components.hardware.scaler()
         self.meter = Meter(self.world)
-        self.ordered_epoch, self.permutation = -1, torch.empty(0)
-        self.done, self.seconds = 0, 0.0
+        self.order_epoch, self.order = -1, torch.empty(0)
+        self.completed_steps, self.seconds = 0, 0.0
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def batch(self, step: int) -> tuple[Tensor, Masks, Tensor | None]:
-        """Whole views [B*V, 3, S, S], their masks, and local crops of this process' share of a step: functions of the seed and
-        the step alone, drawn for the whole batch.
+    def get_batch(self, step: int) -> Batch:
+        """Return this process' share of the batch of a step.
+
+        The images, their augmentation and their masks are functions of the seed and the step alone. Random numbers are sampled
+        for the complete batch, so that they do not depend on the number of processes.
         """
-        seed, dataset, size = self.parts.seed, self.parts.dataset, self.plan.batch_size_at(step)
-        draws = dataset.draw(size, generator(seed, "augment", step))
-        masks = self.parts.sampler(size * dataset.views, generator(seed, "masks", step))
+        seed, dataset, size = self.components.seed, self.components.dataset, self.plan.batch_size_at(step)
+        params = dataset.sample_params(size, generator(seed, "augment", step))
+        masks = self.components.sampler(size * dataset.views, generator(seed, "masks", step))
         rows = self.world.rows(size, self.accumulate)
         if rows is not None:
-            views = rows.unsqueeze(1) * dataset.views + torch.arange(dataset.views)
-            draws, masks = draws.select(rows), masks.select(views.flatten())
-        whole, crops = dataset.crops(self.pixels(step), draws)
-        return whole, masks.to(self.device), crops
+            crop_rows = rows.unsqueeze(1) * dataset.views + torch.arange(dataset.views)
+            params, masks = params.select(rows), masks.select(crop_rows.flatten())
+        global_crops, local_crops = dataset.make_crops(self.load_images(step), params)
+        return Batch(global_crops, masks.to(self.device), local_crops)
 
-    def pixels(self, step: int) -> Tensor:
-        """The images of a step, uint8 [B, 3, S, S] on the device."""
+    def load_images(self, step: int) -> Tensor:
+        """Return this process' images of a step, uint8 [B, 3, S, S] on the device."""
         if isinstance(self.images, Stream):
             return self.images.batch(step)
         return self.images[self.indices(step).to(self.device)]
 
-    def close(self) -> None:
-        """Let go of what decodes the images."""
-        if isinstance(self.images, Stream):
-            self.images.close()
-
     def indices(self, step: int) -> Tensor:
-        """This process' images of a step, whose batches are consecutive parts of a permutation of its epoch."""
+        """Return the indices of this process' images of a step.
+
+        The batches of an epoch are consecutive parts of a random permutation of the images.
+        """
         (epoch, start), size = self.plan.locate(step), self.plan.batch_size_at(step)
-        batch, rows = self.order(epoch)[start : start + size], self.world.rows(size, self.accumulate)
+        if self.order_epoch != epoch:
+            self.order_epoch = epoch
+            self.order = torch.randperm(len(self.images), generator=generator(self.components.seed, "order", epoch))
+        batch, rows = self.order[start : start + size], self.world.rows(size, self.accumulate)
         return batch if rows is None else batch[rows]
 
-    def order(self, epoch: int) -> Tensor:
-        """The permutation of an epoch, kept until another one is asked for."""
-        if self.ordered_epoch != epoch:
-            self.ordered_epoch = epoch
-            self.permutation = torch.randperm(len(self.images), generator=generator(self.parts.seed, "order", epoch))
-        return self.permutation
+    def train_step(self, batch: Batch, step: int) -> Terms:
+        """Take one optimizer step on a batch.
 
-    def train_step(self, images: Tensor, masks: Masks, crops: Tensor | None, step: int) -> dict[str, Tensor]:
-        """One optimizer step on a batch; returns the named terms, 0-d tensors on the device."""
-        parts = self.parts
-        set_rates(parts.optimizer, {part: rates[step] for part, rates in self.lr.items()}, self.weight_decay[step])
-        seed_global(parts.seed, "step", step, *([] if self.world.main else [self.world.rank]))
-        sums: dict[str, Tensor] = {}
-        for number, part in enumerate(split(images, masks, crops, self.accumulate), start=1):
-            with nullcontext() if number == self.accumulate else parts.strategy.no_sync(self.net):
-                with parts.hardware.autocast():
-                    output = self.net(*part, parts.dataset.views)
-                    loss, terms = parts.objective(output)
+        Returns:
+            The loss, its terms and the norm of the gradient as 0-d tensors on the device, by name.
+        """
+        c = self.components
+        rates = {component: values[step] for component, values in self.learning_rates.items()}
+        set_hyperparameters(c.optimizer, rates, self.weight_decay[step])
+        seed_global(c.seed, "step", step, *([] if self.world.main else [self.world.rank]))
+        sums: Terms = {}
+        for number, micro_batch in enumerate(batch.split(self.accumulate), start=1):
+            with nullcontext() if number == self.accumulate else c.strategy.no_sync(self.network):
+                with c.hardware.autocast():
+                    # The teacher encodes the crops, the student their contexts, and the predictor predicts the targets.
+                    output = self.network(*micro_batch, c.dataset.views)
+                    loss, terms = c.objective(output)
                 self.scaler.scale(loss / self.accumulate).backward()
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums[name] + value / self.accumulate if name in sums else value / self.accumulate
-        self.scaler.unscale_(parts.optimizer)
+        self.scaler.unscale_(c.optimizer)
         sums["gradient_norm"] = full_tensor(clip_grad_norm_(self.trainable, self.clip_norm))
-        self.scaler.step(parts.optimizer)
+        self.scaler.step(c.optimizer)
         self.scaler.update()
-        parts.optimizer.zero_grad()
-        parts.teacher.update(self.model, step)
+        c.optimizer.zero_grad()
+        c.teacher_update.apply(self.model, step)
         return sums
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
-    def fit(self, monitor: Monitor, checkpoints: Checkpointer, record: Callable[[dict[str, Any]], None], stop: StopFlag) -> None:
-        """Train from where the state is to the last step or `stop`, measuring, recording and saving on the way.
+    def fit(self, monitor: Monitor, checkpointer: Checkpointer, record: Record, stop: StopFlag) -> None:
+        """Train from the current state to the last step, and measure, record and save along the way.
+
+        Args:
+            monitor: Measures the untrained network and the model at the end of every epoch.
+            checkpointer: Saves the state.
+            record: Called with every record of metrics.
+            stop: Ends the training after the current step when it is set.
 
         Raises:
-            Stopped: the process was asked to stop; the state is saved.
-            UserError: a loss was not finite, or the run collapsed and `stop_on_collapse` is set.
+            Stopped: The process was asked to stop; the state has been saved.
+            UserError: A loss was not finite, or the run collapsed and `stop_on_collapse` is set.
         """
-        if self.done == 0:
-            record({"step": 0, "seconds": 0.0, **(monitor.begin() if self.parts.strategy.measures() else {})})
-            self.save(monitor, checkpoints)
-        self.model.train()
-        vote, quiet = AsyncConsensus(self.world), None if self.world.main else True
-        with tqdm(total=self.steps, initial=self.done, unit="step", disable=quiet) as bar:
-            interval = self.seconds
-            while self.done < self.steps:
-                began = time.perf_counter()
-                self.meter.add(self.train_step(*self.batch(self.done), self.done))
-                self.done += 1
-                bar.update()
-                logging_now = self.done % self.log_every == 0
-                losses = self.read_interval() if logging_now else {}
-                self.seconds += time.perf_counter() - began
-                if logging_now:
-                    self.report(losses, self.seconds - interval, record, bar)
-                    interval = self.seconds
-                stopping, requeue, due = vote(bool(stop), stop.requeue, checkpoints.due())
-                if self.done in self.plan.epoch_ends:
-                    self.end_epoch(monitor, checkpoints, record)
-                elif stopping or due:
-                    self.save(monitor, checkpoints)
-                    vote.settle()
-                if stopping and self.done < self.steps:
-                    stop.agree(requeue)
-                    raise Stopped(f"stopped by signal {stop.number} at step {self.done} of {self.steps}")
-            vote.settle()
+        with logging_redirect_tqdm() if self.world.main and shows_progress() else nullcontext():  # log lines above the bars
+            if self.completed_steps == 0:
+                measured = monitor.measure_untrained() if self.components.strategy.measures() else {}
+                record({"step": 0, "seconds": 0.0, **measured})
+                self.save(monitor, checkpointer)
+            self.model.train()
+            steps = {"total": self.num_steps, "initial": self.completed_steps, "unit": "step"}
+            with progress_bar(**steps, disable=not self.world.main) as bar:
+                self.run_steps(monitor, checkpointer, record, stop, bar)
 
-    def read_interval(self) -> dict[str, float]:
-        """Mean losses since the last report; refuses to go on from one that is not finite."""
-        self.check_finite()
-        return self.meter.interval()
+    def run_steps(self, monitor: Monitor, checkpointer: Checkpointer, record: Record, stop: StopFlag, bar: Any) -> None:
+        """Take the remaining steps; see `fit`."""
+        consensus, logged_seconds = AsyncConsensus(self.world), self.seconds
+        while self.completed_steps < self.num_steps:
+            start = time.perf_counter()
+            self.meter.add(self.train_step(self.get_batch(self.completed_steps), self.completed_steps))
+            self.completed_steps += 1
+            bar.update()
+            log_now = self.completed_steps % self.log_every == 0
+            if log_now:
+                self.check_finite()
+                losses = self.meter.interval_means()
+            self.seconds += time.perf_counter() - start
+            if log_now:
+                self.log_metrics(losses, self.seconds - logged_seconds, record, bar)
+                logged_seconds = self.seconds
+            stopping, requeue, save_due = consensus(bool(stop), stop.requeue, checkpointer.due())
+            if self.completed_steps in self.plan.epoch_ends:
+                self.end_epoch(monitor, checkpointer, record)
+            elif stopping or save_due:
+                self.save(monitor, checkpointer)
+                consensus.settle()
+            if stopping and self.completed_steps < self.num_steps:
+                stop.adopt(requeue)
+                raise Stopped(f"stopped by signal {stop.number} at step {self.completed_steps} of {self.num_steps}")
+        consensus.settle()
 
-    def report(self, losses: dict[str, float], seconds: float, record: Callable[[dict[str, Any]], None], bar: Any) -> None:
-        """Record the losses of the last interval, the rates of its last step, and the speed."""
-        step, images = self.done - 1, self.plan.images_seen(self.done) - self.plan.images_seen(max(0, self.done - self.log_every))
-        speed = images / max(seconds, 1e-9)
-        rates = {
-            **{f"lr/{part}" if part else "lr": rates[step] for part, rates in self.lr.items()},
+    def log_metrics(self, losses: Scores, seconds: float, record: Record, bar: Any) -> None:
+        """Record the mean losses of a log interval, the hyperparameters of its last step, and the speed."""
+        step, first = self.completed_steps - 1, max(0, self.completed_steps - self.log_every)
+        speed = (self.plan.images_seen(self.completed_steps) - self.plan.images_seen(first)) / max(seconds, 1e-9)
+        values = {
+            **{f"lr/{name}" if name else "lr": rates[step] for name, rates in self.learning_rates.items()},
             "weight_decay": self.weight_decay[step],
-            **self.parts.teacher.rates(step),
+            **self.components.teacher_update.logged_values(step),
             "images_per_second": speed,
-            "peak_memory_mb": self.parts.hardware.peak_memory_mb(),
+            "peak_memory_mb": self.components.hardware.peak_memory_mb(),
         }
-        record({"step": self.done, **{f"train/{name}": value for name, value in losses.items()}, **rates})
+        record({"step": self.completed_steps, **{f"train/{name}": value for name, value in losses.items()}, **values})
         bar.set_postfix(loss=f"{losses['loss']:.4f}", refresh=False)
-        if bar.disable and self.done % (10 * self.log_every) == 0:
-            log.info("step %d of %d: loss %.4f, %.0f images/s", self.done, self.steps, losses["loss"], speed)
+        if bar.disable and self.completed_steps % (10 * self.log_every) == 0:
+            log.info("step %d of %d: loss %.4f, %.0f images/s", self.completed_steps, self.num_steps, losses["loss"], speed)
 
-    def end_epoch(self, monitor: Monitor, checkpoints: Checkpointer, record: Callable[[dict[str, Any]], None]) -> None:
-        """Measure, record and save at the end of an epoch (or of the run)."""
+    def end_epoch(self, monitor: Monitor, checkpointer: Checkpointer, record: Record) -> None:
+        """Measure, record and save at the end of an epoch or of the run."""
         self.check_finite()
-        epoch, last = math.ceil(self.plan.epochs_done(self.done)), self.done == self.steps
-        probe_now = monitor.probe is not None and (last or epoch % monitor.probe.every == 0)
-        measured = monitor.epoch(probe_now) if self.parts.strategy.measures() else {}
-        monitor.collapsed = self.world.broadcast_object(monitor.collapsed)
-        means = {f"epoch/{name}": value for name, value in self.meter.epoch().items()}
-        record({"step": self.done, "epoch": epoch, "seconds": self.seconds, **means, **measured})
-        self.save(monitor, checkpoints, epoch, monitor.latest.get("linear") if probe_now else None)
-        scores = ", ".join(
-            f"{name} {monitor.latest[name]:.1%}" for name in ("linear", "knn") if probe_now and name in monitor.latest
-        )
+        epoch, last = math.ceil(self.plan.epochs_done(self.completed_steps)), self.completed_steps == self.num_steps
+        run_probe = monitor.probe is not None and (last or epoch % monitor.probe.every == 0)
+        measured = monitor.measure_epoch(run_probe) if self.components.strategy.measures() else {}
+        monitor.collapse = self.world.broadcast_object(monitor.collapse)
+        means = {f"epoch/{name}": value for name, value in self.meter.epoch_means().items()}
+        record({"step": self.completed_steps, "epoch": epoch, "seconds": self.seconds, **means, **measured})
+        scores = monitor.latest_scores if run_probe else {}
+        self.save(monitor, checkpointer, epoch, scores.get("linear"))
         held_out = f", held-out {measured['validation/loss']:.4f}" if "validation/loss" in measured else ""
-        log.info("epoch %d: loss %.4f%s%s", epoch, means["epoch/loss"], held_out, scores and ", " + scores)
-        if monitor.collapsed and self.stop_on_collapse:
-            raise UserError(f"The run collapsed at step {self.done} ({monitor.collapsed}) and train.stop_on_collapse is set.")
+        accuracies = "".join(f", {name} {scores[name]:.1%}" for name in ("linear", "knn") if name in scores)
+        log.info("epoch %d: loss %.4f%s%s", epoch, means["epoch/loss"], held_out, accuracies)
+        if monitor.collapse and self.stop_on_collapse:
+            raise UserError(
+                f"The run collapsed at step {self.completed_steps} ({monitor.collapse}), and train.stop_on_collapse is set."
+            )
 
     def check_finite(self) -> None:
-        """Stop on a NaN or infinite loss, naming the batch; the last checkpoint was saved while all was finite."""
-        ago = self.meter.first_bad()
-        if ago is not None:
-            step = self.done - 1 - ago
+        """Raise `UserError`, naming the images of the batch, if a loss or gradient since the last log was not finite."""
+        steps_ago = self.meter.steps_since_nonfinite()
+        if steps_ago is not None:
+            step = self.completed_steps - 1 - steps_ago
             raise UserError(
-                f"The loss or gradient of step {step} is not finite. Images of its batch (positions in the training part): "
-                f"{self.indices(step).tolist()}. The last good state is checkpoints/latest.pt; lower optimizer.lr or "
-                "set train.clip_norm."
+                f"The loss or gradient of step {step} is not finite. The indices of its images among the training images are "
+                f"{self.indices(step).tolist()}. The last good state is checkpoints/latest.pt; lower optimizer.lr or set "
+                "train.clip_norm."
             )
+
+    def close(self) -> None:
+        """Shut down the worker processes that decode images."""
+        if isinstance(self.images, Stream):
+            self.images.close()
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def save(self, monitor: Monitor, checkpoints: Checkpointer, epoch: int | None = None, score: float | None = None) -> None:
-        """Save the whole state; never one that holds a loss that is not finite."""
+    def save(self, monitor: Monitor, checkpointer: Checkpointer, epoch: int | None = None, score: float | None = None) -> None:
+        """Save a checkpoint unless a loss was not finite; see `Checkpointer.save`."""
         self.check_finite()
-        state = self.state_dict() | {"watch": monitor.state_dict()}
-        if self.world.main:
-            checkpoints.save(state, epoch, score)
+        checkpointer.save(self, monitor, epoch, score)
 
     def state_dict(self) -> State:
-        """Everything needed to go on bit for bit."""
+        """Return everything that is needed to continue bit for bit."""
         return {
-            "step": self.done,
+            "step": self.completed_steps,
             "processes": self.world.size,
             "seconds": self.seconds,
-            **self.parts.strategy.state_dict(self.model, self.parts.optimizer),
+            **self.components.strategy.state_dict(),
             "scaler": self.scaler.state_dict(),
             "meter": self.meter.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from a state."""
+        """Restore a state returned by `state_dict`."""
         if state["processes"] != self.world.size:
-            log.warning("was run by %d processes, goes on with %d: the same up to rounding", state["processes"], self.world.size)
-        self.done, self.seconds = state["step"], state["seconds"]
-        self.parts.strategy.load_state_dict(self.model, self.parts.optimizer, state)
+            log.warning(
+                "the run started with %d processes and continues with %d; its results are the same up to rounding",
+                *(state["processes"], self.world.size),
+            )
+        self.completed_steps, self.seconds = state["step"], state["seconds"]
+        self.components.strategy.load_state_dict(state)
         self.scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["meter"])
-
-
-def split(images: Tensor, masks: Masks, crops: Tensor | None, parts: int) -> Iterator[tuple[Tensor, Masks, Tensor | None]]:
-    """A batch in equal parts of whole images."""
-    yield from zip(
-        images.chunk(parts), masks.split(parts), crops.chunk(parts) if crops is not None else [None] * parts, strict=True
-    )

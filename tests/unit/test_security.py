@@ -27,7 +27,7 @@ EVIL = [
     "hjepa.tracking.run_folder.shutil.rmtree",
     "hjepa.config.schema.check_type",  # ours, but evaluates its argument
     "hjepa.config.instantiate.build",
-    "hjepa.training.checkpoint.save_atomically",
+    "hjepa.tracking.atomic.atomic_write",
     "hydra.utils.get_method",
     "hydra.utils.instantiate",
     "functools.partial",

@@ -1,4 +1,4 @@
-"""Streamed images: the same batches, the same bits and the same complaints as with all images in memory."""
+"""Streamed images give the same batches, runs and error messages as images in memory."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hjepa.config.errors import UserError
+from hjepa.config.schema import check, resolve
 from hjepa.data import image_files as files_module
 from hjepa.data.datamodule import Split
 from hjepa.metrics.probes import subset
@@ -21,7 +22,7 @@ from tests.unit.test_data import folder, make_folder, spoil
 
 
 def options(root: Path, workers: int | None, limit: float = 0.0, *more: str) -> list[str]:
-    """A tiny run on a folder, streamed unless there is a limit."""
+    """Return the overrides of a tiny run on a folder, which is streamed unless its images fit into the limit."""
     numbers = (f"dataset.memory_limit_gb={limit}", f"dataset.workers={'null' if workers is None else workers}")
     shape = ("dataset.image_size=16", "dataset.validation=0.25", "train.batch_size=6", "probe.train_images=10")
     return ["dataset=image_folder", f"dataset.root={root}", *numbers, *shape, *more]
@@ -29,26 +30,26 @@ def options(root: Path, workers: int | None, limit: float = 0.0, *more: str) -> 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """24 JPEGs of three classes, of another size than they are used in."""
+    """Write 24 JPEGs of three classes, larger than the images of the run."""
     return make_folder(tmp_path / "images", size=(40, 24))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, None])
 def test_batches_equal_those_in_memory_from_any_step_on(root: Path, workers: int | None) -> None:
     memory, stream = trainer(*options(root, 0, 1.0)), trainer(*options(root, workers))
-    assert (memory.steps, len(memory.images)) == (stream.steps, len(stream.images)) == (6, 18)
+    assert (memory.num_steps, len(memory.images)) == (stream.num_steps, len(stream.images)) == (6, 18)
     for step in (*range(6), 4, 5, 1, 2, 0):
-        a, b = memory.batch(step)[0], stream.batch(step)[0]
+        a, b = memory.get_batch(step).global_crops, stream.get_batch(step).global_crops
         assert torch.equal(a, b), step
     stream.close()
 
 
-def test_an_epoch_holds_every_image_once_in_an_order_of_its_own(root: Path) -> None:
+def test_every_epoch_holds_every_image_once_in_another_order(root: Path) -> None:
     stream = trainer(*options(root, 1))
     epochs = [torch.cat([stream.indices(step) for step in range(3 * e, 3 * e + 3)]) for e in (0, 1)]
     assert epochs[0].sort().values.tolist() == epochs[1].sort().values.tolist() == list(range(18))
     assert not torch.equal(*epochs)
-    images = torch.cat([stream.pixels(step) for step in range(3)])
+    images = torch.cat([stream.load_images(step) for step in range(3)])
     assert torch.equal(images, stream.images.files[epochs[0]])
     stream.close()
 
@@ -57,7 +58,7 @@ def test_prefetching_does_not_touch_the_global_generator(root: Path) -> None:
     stream = trainer(*options(root, 1))
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    stream.pixels(0)
+    stream.load_images(0)
     assert torch.equal(before, torch.get_rng_state())
     stream.close()
 
@@ -72,9 +73,9 @@ def test_a_streamed_run_equals_one_in_memory_bit_for_bit(root: Path, run, tmp_pa
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_where_images_are_decoded_is_no_part_of_a_run(root: Path, run, tmp_path: Path, capsys) -> None:
+def test_where_images_are_decoded_does_not_change_the_identity_of_a_run(root: Path, run, tmp_path: Path, capsys) -> None:
     assert run(*options(root, 0, 1.0)) == run(*options(root, 2))
-    assert "overwrite=true" in capsys.readouterr().out, "the second start found the finished run"
+    assert "overwrite=true" in capsys.readouterr().out, "the second start finds the finished run"
 
 
 def test_sigterm_to_the_whole_group_saves_and_the_same_command_gives_the_same_bits(root: Path, run, tmp_path: Path) -> None:
@@ -88,26 +89,26 @@ def test_sigterm_to_the_whole_group_saves_and_the_same_command_gives_the_same_bi
     )
     wait_for_records(tmp_path / "e" / "r", 5, process)
     os.killpg(process.pid, signal.SIGTERM)
-    _, said = process.communicate(timeout=100)
-    assert process.returncode == 130, said
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 130, stderr
     assert json.loads((tmp_path / "e" / "r" / "summary.json").read_text())["status"] == "stopped"
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # no worker is left behind
     run(*options(root, 1, 0.0, *long))
-    run(*options(root, 0, 1.0, *long), "name=whole")
-    assert metrics(tmp_path / "e" / "r") == metrics(tmp_path / "e" / "whole")
+    run(*options(root, 0, 1.0, *long), "name=uninterrupted")
+    assert metrics(tmp_path / "e" / "r") == metrics(tmp_path / "e" / "uninterrupted")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_corrupt_images_are_replaced_as_in_memory_and_named(root: Path, workers: int, caplog) -> None:
-    spoil(root / "class1" / "4.jpg", root / "class2" / "6.jpg")  # neither is held out
+    spoil(root / "class1" / "4.jpg", root / "class2" / "6.jpg")  # both are training images
     tolerant = "dataset.max_corrupt=0.1"
     memory, stream = trainer(*options(root, 0, 1.0, tolerant)), trainer(*options(root, workers, 0.0, tolerant))
     caplog.clear()
     for step in range(6):
-        assert torch.equal(memory.pixels(step), stream.pixels(step))
+        assert torch.equal(memory.load_images(step), stream.load_images(step))
     named = [record.getMessage() for record in caplog.records if "cannot be read" in record.getMessage()]
-    assert 1 <= len(named) <= 2, "each file once"
+    assert 1 <= len(named) <= 2, "each file is named once"
     assert "class1/4.jpg" in "".join(named)
     assert "class2/6.jpg" in "".join(named)
 
@@ -118,7 +119,7 @@ def test_too_many_corrupt_images_end_the_run(root: Path, workers: int) -> None:
         file.write_bytes(b"no image")
     stream = trainer(*options(root, workers, 0.0, "dataset.max_corrupt=0.2"))
     with pytest.raises(UserError, match=r"of 24 images cannot be read, more than dataset.max_corrupt=0.2 allows.*class0"):
-        list(map(stream.pixels, range(6)))
+        list(map(stream.load_images, range(6)))
     stream.close()
 
 
@@ -126,30 +127,30 @@ def test_too_many_corrupt_images_end_the_run(root: Path, workers: int) -> None:
     "error",
     [RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), ConnectionResetError(104, "reset"), EOFError()],
 )
-def test_a_killed_worker_is_one_sentence(root: Path, monkeypatch, error: Exception) -> None:
+def test_a_killed_worker_is_explained_in_one_sentence(root: Path, monkeypatch, error: Exception) -> None:
     def broken() -> Iterator[None]:
         raise error
         yield
 
     stream = trainer(*options(root, 1))
-    monkeypatch.setattr(stream.images, "start", lambda step: broken())
+    monkeypatch.setattr(stream.images, "start_workers", lambda step: broken())
     with pytest.raises(UserError, match=r"decodes images died.*dataset.workers"):
-        stream.pixels(0)
+        stream.load_images(0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_fault_of_ours_in_a_worker_is_not_hidden(root: Path, monkeypatch, workers: int) -> None:
-    def fault(*_: object) -> None:
-        raise RuntimeError("a fault")
+def test_a_bug_in_a_worker_is_not_hidden(root: Path, monkeypatch, workers: int) -> None:
+    def raise_bug(*_: object) -> None:
+        raise RuntimeError("a bug")
 
     stream = trainer(*options(root, workers))
-    monkeypatch.setattr(files_module.ImageFiles, "decode", fault)
-    with pytest.raises(RuntimeError, match="a fault"):
-        stream.pixels(0)
+    monkeypatch.setattr(files_module.ImageFiles, "decode", raise_bug)
+    with pytest.raises(RuntimeError, match="a bug"):
+        stream.load_images(0)
     stream.close()
 
 
-def test_only_what_is_looked_at_is_decoded(root: Path, monkeypatch) -> None:
+def test_only_indexed_images_are_decoded(root: Path, monkeypatch) -> None:
     decoded = []
     read = files_module.read_image
     monkeypatch.setattr(files_module, "read_image", lambda path, size: decoded.append(path) or read(path, size))
@@ -160,26 +161,24 @@ def test_only_what_is_looked_at_is_decoded(root: Path, monkeypatch) -> None:
     chosen = subset(train, 5)
     assert (len(chosen), len(decoded)) == (5, 9)
     assert isinstance(chosen.images, torch.Tensor)
-    whole, _ = folder(root).train_and_validation()
-    same = subset(Split(whole.images, whole.labels), 5)
+    in_memory, _ = folder(root).train_and_validation()
+    same = subset(Split(in_memory.images, in_memory.labels), 5)
     assert torch.equal(chosen.images, same.images)
     assert torch.equal(chosen.labels["class"], same.labels["class"])
 
 
 def test_a_streamed_run_decodes_no_more_than_it_uses(root: Path, run, monkeypatch) -> None:
-    """Memory stays bounded: preview, watch and probe take their share, the training images pass through."""
-    asked = []
+    """Only the preview, the monitor and the probe decode images into memory; training images are streamed."""
+    counts = []
     index = files_module.ImageFiles.__getitem__
-    monkeypatch.setattr(files_module.ImageFiles, "__getitem__", lambda self, i: asked.append(len(out := index(self, i))) or out)
+    monkeypatch.setattr(files_module.ImageFiles, "__getitem__", lambda self, i: counts.append(len(out := index(self, i))) or out)
     run(*options(root, 1, 0.0, "probe.validation_images=3"))
-    assert sorted(asked) == [3, 4, 6, 10]
+    assert sorted(counts) == [3, 4, 6, 10]
 
 
 @pytest.mark.parametrize("option", ["imagenet1k", "imagenet100", "mixture"])
 def test_dataset_options_compose(option: str) -> None:
-    from hjepa.config.schema import check, resolve
-
-    where = ["dataset.roots=[a,b]", "dataset.weights=[3,1]"] if option == "mixture" else ["dataset.root=a"]
-    config = resolve(compose(f"dataset={option}", *where, "dataset.augment.jitter=0.8"))
+    root = ["dataset.roots=[a,b]", "dataset.weights=[3,1]"] if option == "mixture" else ["dataset.root=a"]
+    config = resolve(compose(f"dataset={option}", *root, "dataset.augment.jitter=0.8"))
     check(config)
     assert config["dataset"]["image_size"] == (32 if option == "mixture" else 224)

@@ -1,4 +1,4 @@
-"""Teachers: what each does to the target encoder, and when."""
+"""Teacher updates: how and when each of them changes the target encoder."""
 
 from pathlib import Path
 
@@ -17,41 +17,41 @@ def weight(encoder: ViTEncoder) -> torch.Tensor:
     return encoder.blocks[0].attn.qkv.weight.detach().clone()
 
 
-def test_ema_written_out() -> None:
+def test_ema_equals_its_formula() -> None:
     model = build_components().model
     model.student.blocks[0].attn.qkv.weight.data += 1
     student, before = model.student.blocks[0].attn.qkv.weight, model.teacher.blocks[0].attn.qkv.weight.clone()
     ema = EMA(ConstantSchedule(start=0.9, end=0.9))
-    ema.plan(plan(1, 1))
-    ema.update(model, 0)
+    ema.prepare(plan(1, 1))
+    ema.apply(model, 0)
     assert torch.allclose(model.teacher.blocks[0].attn.qkv.weight, 0.9 * before + 0.1 * student, atol=1e-7)
 
 
 def test_default_momentum_never_reaches_one() -> None:
-    teacher = build_components().teacher
-    teacher.plan(plan(1000, 100))
-    assert max(teacher.momentum) < 1
+    ema = build_components().teacher_update
+    ema.prepare(plan(1000, 100))
+    assert max(ema.momentum) < 1
 
 
-def test_half_life_is_the_steps_that_replace_half_of_the_teacher() -> None:
+def test_half_of_the_teacher_is_replaced_after_the_half_life() -> None:
     model = build_components().model
     before = weight(model.teacher)
     model.student.blocks[0].attn.qkv.weight.data += 1
     ema = EMA(ConstantSchedule(start=0.5, end=0.5), half_life=7)
-    ema.plan(plan(7, 1))
+    ema.prepare(plan(7, 1))
     for step in range(7):
-        ema.update(model, step)
+        ema.apply(model, step)
     assert torch.allclose(weight(model.teacher), before + 0.5, atol=1e-5)
 
 
 @pytest.mark.parametrize("interval", [("teacher.epochs=null", "teacher.steps=3"), ("teacher.epochs=0.5", "train.batch_size=36")])
-def test_refresh_copies_the_student_at_intervals_only(interval: tuple[str, str]) -> None:
+def test_periodic_copy_copies_the_student_only_at_its_intervals(interval: tuple[str, str]) -> None:
     t = trainer("teacher=refresh", *interval, "schedule.lr.warmup_epochs=0")
     old = weight(t.model.teacher)
     for step in range(2):
-        t.train_step(*t.batch(step), step)
+        t.train_step(t.get_batch(step), step)
         assert torch.equal(weight(t.model.teacher), old)
-    t.train_step(*t.batch(2), 2)
+    t.train_step(t.get_batch(2), 2)
     assert torch.equal(weight(t.model.teacher), weight(t.model.student))
     assert not torch.equal(weight(t.model.teacher), old)
 
@@ -69,33 +69,33 @@ def test_without_a_teacher_gradients_flow_through_both_sides() -> None:
 def frozen_step(*overrides: str) -> tuple[torch.Tensor, torch.Tensor]:
     t = trainer("teacher=frozen", "schedule.lr.warmup_epochs=0", *overrides)
     before = weight(t.model.teacher)
-    t.train_step(*t.batch(0), 0)
+    t.train_step(t.get_batch(0), 0)
     return before, weight(t.model.teacher)
 
 
-def test_frozen_teacher_is_the_given_one_and_stays(run, tmp_path: Path) -> None:
+def test_a_frozen_teacher_has_the_weights_of_its_source_and_keeps_them(run, tmp_path: Path) -> None:
     run("name=source", "seed=5", "train.epochs=1")
     source = tmp_path / "default" / "source"
-    given = torch.load(source / "checkpoints" / "latest.pt", weights_only=True)["model"]["teacher.blocks.0.attn.qkv.weight"]
+    expected = torch.load(source / "checkpoints" / "latest.pt", weights_only=True)["model"]["teacher.blocks.0.attn.qkv.weight"]
     for weights in (source, source / "checkpoints" / "latest.pt"):
         before, after = frozen_step(f"teacher.weights={weights}")
-        assert torch.equal(before, given)
-        assert torch.equal(after, given)
+        assert torch.equal(before, expected)
+        assert torch.equal(after, expected)
 
 
-def test_frozen_teachers_of_stacked_levels_come_along(run, tmp_path: Path) -> None:
+def test_a_frozen_teacher_includes_the_teachers_of_stacked_levels(run, tmp_path: Path) -> None:
     run("name=source", "seed=5", "train.epochs=1", "levels=stacked")
     source = tmp_path / "default" / "source"
-    given = torch.load(source / "checkpoints" / "best.pt", weights_only=True)["model"]["upper.teacher.embed.weight"]
+    expected = torch.load(source / "checkpoints" / "best.pt", weights_only=True)["model"]["upper.teacher.embed.weight"]
     t = trainer("levels=stacked", "teacher=frozen", f"teacher.weights={source}", "schedule.lr.warmup_epochs=0")
-    t.train_step(*t.batch(0), 0)
-    assert torch.equal(t.model.upper.teacher.embed.weight, given)
+    t.train_step(t.get_batch(0), 0)
+    assert torch.equal(t.model.upper.teacher.embed.weight, expected)
     run("name=flat", "train.epochs=1", "levels=flat")
     with pytest.raises(UserError, match=r"it lacks upper\.teacher"):
         build_components("levels=stacked", "teacher=frozen", f"teacher.weights={tmp_path}/default/flat")
 
 
-def test_frozen_teacher_from_a_timm_file(tmp_path: Path) -> None:
+def test_a_frozen_teacher_can_be_a_timm_checkpoint(tmp_path: Path) -> None:
     import timm
 
     torch.manual_seed(3)
@@ -106,18 +106,18 @@ def test_frozen_teacher_from_a_timm_file(tmp_path: Path) -> None:
     for name in ("vit.safetensors", "vit.pth"):
         teacher = build_components("teacher=frozen", f"teacher.weights={tmp_path / name}").model.teacher
         assert torch.equal(teacher.blocks[1].mlp.fc1.weight, vit.blocks[1].mlp.fc1.weight)
-        assert teacher.pos_embed.shape == (1, 64, 32), "another grid is resampled"
+        assert teacher.pos_embed.shape == (1, 64, 32), "the position embeddings are resampled for the other grid"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "word"),
+    ("overrides", "message"),
     [
-        (["teacher=refresh", "teacher.steps=3"], "teacher.epochs=1 and teacher.steps=3: set one"),
+        (["teacher=refresh", "teacher.steps=3"], "teacher.epochs=1 and teacher.steps=3: set exactly one"),
         (["teacher.half_life=0"], "teacher.half_life=0"),
-        (["teacher=frozen", "teacher.weights=/nowhere"], "teacher.weights=/nowhere: there is no such file"),
+        (["teacher=frozen", "teacher.weights=/nowhere"], "teacher.weights=/nowhere: no such file"),
         (["levels=none", "masking=none", "regularizer=none"], "nothing to minimize"),
     ],
 )
-def test_bad_values_are_refused(overrides: list[str], word: str) -> None:
-    with pytest.raises(UserError, match=word):
+def test_invalid_options_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         build_components(*overrides)

@@ -1,7 +1,7 @@
-"""Where the time of a step goes: a clock whose phases follow one another, hung around the parts of an ordinary trainer.
+"""A timer of the phases of a training step, attached to an ordinary trainer from outside.
 
-Nothing in the trainer is there for it. On CUDA a mark is an event in the stream, read when all is over, so that measuring
-never makes the host wait for the device; elsewhere it is the time once the device is idle.
+The trainer contains no code for it. On CUDA a timestamp is an event in the stream, which is read after the last step, so that
+timing never makes the host wait for the device. Elsewhere a timestamp is taken when the device is idle.
 """
 
 import time
@@ -16,45 +16,49 @@ from torch import nn
 
 from hjepa.training.trainer import Trainer
 
-# In the order of the data flow; `other` is what lies between the named ones.
+# Phases in the order of the data flow; `other` is the time between the named ones.
 PHASES = (
     *("data", "augment", "masks", "student", "teacher", "predictor", "stacked levels", "projector", "loss", "backward"),
     *("optimizer", "teacher update", "other"),
 )
 
-MODULES = {"student": "student", "teacher": "teacher", "predictor": "predictor", "upper": "stacked levels"}
+MODULE_PHASES = {"student": "student", "teacher": "teacher", "predictor": "predictor", "upper": "stacked levels"}
 
 
 class PhaseTimer:
-    """Seconds by phase, round by round; a phase lasts until another one is entered."""
+    """Measures the seconds of every phase in rounds; a phase lasts until another one is entered.
+
+    Args:
+        device: Device that computes the phases.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.rounds: list[list[tuple[str, Any]]] = []
-        self.around: list[str] = []  # the phases that the present one lies in, outermost first
+        self.stack: list[str] = []  # the current phase last, preceded by the phases that it interrupted
 
-    def begin(self, phase: str) -> None:
-        """Begin a round with a phase."""
-        self.around = [phase]
-        self.rounds.append([(phase, self.mark())])
+    def start_round(self, phase: str) -> None:
+        """Start a round, which begins with a phase."""
+        self.stack = [phase]
+        self.rounds.append([(phase, self.timestamp())])
 
     def enter(self, phase: str) -> None:
-        """End the present phase and begin another in its place."""
-        self.around[-1:] = [phase]
-        self.rounds[-1].append((phase, self.mark()))
+        """Replace the current phase."""
+        self.stack[-1:] = [phase]
+        self.rounds[-1].append((phase, self.timestamp()))
 
     def push(self, phase: str) -> None:
-        """Begin a phase within the present one."""
-        self.around.append(self.around[-1])
+        """Interrupt the current phase with another one."""
+        self.stack.append(self.stack[-1])
         self.enter(phase)
 
     def pop(self) -> None:
-        """Go back to the phase that the present one lies in."""
-        self.around.pop()
-        self.enter(self.around[-1])
+        """Return to the phase that the current one has interrupted."""
+        self.stack.pop()
+        self.enter(self.stack[-1])
 
-    def mark(self) -> Any:
-        """A point in time: a CUDA event, or seconds."""
+    def timestamp(self) -> Any:
+        """Return the current time as a CUDA event or in seconds."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -64,53 +68,60 @@ class PhaseTimer:
         return time.perf_counter()
 
     def read(self) -> list[dict[str, float]]:
-        """Seconds by phase of all rounds, which are then forgotten; waits for the device."""
-        self.rounds.append([("", self.mark())])
+        """Wait for the device, return the seconds by phase of all rounds, and forget the rounds."""
+        self.rounds.append([("", self.timestamp())])
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         rounds = []
-        for marks, following in pairwise(self.rounds):
+        for entries, following in pairwise(self.rounds):
             seconds: dict[str, float] = defaultdict(float)
-            for (phase, start), (_, end) in pairwise([*marks, following[0]]):
+            for (phase, start), (_, end) in pairwise([*entries, following[0]]):
                 seconds[phase] += start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
             rounds.append(dict(seconds))
         self.rounds = []
         return rounds
 
-    def within(self, phase: str, call: Callable[..., Any], then: str | None = None) -> Any:
-        """The call as a phase within whichever it is made in, or followed by the phase `then`."""
+    def wrap(self, phase: str, function: Callable[..., Any], next_phase: str | None = None) -> Any:
+        """Return the function timed as a phase that interrupts the current one.
+
+        Args:
+            phase: Phase of the function.
+            function: Function to time.
+            next_phase: Phase to enter when the function returns; None returns to the interrupted phase.
+        """
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             self.push(phase)
-            result = call(*args, **kwargs)
+            result = function(*args, **kwargs)
             self.pop()
-            if then:
-                self.enter(then)
+            if next_phase:
+                self.enter(next_phase)
             return result
 
         return timed
 
 
-def attach_phase_timer(trainer: Trainer, clock: PhaseTimer) -> None:
-    """Hang the clock around the parts of a step. Its rounds begin with the phase `augment`."""
-    model, parts = trainer.model, trainer.parts
-    trainer.pixels = clock.within("data", trainer.pixels)  # type: ignore[method-assign]
-    model.register_forward_pre_hook(lambda *_: clock.enter("other"))
-    modules = [(MODULES[name], part) for name, part in model.named_children() if name in MODULES]
-    projectors = [("projector", part) for part in model.projectors.values() if not isinstance(part, nn.Identity)]
+def attach_phase_timer(trainer: Trainer, timer: PhaseTimer) -> None:
+    """Attach a timer to the modules and components of a trainer; every round has to start with the phase `augment`."""
+    model, components = trainer.model, trainer.components
+    trainer.load_images = timer.wrap("data", trainer.load_images)  # type: ignore[method-assign]
+    model.register_forward_pre_hook(lambda *_: timer.enter("other"))
+    modules = [(MODULE_PHASES[name], module) for name, module in model.named_children() if name in MODULE_PHASES]
+    projectors = [("projector", module) for module in model.projectors.values() if not isinstance(module, nn.Identity)]
     for phase, module in modules + projectors:
-        module.register_forward_pre_hook(lambda *_, phase=phase: clock.push(phase))
-        module.register_forward_hook(lambda *_: clock.pop())
-    trainer.parts = replace(
-        parts,
-        sampler=clock.within("masks", parts.sampler),
-        objective=clock.within("loss", parts.objective, then="backward"),
+        module.register_forward_pre_hook(lambda *_, phase=phase: timer.push(phase))
+        module.register_forward_hook(lambda *_: timer.pop())
+    trainer.components = replace(
+        components,
+        sampler=timer.wrap("masks", components.sampler),
+        objective=timer.wrap("loss", components.objective, next_phase="backward"),
     )
     unscale = trainer.scaler.unscale_
 
-    def begin_update(*args: Any) -> Any:  # gradients are unscaled and clipped first
-        clock.enter("optimizer")
+    def unscale_in_optimizer_phase(*args: Any) -> Any:  # unscaling and clipping come first in the update
+        timer.enter("optimizer")
         return unscale(*args)
 
-    trainer.scaler.unscale_ = begin_update  # type: ignore[assignment, method-assign]
-    parts.teacher.update = clock.within("teacher update", parts.teacher.update, then="other")  # type: ignore[method-assign]
+    trainer.scaler.unscale_ = unscale_in_optimizer_phase  # type: ignore[assignment, method-assign]
+    update = components.teacher_update
+    update.apply = timer.wrap("teacher update", update.apply, next_phase="other")  # type: ignore[method-assign]

@@ -4,11 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 from tests.helpers.cluster import cluster
 from tests.helpers.runs import compose, tiny
+from tests.helpers.typecheck import check_types
 
-__all__ = ["cluster"]  # a fixture of the whole session
+# Check the annotated shapes of tensors at run time, in modules that are imported from here on.
+install_import_hook(["hjepa.losses", "hjepa.masking", "hjepa.models"], "tests.helpers.typecheck.check_types")
+
+__all__ = ["check_types", "cluster"]  # the type checker of the hook, and a fixture of the whole session
 
 # The files that take longest are begun first, so that no process is left alone with one at the end.
 LONGEST = (

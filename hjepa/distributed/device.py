@@ -150,7 +150,7 @@ class Hardware:
         """Return a gradient scaler, which is enabled for float16 only."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
 
-    def place(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    def prepare_model(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
         """Move a model to the device; compile its blocks and recompute them in the backward pass if configured to.
 
         Args:

@@ -1,3 +1,5 @@
+from .encoder import Encoder as Encoder
+from .encoder import Stage as Stage
 from .hjepa import HJEPA as HJEPA
 from .layers import Projector as Projector
 from .levels import Levels as Levels

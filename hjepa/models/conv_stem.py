@@ -1,9 +1,10 @@
-"""The stem: what makes a token of every patch. timm's own modules, so that timm loads them."""
+"""Patch embeddings of the ViT: a linear map, or a convolutional stem. Built from modules of timm, so that timm loads them."""
 
 from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from timm.layers.hybrid_embed import HybridEmbed
 from timm.layers.norm import GroupNorm1
 from timm.models.vision_transformer_hybrid import ConvStem
@@ -13,22 +14,28 @@ from hjepa.config.errors import UserError
 
 
 def stem_arguments(stem: str, patch_size: int, dim: int) -> dict[str, Any]:
-    """The arguments of timm's VisionTransformer that give it a stem."""
+    """Return the arguments of timm's `VisionTransformer` that select a patch embedding."""
     if stem == "patch":
         return {"patch_size": patch_size}
-    return {"patch_size": 1, "embed_layer": conv_embed(**conv_arguments(patch_size, dim))}  # a token for each of its outputs
+    # For timm, every output position of the convolutions is a patch of one pixel.
+    return {"patch_size": 1, "embed_layer": conv_embed(**conv_arguments(patch_size, dim))}
 
 
 def conv_arguments(patch_size: int, dim: int) -> dict[str, Any]:
-    """The convolutions, after Xiao et al. 2021 ("Early Convolutions Help Transformers See Better"): of 3x3 pixels, the first at
-    full resolution, each other halving the image and doubling the channels until there is one position for each patch; then
-    a linear map to `dim` channels.
+    """Return the arguments of `conv_embed` for a patch size and a token width.
+
+    The stem follows Xiao et al. 2021 ("Early Convolutions Help Transformers See Better"): the first 3x3 convolution runs at full
+    resolution; each further one halves the resolution and doubles the channels, until one position corresponds to one patch. A
+    linear map to `dim` channels comes last.
+
+    Raises:
+        UserError: If the patch size is no power of two, or does not divide `dim`.
     """
     halvings = patch_size.bit_length() - 1
     if patch_size != 2**halvings or halvings < 1 or dim % 2**halvings:
         raise UserError(
-            f"model.encoder.stem=conv halves the image until a patch is one position: model.patch_size={patch_size} must be a "
-            f"power of two, and model.encoder.dim={dim} a multiple of it; change these, or use model.encoder.stem=patch."
+            f"model.encoder.stem=conv halves the resolution until a patch is one position: model.patch_size={patch_size} must be "
+            f"a power of two, and model.encoder.dim={dim} a multiple of it; change these, or use model.encoder.stem=patch."
         )
     return {
         "depth": halvings + 2,
@@ -39,16 +46,18 @@ def conv_arguments(patch_size: int, dim: int) -> dict[str, Any]:
 
 
 def conv_embed(depth: int, channels: list[int], kernel_size: list[int], stride: list[int]) -> Any:
-    """timm's `embed_layer` of such convolutions, with GELU and, where Xiao et al. have batch norms, one group norm over each
-    image: the student's images are full of holes, and the teacher has no statistics of its own.
+    """Return a convolutional stem as timm's argument `embed_layer`.
+
+    Where Xiao et al. use batch norm, this stem normalizes every image by itself (group norm with one group): large parts of the
+    images of the student are masked, and the teacher has no batch statistics of its own.
     """
     convs = ConvStem(3, depth, tuple(channels), tuple(kernel_size), tuple(stride), norm_layer=GroupNorm1, act_layer=nn.GELU)
     return partial(HybridEmbed, backbone=convs, proj=False)
 
 
-def mask_images(images: Tensor, keep: Tensor, patch_size: int) -> Tensor:
-    """images [B, 3, S, S] as seen through each context, keep int64 [B, C, K] -> [B, C, 3, S, S], zero beyond the kept patches."""
+def mask_images(images: Float[Tensor, "b 3 h w"], keep: Int[Tensor, "b c k"], patch_size: int) -> Float[Tensor, "b c 3 h w"]:
+    """Return a copy of every image for each of its contexts, with all pixels outside the kept patches set to 0."""
     grid = images.shape[-1] // patch_size
-    seen = torch.zeros(*keep.shape[:2], grid**2, dtype=images.dtype, device=images.device).scatter_(2, keep, 1)
-    pixels = seen.unflatten(2, (1, grid, grid)).repeat_interleave(patch_size, -1).repeat_interleave(patch_size, -2)
+    visible = torch.zeros(*keep.shape[:2], grid**2, dtype=images.dtype, device=images.device).scatter_(2, keep, 1)
+    pixels = visible.unflatten(2, (1, grid, grid)).repeat_interleave(patch_size, -1).repeat_interleave(patch_size, -2)
     return images.unsqueeze(1) * pixels

@@ -1,50 +1,55 @@
-"""Fixed 2-D sine-cosine positions, for patches and for the cells that a coarser level pools from them."""
+"""Building blocks of the networks: positions, patches, MLP, cross-attention and projector."""
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hjepa.config.errors import UserError
+from hjepa.config.types import PositiveInt
 
 
-def grid_centers(grid: int, pool: int = 1) -> Tensor:
-    """Centers (row, column) in patch units of the cells of `pool` x `pool` patches, raster order: float [(grid/pool)^2, 2].
+def grid_centers(grid: int, pool: int = 1) -> Float[Tensor, "n 2"]:
+    """Return the centers (row, column) of cells of `pool` x `pool` patches, [(grid/pool)^2, 2] in raster order.
 
-    A patch (pool 1) sits at its own index, so patches and cells share one coordinate system.
+    The unit is a patch, and a patch lies at its own index. Patches and cells therefore share one coordinate system.
     """
     axis = torch.arange(grid // pool, dtype=torch.float32) * pool + (pool - 1) / 2
     return torch.cartesian_prod(axis, axis)
 
 
-def sincos_positions(points: Tensor, dim: int) -> Tensor:
-    """Embed points [T, 2] as [T, dim]: a half each for column and row, sines then cosines (MAE, He et al. 2022, A.1)."""
+def sincos_positions(points: Float[Tensor, "n 2"], dim: int) -> Float[Tensor, "n {dim}"]:
+    """Return the sine-cosine embeddings of points (MAE, He et al. 2022, A.1).
+
+    The first half of the channels encodes the column and the second half the row, each as sines followed by cosines.
+    """
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     halves = [torch.outer(points[:, axis].double(), frequencies) for axis in (1, 0)]
     return torch.cat([f(angle) for angle in halves for f in (torch.sin, torch.cos)], dim=1).float()
 
 
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """[B, 3, H, W] -> [B, N, 3 * patch_size ** 2], patches in raster order, each in the layout of a conv weight."""
+def patchify(images: Float[Tensor, "b c h w"], patch_size: int) -> Float[Tensor, "b n d"]:
+    """Cut images into patches [B, N, C * patch_size^2] in raster order, each flattened as a convolution weight is."""
     b, c, h, w = images.shape
     p = patch_size
     patches = images.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
     return patches.reshape(b, (h // p) * (w // p), c * p * p)
 
 
-def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
-    """tokens [B, N, D], index int64 [B, ..., K] -> [B, ..., K, D]."""
+def gather_tokens(tokens: Float[Tensor, "b n d"], index: Int[Tensor, "b ..."]) -> Float[Tensor, "b ... d"]:
+    """Select tokens by indices of any shape [B, ...]."""
     flat = index.flatten(1).unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
     return tokens.gather(1, flat).unflatten(1, index.shape[1:])
 
 
 def init_xavier(module: nn.Module) -> None:
-    """MAE's initialization (He et al. 2022): at timm's std of 0.02 the positions drown the patches in narrow networks, and
-    what an untrained teacher says of a patch is then little more than where it is.
+    """Initialize a linear or convolutional module as MAE does (He et al. 2022).
+
+    With the standard deviation of 0.02 that timm uses, positions outweigh patches in narrow networks, and the targets of an
+    untrained teacher would encode little more than the location of a patch.
     """
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -53,26 +58,28 @@ def init_xavier(module: nn.Module) -> None:
 
 
 class LeanMlp(Mlp):
-    """timm's MLP, whose backward pass recomputes the activation's output instead of keeping it: a fifth less memory for the
-    activations of a transformer block, at no measurable cost in time.
+    """The MLP of timm with less activation memory: its backward pass recomputes the output of the activation function.
+
+    This saves a fifth of the activation memory of a transformer block at no measurable cost in time.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         hidden: Tensor = self.fc1(x)
         if not torch.is_grad_enabled():
-            return self.activate(hidden)
-        return checkpoint(self.activate, hidden, use_reentrant=False, preserve_rng_state=False)
+            return self.project(hidden)
+        return checkpoint(self.project, hidden, use_reentrant=False, preserve_rng_state=False)
 
-    def activate(self, hidden: Tensor) -> Tensor:
-        """What follows the first linear map."""
+    def project(self, hidden: Float[Tensor, "*b h"]) -> Float[Tensor, "*b d"]:
+        """Apply the activation function and the second linear map."""
         return self.fc2(self.act(hidden))
 
 
 class CrossBlock(nn.Module):
-    """A transformer block whose queries attend to a context that stays as it is.
+    """A transformer block in which queries attend to a context and leave it unchanged.
 
     Args:
-        dim, heads: width and attention heads.
+        dim: Token width, a multiple of `heads`.
+        heads: Number of attention heads.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -82,8 +89,8 @@ class CrossBlock(nn.Module):
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         self.mlp = LeanMlp(dim, 4 * dim)
 
-    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        """queries [M, T, dim] and context [M, K, dim] -> [M, T, dim]."""
+    def forward(self, queries: Float[Tensor, "m t d"], context: Float[Tensor, "m k d"]) -> Float[Tensor, "m t d"]:
+        """Return the updated queries."""
         q = self.q(self.norm1(queries)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(self.norm_context(context)).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -93,34 +100,21 @@ class CrossBlock(nn.Module):
 
 
 class Projector(nn.Sequential):
-    """Linear, batch norm and ReLU `layers - 1` times, then a linear map (SimCLR, Chen et al. 2020; VICReg's expander):
-    [M, dim] -> [M, out].
+    """An MLP between the pooled features, which the probes use, and the features that the regularizer uses.
+
+    Linear, batch norm and ReLU `layers - 1` times, then a linear map (SimCLR, Chen et al. 2020; the expander of VICReg,
+    Bardes et al. 2022): [M, dim] -> [M, out].
 
     Args:
-        dim: width of its input; hidden, out: widths inside and of its output; layers: number of linear maps.
+        dim: Width of the input.
+        hidden: Width of the hidden layers.
+        out: Width of the output.
+        layers: Number of linear maps.
     """
 
-    def __init__(self, dim: int, hidden: int, out: int, layers: int) -> None:
-        if min(hidden, out, layers) < 1:
-            raise UserError(f"projector.hidden={hidden}, out={out} and layers={layers} must be at least 1.")
+    def __init__(self, dim: int, hidden: PositiveInt, out: PositiveInt, layers: PositiveInt) -> None:
         widths = [dim, *[hidden] * (layers - 1), out]
         modules: list[nn.Module] = []
         for before, after in pairwise(widths[:-1]):
             modules += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
         super().__init__(*modules, nn.Linear(widths[-2], out))
-
-
-class Recomputing(nn.Module):
-    """A part that can forget what its blocks computed, and compute it again in the backward pass.
-
-    `checkpoint` calls a block and keeps none of its activations; None keeps them.
-    """
-
-    checkpoint: Callable[..., Tensor] | None = None
-
-    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """What the block makes of the inputs."""
-        if self.checkpoint and torch.is_grad_enabled():
-            return self.checkpoint(block, *inputs)
-        output: Tensor = block(*inputs)
-        return output

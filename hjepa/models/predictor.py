@@ -1,9 +1,11 @@
-"""The predictor: a narrow transformer that fills in the targets of every level from the context's tokens.
+"""The predictor: a narrow transformer that predicts the targets of every level from the tokens of the context.
 
-Queries are a mask token per level plus the 2-D position of the target cell's center; every level has its own head. With
-self-attention, queries and context attend to each other: all queries of all levels share one pass with the context, or each
-target block has a pass of its own (`joint: false`, as in I-JEPA, Assran et al. 2023). With cross-attention the queries attend
-to the context only and each is answered on its own (CrossMAE, Fu et al. 2024), so that one pass is the same as many.
+A query is the mask token of a level plus the position of the center of a target cell; every level has its own output head. With
+self-attention, queries and context attend to each other: either all queries of all levels in one pass, or each target block in
+a pass of its own (`joint: false`, as in I-JEPA, Assran et al. 2023). With cross-attention, queries attend to the context only
+(CrossMAE, Fu et al. 2024), so that each is answered independently of the others and one pass is equivalent to many.
+
+`Fusion` precedes the predictor: it combines the student's stages at several depths, as a feature pyramid does (Lin et al. 2017).
 """
 
 from collections.abc import Sequence
@@ -11,22 +13,29 @@ from functools import partial
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Int
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from hjepa.config.errors import UserError
-from hjepa.models.layers import CrossBlock, LeanMlp, Recomputing, grid_centers, init_xavier, sincos_positions
+from hjepa.config.types import PositiveInt
+from hjepa.models.encoder import Stage
+from hjepa.models.layers import CrossBlock, LeanMlp, grid_centers, init_xavier, sincos_positions
 
 
-class Predictor(Recomputing):
-    """Predicts target cells of all levels.
+class Predictor(nn.Module):
+    """Predicts the target cells of all levels.
 
     Args:
-        encoder_dim: width of the context tokens and of the targets.
-        grid: side of the patch grid; pools: side of a target cell in patches, per level.
-        dim, depth, heads: width, number of blocks and attention heads.
+        encoder_dim: Width of the context tokens.
+        grid: Side of the grid of patches.
+        pools: Side of a target cell in patches, per level.
+        dim: Width of the predictor, a multiple of 4 and of `heads`.
+        depth: Number of blocks.
+        heads: Number of attention heads.
         attention: "self" or "cross".
-        joint: with self-attention, one pass for all target blocks of all levels, or one pass for each block of each level.
+        joint: With self-attention, use one pass for all target blocks of all levels instead of one pass per block.
+        target_dims: Width of the targets, per level; None for the width of the context tokens.
     """
 
     def __init__(
@@ -34,103 +43,112 @@ class Predictor(Recomputing):
         encoder_dim: int,
         grid: int,
         pools: Sequence[int],
-        dim: int,
-        depth: int,
-        heads: int,
+        dim: PositiveInt,
+        depth: PositiveInt,
+        heads: PositiveInt,
         attention: Literal["self", "cross"] = "cross",
         joint: bool = True,
+        target_dims: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if dim % heads or dim % 4:
-            raise UserError(f"A predictor of dim={dim} needs a dim that 4 and heads={heads} divide; change either.")
+            raise UserError(f"model.predictor.dim={dim} must be a multiple of 4 and of heads={heads}; change either of them.")
         self.cross, self.joint = attention == "cross", joint or attention == "cross"
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_tokens = nn.Parameter(torch.randn(len(pools), dim) * 0.02)
         block = CrossBlock if self.cross else partial(Block, qkv_bias=True, mlp_layer=LeanMlp)
         self.blocks = nn.ModuleList(block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
-        self.heads = nn.ModuleList(nn.Linear(dim, encoder_dim) for _ in pools)
+        self.heads = nn.ModuleList(nn.Linear(dim, width) for width in target_dims or [encoder_dim] * len(pools))
         for level, pool in enumerate(pools):
             self.register_buffer(f"positions{level}", sincos_positions(grid_centers(grid, pool), dim), persistent=False)
         self.register_buffer("patch_positions", sincos_positions(grid_centers(grid), dim), persistent=False)
         self.apply(init_xavier)
 
-    def queries(self, level: int, targets: Tensor) -> Tensor:
-        """Queries of a level: int64 [B, C, P, T] -> [B*C, P, T, dim]."""
+    def queries(self, level: int, targets: Int[Tensor, "b c p t"]) -> Float[Tensor, "m p t d"]:
+        """Return the queries of a level, [B*C, P, T, dim]."""
         positions: Tensor = getattr(self, f"positions{level}")
         return positions[targets.flatten(0, 1)] + self.mask_tokens[level]
 
-    def forward(self, tokens: Tensor, context: Tensor | None, targets: Sequence[Tensor]) -> list[Tensor]:
+    def forward(
+        self, tokens: Float[Tensor, "m n d"], context: Int[Tensor, "b c k"] | None, targets: Sequence[Int[Tensor, "b c _ _"]]
+    ) -> list[Float[Tensor, "b c _ _ _"]]:
         """Predict the targets of the first `len(targets)` levels.
 
         Args:
-            tokens: [B*C, S+K, D], S summary tokens and the K context patches, or summary tokens alone.
-            context: int64 [B, C, K], where the patches are; None where `tokens` has summary tokens alone.
-            targets: per level int64 [B, C, P, T_l].
+            tokens: [B*C, S+K, D], S summary tokens followed by the K patches of the context, or summary tokens alone.
+            context: Patch indices [B, C, K] of the context; None if `tokens` consists of summary tokens alone.
+            targets: Cell indices [B, C, P, T] of every level, where P and T depend on the level.
 
         Returns:
-            Per level [B, C, P, T_l, D].
+            The predictions [B, C, P, T, D] of every level.
         """
         x = self.embed(tokens)
         if context is not None:
-            places = self.patch_positions[context.flatten(0, 1)]  # type: ignore[index]  # a buffer
-            x = torch.cat([x[:, : -places.shape[1]], x[:, -places.shape[1] :] + places], dim=1)
+            positions = self.patch_positions[context.flatten(0, 1)]  # type: ignore[index]  # a buffer
+            num_patches = positions.shape[1]
+            x = torch.cat([x[:, :-num_patches], x[:, -num_patches:] + positions], dim=1)
         queries = [self.queries(level, index) for level, index in enumerate(targets)]
         if self.joint:
             answers = self.answer(x, torch.cat([q.flatten(1, 2) for q in queries], dim=1))
-            parts = answers.split([q.shape[1] * q.shape[2] for q in queries], dim=1)
+            by_level = answers.split([q.shape[1] * q.shape[2] for q in queries], dim=1)
         else:
-            parts = tuple(self.answer_each(x, q) for q in queries)
-        return [
-            head(part).view(*index.shape, -1)
-            for head, part, index in zip(self.heads, parts, targets, strict=False)  # the summary pass asks the first level only
-        ]
+            by_level = tuple(self.answer_each(x, q) for q in queries)
+        rows = zip(self.heads, by_level, targets, strict=False)  # the summary pass predicts the first level only
+        return [head(answer).view(*index.shape, -1) for head, answer, index in rows]
 
-    def answer(self, context: Tensor, queries: Tensor) -> Tensor:
-        """One pass: context [M, K, dim] and queries [M, T, dim] -> [M, T, dim]."""
+    def answer(self, context: Float[Tensor, "m k d"], queries: Float[Tensor, "m t d"]) -> Float[Tensor, "m t d"]:
+        """Answer all queries in one pass."""
         if self.cross:
             for block in self.blocks:
-                queries = self.run(block, queries, context)
+                queries = block(queries, context)
             return self.norm(queries)
         x = torch.cat([context, queries], dim=1)
         for block in self.blocks:
-            x = self.run(block, x)
+            x = block(x)
         return self.norm(x[:, context.shape[1] :])
 
-    def answer_each(self, context: Tensor, queries: Tensor) -> Tensor:
-        """A pass per block: context [M, K, dim] and queries [M, P, T, dim] -> [M, P*T, dim]."""
-        blocks = queries.shape[1]
-        return (
-            self.answer(context.repeat_interleave(blocks, dim=0), queries.flatten(0, 1)).unflatten(0, (-1, blocks)).flatten(1, 2)
-        )
+    def answer_each(self, context: Float[Tensor, "m k d"], queries: Float[Tensor, "m p t d"]) -> Float[Tensor, "m pt d"]:
+        """Answer each of P target blocks in a pass of its own, [M, P*T, dim]."""
+        count = queries.shape[1]
+        answers = self.answer(context.repeat_interleave(count, dim=0), queries.flatten(0, 1))
+        return answers.unflatten(0, (-1, count)).flatten(1, 2)
 
 
 class Fusion(nn.Module):
-    """Tokens of one width from hidden states at several depths.
+    """Combines the student's stages at several layers into the context tokens of the predictor.
 
     Args:
-        mode: "none" passes the last state on; "add" adds a linear map of every other state, normalized, which starts at zero;
-            "concat" maps all of them, normalized and concatenated, to one.
-        dim: width of the states; depths: how many there are.
+        mode: "none" returns the last stage. "add" adds a linear map, initially zero, of the other stages. "concat" maps the
+            concatenation of all stages. The other stages are normalized first; a finer one is averaged over every patch.
+        dims: Token widths of the stages by ascending layer.
     """
 
-    def __init__(self, mode: Literal["none", "add", "concat"], dim: int, depths: int) -> None:
+    def __init__(self, mode: Literal["none", "add", "concat"], dims: Sequence[int]) -> None:
         super().__init__()
-        if mode != "none" and depths < 2:
-            raise UserError(f"levels.fusion={mode} needs a level at another depth than the last block, as in levels=depth.")
+        if mode != "none" and len(dims) < 2:
+            raise UserError(f"levels.fusion={mode} needs a level at a layer before the last one, as in levels=depth.")
         self.mode = mode
-        inputs = {"none": 0, "add": depths - 1, "concat": depths}[mode]
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(depths - 1 if inputs else 0))
-        self.mix: nn.Module = nn.Linear(inputs * dim, dim) if inputs else nn.Identity()
+        *shallow, last = dims
+        inputs = {"none": 0, "add": sum(shallow), "concat": sum(dims)}[mode]
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in (shallow if inputs else []))
+        self.mix: nn.Module = nn.Linear(inputs, last) if inputs else nn.Identity()
         if mode == "add":
             for parameter in self.mix.parameters():
                 nn.init.zeros_(parameter)
 
-    def forward(self, states: list[Tensor]) -> Tensor:
-        """States [M, S+K, D] by ascending depth, the last one normalized already -> [M, S+K, D]."""
-        *shallow, last = states
+    def forward(self, stages: list[Stage]) -> Float[Tensor, "m n d"]:
+        """Return tokens [M, S+K, D] of all stages, which are in ascending order; the last one is normalized already."""
+        *shallow, last = stages
         if self.mode == "none":
-            return last
-        normed = [norm(state) for norm, state in zip(self.norms, shallow, strict=True)]
-        mixed: Tensor = self.mix(torch.cat(normed if self.mode == "add" else [last, *normed], dim=-1))
-        return last + mixed if self.mode == "add" else mixed
+            return last.tokens
+        normed = [norm(average_to(stage, last.cells.shape[1])) for norm, stage in zip(self.norms, shallow, strict=True)]
+        mixed: Tensor = self.mix(torch.cat(normed if self.mode == "add" else [last.tokens, *normed], dim=-1))
+        return last.tokens + mixed if self.mode == "add" else mixed
+
+
+def average_to(stage: Stage, num_patches: int) -> Float[Tensor, "m n d"]:
+    """Return the tokens of a stage of which the r*r cells of each patch, which follow one another, are averaged."""
+    if stage.cells.shape[1] == num_patches:
+        return stage.tokens
+    return torch.cat([stage.summary, stage.cells.unflatten(1, (num_patches, -1)).mean(2)], dim=1)

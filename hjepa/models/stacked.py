@@ -1,28 +1,35 @@
-"""Stacked levels: a level with an encoder of its own over the representation of the level below, its own teacher, predictor
-and (larger) masks. The level below is seen whole, mean-pooled to 2-D cells; the upper student encodes some of the cells and
-predicts what the upper teacher says about others, exactly as below.
+"""Stacked levels: a level with its own encoder, teacher, predictor and (larger) masks above the representation of another level.
+
+The tokens of the level below are averaged over 2-D cells. The student of the stacked level encodes some of the cells and
+predicts the output of its teacher at others, exactly as the level below does with patches.
 """
 
 from collections.abc import Callable
 from copy import deepcopy
 
 import torch
+from jaxtyping import Float, Int
 from timm.models.vision_transformer import Block
 from torch import Generator, Tensor, nn
 from torch.nn.functional import layer_norm
 
 from hjepa.config.errors import UserError
+from hjepa.config.types import NonNegativeFloat, PositiveInt
 from hjepa.masking import Masks, MaskSampler
-from hjepa.models.layers import LeanMlp, Recomputing, gather_tokens, grid_centers, init_xavier, sincos_positions
+from hjepa.models.layers import LeanMlp, gather_tokens, grid_centers, init_xavier, sincos_positions
 from hjepa.models.levels import pool_cells
 from hjepa.models.predictor import Predictor
 
 
-class CellEncoder(Recomputing):
+class CellEncoder(nn.Module):
     """A small transformer over the cells of a grid.
 
     Args:
-        input_dim: width of the cells; grid: cells to a side; dim, depth, heads: of the transformer.
+        input_dim: Width of the cells.
+        grid: Side of the grid of cells.
+        dim: Token width.
+        depth: Number of blocks.
+        heads: Number of attention heads.
     """
 
     def __init__(self, input_dim: int, grid: int, dim: int, depth: int, heads: int) -> None:
@@ -33,51 +40,56 @@ class CellEncoder(Recomputing):
         self.norm = nn.LayerNorm(dim)
         self.apply(init_xavier)
 
-    def forward(self, cells: Tensor, keep: Tensor | None = None) -> Tensor:
-        """cells [B, n, input_dim], all of them or the kept ones int64 [B, C, K] -> [B*C, K, dim]."""
+    def forward(self, cells: Float[Tensor, "b n d"], keep: Int[Tensor, "b c k"] | None = None) -> Float[Tensor, "m k w"]:
+        """Encode all cells ([B, N, dim]) or the kept ones only ([B*C, K, dim])."""
         x = self.embed(cells) + self.positions
         if keep is not None:
             x = gather_tokens(x, keep).flatten(0, 1)
         for block in self.blocks:
-            x = self.run(block, x)
+            x = block(x)
         normed: Tensor = self.norm(x)
         return normed
 
 
 class StackedLevel(nn.Module):
-    """The level above another one.
+    """A level above another one.
 
     Args:
-        input_dim, grid: width of the tokens below and side of their grid.
-        pool: side of a cell, in tokens of the level below; dim, depth, heads: of its encoder.
-        predictor, masking: constructors that lack the sizes.
-        weight: factor of its loss.
-        detach: its student sees the teacher below and leaves the student below alone; otherwise it sees the student below,
-            which then encodes the whole image too and is trained from above.
-        upper: the constructor of the next level, None for none.
+        input_dim: Width of the tokens of the level below.
+        grid: Side of the grid of the level below.
+        pool: Side of a cell in tokens of the level below.
+        dim: Token width of the encoder, a multiple of 4 and of `heads`.
+        depth: Number of blocks of the encoder.
+        heads: Number of attention heads of the encoder.
+        predictor: Constructor that takes the sizes as further arguments.
+        masking: Constructor that takes the grid and the pools as further arguments.
+        weight: Factor of the loss of the level.
+        detach: Feed the student with the output of the teacher below, so that the student below is not trained by this level.
+            Otherwise it is fed with the output of the student below, which then has to encode the whole image as well.
+        upper: Constructor of the next level, or None.
     """
 
     def __init__(
         self,
         input_dim: int,
         grid: int,
-        pool: int,
-        dim: int,
-        depth: int,
-        heads: int,
+        pool: PositiveInt,
+        dim: PositiveInt,
+        depth: PositiveInt,
+        heads: PositiveInt,
         predictor: Callable[..., Predictor],
         masking: Callable[..., MaskSampler],
-        weight: float,
+        weight: NonNegativeFloat,
         detach: bool,
         upper: Callable[..., "StackedLevel"] | None,
     ) -> None:
         super().__init__()
-        if pool < 1 or grid % pool or grid // pool < 4:
-            raise UserError(f"levels.upper.pool={pool} does not cut a {grid}x{grid} grid into at least 4x4 cells; use a divisor.")
-        if dim % heads or dim % 4 or weight < 0:
+        if grid % pool or grid // pool < 4:
             raise UserError(
-                f"levels.upper needs a dim={dim} that 4 and heads={heads} divide, and a weight={weight} of 0 or more."
+                f"levels.upper.pool={pool} does not divide a grid of {grid}x{grid} into 4x4 or more cells; use a smaller divisor."
             )
+        if dim % heads or dim % 4:
+            raise UserError(f"levels.upper.dim={dim} must be a multiple of 4 and of heads={heads}; change either of them.")
         self.grid, self.side, self.pool, self.weight, self.detach = grid, grid // pool, pool, weight, detach
         self.student = CellEncoder(input_dim, self.side, dim, depth, heads)
         self.teacher = deepcopy(self.student).requires_grad_(False)
@@ -86,25 +98,33 @@ class StackedLevel(nn.Module):
         self.upper = upper(input_dim=dim, grid=self.side) if upper else None
 
     def forward(
-        self, teacher: Tensor, student: Callable[[], Tensor], masks: tuple[Masks, ...]
+        self,
+        below: Float[Tensor, "b n d"],
+        below_by_student: Callable[[], Float[Tensor, "b n d"]],
+        masks: tuple[Masks, ...],
     ) -> list[tuple[float, Tensor, Tensor]]:
-        """Weight, prediction and target [B, C, P, T, dim] of this level and of those above.
+        """Predict the targets of this level and of those above it.
 
         Args:
-            teacher: the level below as its teacher has it, [B, N, input_dim].
-            student: computes the same from the student below; called unless `detach`.
-            masks: of this level and of those above.
+            below: Tokens of the level below, computed by its teacher.
+            below_by_student: Computes the same tokens with the student below; called only without `detach`.
+            masks: Masks of this level and of those above it.
+
+        Returns:
+            Weight, prediction [B, C, P, T, dim] and target [B, C, P, T, dim] of every level.
         """
-        mask, *above = masks
-        below = pool_cells(teacher, self.grid, self.pool)
-        seen = below.detach() if self.detach else pool_cells(student(), self.grid, self.pool)
+        mask, *masks_above = masks
+        cells = pool_cells(below, self.grid, self.pool)
+        student_cells = cells.detach() if self.detach else pool_cells(below_by_student(), self.grid, self.pool)
         with torch.set_grad_enabled(self.teacher is self.student and torch.is_grad_enabled()):
-            told = self.teacher(below)
-            cells = gather_tokens(told, mask.targets[0])
-            target = layer_norm(cells.float(), cells.shape[-1:])
-        prediction = self.predictor(self.student(seen, mask.context), mask.context, mask.targets)[0]
+            encoded = self.teacher(cells)
+            target = gather_tokens(encoded, mask.targets[0])
+            target = layer_norm(target.float(), target.shape[-1:])
+        prediction = self.predictor(self.student(student_cells, mask.context), mask.context, mask.targets)[0]
         levels = [(self.weight, prediction, target)]
-        return levels + (self.upper(told, lambda: self.student(seen), tuple(above)) if self.upper else [])
+        if self.upper:
+            levels += self.upper(encoded, lambda: self.student(student_cells), tuple(masks_above))
+        return levels
 
     def share_teacher(self) -> None:
         """Let every student from here upwards be its own teacher."""
@@ -113,15 +133,16 @@ class StackedLevel(nn.Module):
             self.upper.share_teacher()
 
     def stacked_levels(self) -> list["StackedLevel"]:
-        """This level and those above."""
+        """Return this level and those above it."""
         return [self, *(self.upper.stacked_levels() if self.upper else [])]
 
 
 class StackedMaskSampler:
-    """Masks of the image's levels, and beside them those of every stacked level."""
+    """Samples the masks of the levels of the image together with those of all stacked levels."""
 
     def __init__(self, sampler: MaskSampler, stacked_levels: list[StackedLevel]) -> None:
-        self.sampler, self.samplers = sampler, [stage.sampler for stage in stacked_levels]
+        self.sampler, self.samplers = sampler, [level.sampler for level in stacked_levels]
+        self.num_contexts = sampler.num_contexts
 
     def __call__(self, batch_size: int, generator: Generator) -> Masks:
         masks = self.sampler(batch_size, generator)

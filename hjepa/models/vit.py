@@ -1,48 +1,57 @@
-"""The encoder: a timm VisionTransformer that can encode any subset of its patches and hand out hidden states.
+"""The plain vision transformer: a timm `VisionTransformer` that can encode any subset of its patches.
 
-The student encodes only the context patches (dropped patches are never computed), the teacher and the probes encode all.
-The state dict is timm's own, so `timm.create_model` loads an exported encoder.
+The student encodes the context patches only, so that dropped patches cost nothing; the teacher and the probes encode all
+patches. The state dict is the one of timm, so that `timm.create_model` loads an exported encoder.
 """
 
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from hjepa.config.errors import UserError
-from hjepa.models.conv_stem import mask_images, stem_arguments
-from hjepa.models.layers import LeanMlp, Recomputing, gather_tokens, grid_centers, init_xavier, patchify, sincos_positions
+from hjepa.config.types import Fraction, PositiveFloat, PositiveInt
+from hjepa.models.conv_stem import conv_arguments, mask_images, stem_arguments
+from hjepa.models.encoder import Encoder, Stage
+from hjepa.models.layers import LeanMlp, gather_tokens, grid_centers, init_xavier, patchify, sincos_positions
 
 
-class ViTEncoder(Recomputing, VisionTransformer):
-    """A ViT over square images without class token, with `summary_tokens` extra tokens (timm's register tokens).
+class ViTEncoder(Encoder, VisionTransformer):
+    """A ViT over square images without a class token; its layers are its blocks.
 
     Args:
-        image_size, patch_size: in pixels; the patch size divides the image size.
-        dim, depth, heads, mlp_ratio: width, number of blocks, attention heads, MLP expansion.
-        summary_tokens: learned tokens that travel with every subset of patches.
-        positions: "sincos" (fixed, 2-D) or "learned".
-        drop_path: stochastic depth rate; layer_scale: initial value of timm's LayerScale, None for none.
-        stem: what makes tokens of patches: "patch", a linear map of each, or "conv", see `hjepa.models.conv_stem`.
+        image_size: Side of the images in pixels, a multiple of `patch_size`.
+        patch_size: Side of a patch in pixels.
+        dim: Token width, a multiple of 4 and of `heads`.
+        depth: Number of blocks.
+        heads: Number of attention heads.
+        mlp_ratio: Width of the hidden layer of the MLPs, relative to `dim`.
+        num_summary_tokens: Number of learned tokens that accompany every subset of patches (register tokens in timm).
+        positions: Position embeddings: "sincos" (fixed, two-dimensional) or "learned".
+        drop_path: Rate of stochastic depth.
+        layer_scale: Initial value of LayerScale; None uses no LayerScale.
+        stem: Patch embedding: "patch" (a linear map of every patch) or "conv" (see `hjepa.models.conv_stem`).
     """
 
-    pos_embed: nn.Parameter  # timm allows for none, we always have one
+    pos_embed: nn.Parameter  # timm also allows None
 
     def __init__(
         self,
-        image_size: int,
-        patch_size: int,
-        dim: int,
-        depth: int,
-        heads: int,
-        mlp_ratio: float = 4.0,
-        summary_tokens: int = 0,
-        positions: str = "sincos",
-        drop_path: float = 0.0,
+        image_size: PositiveInt,
+        patch_size: PositiveInt,
+        dim: PositiveInt,
+        depth: PositiveInt,
+        heads: PositiveInt,
+        mlp_ratio: PositiveFloat = 4.0,
+        num_summary_tokens: int = 0,
+        positions: Literal["sincos", "learned"] = "sincos",
+        drop_path: Fraction = 0.0,
         layer_scale: float | None = None,
         stem: Literal["patch", "conv"] = "patch",
     ) -> None:
@@ -53,100 +62,104 @@ class ViTEncoder(Recomputing, VisionTransformer):
                 f"use one of {divisors} or another image size."
             )
         if dim % heads or dim % 4:
-            raise UserError(f"An encoder of dim={dim} needs a dim that 4 and heads={heads} divide; change either.")
-        if positions not in ("sincos", "learned"):
-            raise UserError(f"model.encoder.positions={positions} is unknown; expected sincos or learned.")
-        super().__init__(
-            img_size=image_size,
-            **stem_arguments(stem, patch_size, dim),
-            embed_dim=dim,
-            depth=depth,
-            num_heads=heads,
-            mlp_ratio=mlp_ratio,
-            class_token=False,
-            reg_tokens=summary_tokens,
-            no_embed_class=True,
-            global_pool="avg",
-            fc_norm=False,
-            num_classes=0,
-            drop_path_rate=drop_path,
-            init_values=layer_scale,
-            mlp_layer=LeanMlp,
-        )
-        self.image_size, self.patch_size = image_size, patch_size
-        self.grid = image_size // patch_size
-        self.depth, self.summary_tokens, self.stem = depth, summary_tokens, stem
+            raise UserError(f"model.encoder.dim={dim} must be a multiple of 4 and of heads={heads}; change either of them.")
+        architecture: dict[str, Any] = {
+            "img_size": image_size,
+            "embed_dim": dim,
+            "depth": depth,
+            "num_heads": heads,
+            "mlp_ratio": mlp_ratio,
+            "init_values": layer_scale,
+            "class_token": False,
+            "reg_tokens": num_summary_tokens,
+            "no_embed_class": True,
+            "global_pool": "avg",
+            "fc_norm": False,
+            "num_classes": 0,
+        }
+        super().__init__(**architecture, **stem_arguments(stem, patch_size, dim), drop_path_rate=drop_path, mlp_layer=LeanMlp)
+        self.architecture = architecture
+        self.image_size, self.patch_size, self.stem = image_size, patch_size, stem
+        self.layer_dims, self.num_summary_tokens = (dim,) * depth, num_summary_tokens
         self.apply(init_xavier)
         if self.reg_token is not None:
-            nn.init.normal_(self.reg_token, std=0.02)  # timm's 1e-6 leaves all summary tokens the same for long
+            nn.init.normal_(self.reg_token, std=0.02)  # with the 1e-6 of timm, the summary tokens stay alike for a long time
         if positions == "sincos":
             self.pos_embed.data.copy_(sincos_positions(grid_centers(self.grid), dim))
             self.pos_embed.requires_grad_(False)
 
-    def embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
-        """Embed all patches ([B, S+N, D]) or only the kept ones ([B*C, S+K, D]), summary tokens first."""
+    def forward(  # type: ignore[override]  # the one of timm classifies
+        self, images: Float[Tensor, "b 3 h w"], keep: Int[Tensor, "b c k"] | None = None, layers: Sequence[int] | None = None
+    ) -> list[Stage]:
+        """Return the hidden states after the given blocks, the last one after the final norm; see `Encoder.forward`."""
+        numbers, grid = tuple(layers or (self.num_layers,)), images.shape[-1] // self.patch_size
+        stages = []
+        x = self.embed(images, keep)
+        for number, block in enumerate(self.blocks[: max(numbers)], start=1):
+            x = block(x)
+            if number in numbers:
+                tokens = self.norm(x) if number == self.num_layers else x
+                stages.append(Stage(tokens, grid, self.num_summary_tokens))
+        return stages
+
+    def embed(self, images: Float[Tensor, "b 3 h w"], keep: Int[Tensor, "b c k"] | None) -> Float[Tensor, "m n d"]:
+        """Embed all patches ([B, S+N, D]) or the kept ones only ([B*C, S+K, D]), after the summary tokens."""
         positions = self.positions(images.shape[-1] // self.patch_size)
         if keep is not None:
             positions = positions[keep.flatten(0, 1)]
-        tokens = (self.map_patches if self.stem == "patch" else self.convolve)(images, keep) + positions
+        tokens = (self.project_patches if self.stem == "patch" else self.convolve)(images, keep) + positions
         if self.reg_token is not None:
             tokens = torch.cat([self.reg_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         return tokens
 
-    def map_patches(self, images: Tensor, keep: Tensor | None) -> Tensor:
-        """Every patch, or only the kept ones, linearly mapped."""
+    def project_patches(self, images: Float[Tensor, "b 3 h w"], keep: Int[Tensor, "b c k"] | None) -> Float[Tensor, "m n d"]:
+        """Map all patches, or the kept ones only, linearly to tokens."""
         patches, projection = patchify(images, self.patch_size), self.patch_embed.proj
         if keep is not None:
             patches = gather_tokens(patches, keep).flatten(0, 1)
         return F.linear(patches, projection.weight.flatten(1), projection.bias)
 
-    def convolve(self, images: Tensor, keep: Tensor | None) -> Tensor:
-        """The convolutions' output at every patch, or only at the kept ones, where they see zeros in place of the others."""
+    def convolve(self, images: Float[Tensor, "b 3 h w"], keep: Int[Tensor, "b c k"] | None) -> Float[Tensor, "m n d"]:
+        """Apply the convolutional stem; return its output at all patches, or at the kept ones with the other pixels set to 0."""
         if keep is not None:
             images = mask_images(images, keep, self.patch_size).flatten(0, 1)
         tokens = self.patch_embed.backbone(images).flatten(2).transpose(1, 2)
         return tokens if keep is None else gather_tokens(tokens, keep.flatten(0, 1))
 
-    def positions(self, grid: int) -> Tensor:
-        """Position embeddings [grid^2, D]; for a grid other than the encoder's own they are resampled."""
+    def positions(self, grid: int) -> Float[Tensor, "n d"]:
+        """Return the position embeddings of a grid, resampled unless the grid is the encoder's own."""
         if grid == self.grid:
             return self.pos_embed[0]
         resampled: Tensor = resample_abs_pos_embed(self.pos_embed, [grid, grid], num_prefix_tokens=0)
         return resampled[0]
 
-    def forward(  # type: ignore[override]  # timm's forward classifies; ours encodes
-        self, images: Tensor, keep: Tensor | None = None, depths: Sequence[int] | None = None
-    ) -> list[Tensor]:
-        """Hidden states after the given numbers of blocks (default: the last), the last one after the final norm.
+    def layer_ids(self) -> dict[str, int]:
+        """Return the layer of every parameter as in BEiT (Bao et al. 2022); summary tokens belong to the embeddings."""
+        ids = {name: 0 for name, _ in self.named_parameters()}
+        for i, block in enumerate(self.blocks):
+            ids |= {f"blocks.{i}.{name}": i + 1 for name, _ in block.named_parameters()}
+        return ids | {f"norm.{name}": self.num_layers + 1 for name, _ in self.norm.named_parameters()}
 
-        Args:
-            images: float [B, 3, H, W], of any square size that the patch size divides (local crops are smaller).
-            keep: int64 [B, C, K] patch indices, or None for all patches.
-            depths: ascending block counts in 1..depth.
+    def adapt_state_dict(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Convert a state dict of timm: drop class token and head, and resample positions and patch embedding if necessary.
 
-        Returns:
-            One [B*C, S+K, D] per depth (C = 1 and K = N where `keep` is None), the S summary tokens first.
+        Summary tokens that the state dict lacks are those of this encoder.
         """
-        wanted = tuple(depths or (self.depth,))
-        states: list[Tensor] = []
-        x = self.embed(images, keep)
-        for count, block in enumerate(self.blocks[: max(wanted)], start=1):
-            x = self.run(block, x)
-            if count in wanted:
-                states.append(self.norm(x) if count == self.depth else x)
-        return states
+        weights = {name: value for name, value in weights.items() if not name.startswith(("head.", "fc_norm.", "cls_token"))}
+        if "pos_embed" in weights and math.isqrt(count := weights["pos_embed"].shape[1]) ** 2 == count - 1:
+            weights["pos_embed"] = weights["pos_embed"][:, 1:]  # without the position of the class token
+        if "pos_embed" in weights and "patch_embed.proj.weight" in weights:
+            weights = checkpoint_filter_fn(weights, self)
+        own = {} if self.reg_token is None else {"reg_token": self.reg_token.detach()}
+        return own | weights
 
-    @property
-    def feature_dim(self) -> int:
-        """Width of `pooled`."""
-        return (2 if self.summary_tokens else 1) * self.embed_dim
+    def attention_blocks(self, layer: int) -> list[nn.Module]:
+        return list(self.blocks[:layer])
 
-    def features(self, images: Tensor) -> Tensor:
-        """Image features of the probe protocol: `pooled` over all patches."""
-        return self.pooled(self(images)[-1])
-
-    def pooled(self, tokens: Tensor) -> Tensor:
-        """[B, S+K, D] -> [B, D], or [B, 2D] with summary tokens: the mean patch token, then the mean summary token."""
-        s = self.summary_tokens
-        patches = tokens[:, s:].mean(1)
-        return torch.cat([patches, tokens[:, :s].mean(1)], dim=1) if s else patches
+    def export_spec(self) -> dict[str, Any]:
+        """Return the arguments of `timm.create_model`; `embed_layer` stands for the arguments of `conv_stem.conv_embed`."""
+        stem: dict[str, Any] = {"patch_size": self.patch_size}
+        if self.stem == "conv":
+            stem = {"patch_size": 1, "embed_layer": conv_arguments(self.patch_size, self.layer_dims[-1])}
+        # The arguments override the architecture of the named model, a plain ViT.
+        return {"model_name": "vit_base_patch16_224", **stem, **self.architecture}

@@ -22,11 +22,11 @@ from hjepa.distributed.device import Hardware
 from hjepa.distributed.process_group import World
 from hjepa.losses import Objective
 from hjepa.masking import MaskSampler
+from hjepa.models.encoder import Encoder
 from hjepa.models.hjepa import HJEPA
 from hjepa.models.levels import pool_cells
-from hjepa.models.pretrained import check_fits, find_checkpoint, read
+from hjepa.models.pretrained import check_fits, find_checkpoint, read_checkpoint
 from hjepa.models.stacked import StackedLevel
-from hjepa.models.vit import ViTEncoder
 from hjepa.tracking.run_folder import read_config
 from hjepa.training.build import build_model
 from hjepa.training.teacher import TeacherUpdate
@@ -59,11 +59,11 @@ class TrainedRun:
     model: HJEPA
     sampler: MaskSampler
     objective: Objective
-    untrained: ViTEncoder
+    untrained: Encoder
     untrained_upper: StackedLevel | None
 
     @property
-    def encoder(self) -> ViTEncoder:
+    def encoder(self) -> Encoder:
         """The teacher, which is the encoder that is probed, visualized and exported."""
         return self.model.teacher
 
@@ -101,7 +101,7 @@ def load_run(config: Config, checkpoint: str | None, root: str | None) -> Traine
     teacher: TeacherUpdate = build(run["teacher"])
     if teacher.shares_weights:
         model.share_teacher()
-    state = read(path, hardware.device)
+    state = read_checkpoint(path, hardware.device)
     check_fits(model.state_dict(), state["model"], str(path))
     model.load_state_dict(state["model"])
     for module in (model, untrained, *([untrained_upper] if untrained_upper else [])):
@@ -179,11 +179,16 @@ class LayerFeatures(nn.Module):
         depths: Numbers of encoder blocks after which the features are taken, ascending; the last one is the encoder's depth.
     """
 
-    def __init__(self, encoder: ViTEncoder, upper: StackedLevel | None, depths: list[int]) -> None:
+    def __init__(self, encoder: Encoder, upper: StackedLevel | None, depths: list[int]) -> None:
         super().__init__()
         self.encoder, self.depths = encoder, depths
         self.stacked_levels = upper.stacked_levels() if upper else []
         self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.encoder.device
 
     def names(self) -> list[str]:
         """Return the names of the layers: the encoder's last block, its other depths from last to first, the stacked levels."""
@@ -201,11 +206,9 @@ class LayerFeatures(nn.Module):
     @torch.no_grad()
     def tokens(self, images: Tensor) -> dict[str, LayerTokens]:
         """Return the tokens of normalized images [B, 3, S, S] by layer, on the device of the images."""
-        states = dict(zip(self.depths, self.encoder(images, depths=self.depths), strict=True))
-        s = self.encoder.summary_tokens
-        blocks = {depth: LayerTokens(states[depth][:, s:], self.encoder.pooled(states[depth])) for depth in reversed(self.depths)}
-        layers = list(blocks.values())
-        cells = blocks[self.encoder.depth].cells
+        stages = self.encoder(images, layers=self.depths)
+        layers = [LayerTokens(stage.cells, self.encoder.pool_tokens(stage)) for stage in reversed(stages)]
+        cells = stages[-1].cells
         for level in self.stacked_levels:
             cells = level.teacher(pool_cells(cells, level.grid, level.pool))
             layers.append(LayerTokens(cells, cells.mean(1)))
@@ -215,7 +218,7 @@ class LayerFeatures(nn.Module):
         """Return the transformer blocks that lead to a layer, and the number of summary tokens that pass through them."""
         kind, number = name.split()
         if kind == "block":
-            return list(self.encoder.blocks)[: int(number)], self.encoder.summary_tokens
+            return self.encoder.attention_blocks(int(number)), self.encoder.num_summary_tokens
         return list(self.stacked_levels[int(number) - 1].teacher.blocks), 0
 
 

@@ -51,7 +51,7 @@ def build_components(config: Config) -> Components:
         load_model(model, config["init_from"])
     teacher_update: TeacherUpdate = build(config["teacher"])
     teacher_update.attach(model)
-    hardware.place(model, model.blocks())
+    hardware.prepare_model(model, model.blocks())
     strategy = FSDPStrategy(world) if hardware.shard else DDPStrategy(world)
     strategy.shard(model, hardware.device)
     return Components(

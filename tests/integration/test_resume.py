@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hjepa.config.errors import UserError
-from hjepa.models.pretrained import read
+from hjepa.models.pretrained import read_checkpoint
 from hjepa.training.checkpoint import Checkpointer, best_rank, save_atomically
 from tests.helpers.runs import ROOT, TINY, launch
 
@@ -132,9 +132,9 @@ def test_torn_checkpoint_is_refused_loudly(run, tmp_path: Path) -> None:
 def test_foreign_and_missing_checkpoints_are_refused(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
     with pytest.raises(UserError, match="lacks identity, model, optimizer, step"):
-        read(tmp_path / "foreign.pt", torch.device("cpu"))
+        read_checkpoint(tmp_path / "foreign.pt", torch.device("cpu"))
     with pytest.raises(UserError, match="no checkpoint"):
-        read(tmp_path / "nothing.pt", torch.device("cpu"))
+        read_checkpoint(tmp_path / "nothing.pt", torch.device("cpu"))
 
 
 def test_pickled_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_pickled_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
 
     torch.save({"step": 0, "model": Evil(), "optimizer": {}, "identity": {}}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match="cannot be read"):
-        read(tmp_path / "evil.pt", torch.device("cpu"))
+        read_checkpoint(tmp_path / "evil.pt", torch.device("cpu"))
     assert not (tmp_path / "owned").exists()
 
 

@@ -1,4 +1,4 @@
-"""Encoder, predictor and their composition: exactness against full attention, timm and I-JEPA written out."""
+"""ViT encoder, predictor and H-JEPA: equality with full attention, with timm, and with I-JEPA written out."""
 
 import copy
 
@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hjepa.config.errors import UserError
 from hjepa.masking import PartitionMasking
+from hjepa.models.encoder import Stage
 from hjepa.models.layers import CrossBlock, LeanMlp, patchify
 from hjepa.models.predictor import Fusion
 from hjepa.models.vit import ViTEncoder
@@ -21,21 +22,21 @@ def small_encoder(**options) -> ViTEncoder:
     return ViTEncoder(**({"image_size": 32, "patch_size": 4, "dim": 32, "depth": 3, "heads": 2} | options)).eval()
 
 
-@pytest.mark.parametrize("summary_tokens", [0, 3])
-def test_dropping_tokens_equals_full_attention_with_masked_keys(summary_tokens: int) -> None:
-    encoder = small_encoder(summary_tokens=summary_tokens)
+@pytest.mark.parametrize("num_summary_tokens", [0, 3])
+def test_dropping_tokens_equals_full_attention_with_masked_keys(num_summary_tokens: int) -> None:
+    encoder = small_encoder(num_summary_tokens=num_summary_tokens)
     images = torch.randn(2, 3, 32, 32)
     keep = torch.stack([torch.randperm(64)[:20].sort().values for _ in range(4)]).view(2, 2, 20)
-    dropped = encoder(images, keep=keep)[-1].view(2, 2, summary_tokens + 20, 32)
+    dropped = encoder(images, keep=keep)[-1].tokens.view(2, 2, num_summary_tokens + 20, 32)
     for context in range(2):
-        visible = torch.zeros(2, summary_tokens + 64, dtype=torch.bool)
-        visible[:, :summary_tokens] = True
-        visible.scatter_(1, keep[:, context] + summary_tokens, True)
+        visible = torch.zeros(2, num_summary_tokens + 64, dtype=torch.bool)
+        visible[:, :num_summary_tokens] = True
+        visible.scatter_(1, keep[:, context] + num_summary_tokens, True)
         x = encoder.embed(images, None)
         for block in encoder.blocks:
             x = block(x, attn_mask=visible[:, None, None, :])
         full = encoder.norm(x)
-        index = torch.cat([torch.arange(summary_tokens).expand(2, -1), keep[:, context] + summary_tokens], dim=1)
+        index = torch.cat([torch.arange(num_summary_tokens).expand(2, -1), keep[:, context] + num_summary_tokens], dim=1)
         expected = full.gather(1, index.unsqueeze(-1).expand(-1, -1, 32))
         assert torch.allclose(dropped[:, context], expected, atol=1e-5)
 
@@ -51,7 +52,7 @@ def test_dropped_patches_are_never_computed() -> None:
     assert flops(torch.arange(16).expand(2, 1, 16)) <= flops(None) / 4
 
 
-@pytest.mark.parametrize("options", [{}, {"summary_tokens": 4}, {"layer_scale": 0.1, "positions": "learned"}])
+@pytest.mark.parametrize("options", [{}, {"num_summary_tokens": 4}, {"layer_scale": 0.1, "positions": "learned"}])
 def test_state_dict_and_features_are_timms(options: dict) -> None:
     encoder, images = small_encoder(**options), torch.randn(2, 3, 32, 32)
     other = timm.create_model(
@@ -62,7 +63,7 @@ def test_state_dict_and_features_are_timms(options: dict) -> None:
         depth=3,
         num_heads=2,
         class_token=False,
-        reg_tokens=options.get("summary_tokens", 0),
+        reg_tokens=options.get("num_summary_tokens", 0),
         init_values=options.get("layer_scale"),
         no_embed_class=True,
         global_pool="avg",
@@ -70,14 +71,14 @@ def test_state_dict_and_features_are_timms(options: dict) -> None:
         num_classes=0,
     ).eval()
     other.load_state_dict(encoder.state_dict())
-    assert torch.allclose(other.forward_features(images), encoder(images)[-1], atol=1e-5)
+    assert torch.allclose(other.forward_features(images), encoder(images)[-1].tokens, atol=1e-5)
 
 
-def test_hidden_states_at_depths() -> None:
+def test_stages_are_hidden_states_of_the_layers() -> None:
     encoder, images = small_encoder(), torch.randn(2, 3, 32, 32)
-    middle, last = encoder(images, depths=[1, 3])
-    assert torch.equal(middle, encoder.blocks[0](encoder.embed(images, None)))
-    assert torch.equal(last, encoder(images)[-1])
+    middle, last = encoder(images, layers=[1, 3])
+    assert torch.equal(middle.tokens, encoder.blocks[0](encoder.embed(images, None)))
+    assert torch.equal(last.tokens, encoder(images)[-1].tokens)
 
 
 def test_patchify_matches_the_convolution() -> None:
@@ -90,25 +91,25 @@ def test_patchify_matches_the_convolution() -> None:
 # -- the convolutional stem --------------------------------------------------------------------------------------------
 
 
-def test_convolutions_see_nothing_of_dropped_patches() -> None:
+def test_the_convolutional_stem_does_not_see_dropped_patches() -> None:
     encoder, images = small_encoder(stem="conv"), torch.randn(2, 3, 32, 32)
     keep = torch.stack([torch.randperm(64)[:20] for _ in range(4)]).view(2, 2, 20)
-    before = encoder(images, keep=keep)[-1].view(2, 2, 20, 32)
-    dropped = torch.ones(64).scatter(0, keep[0, 1], 0).view(1, 8, 8)  # by the second context of the first image
+    before = encoder(images, keep=keep)[-1].tokens.view(2, 2, 20, 32)
+    dropped = torch.ones(64).scatter(0, keep[0, 1], 0).view(1, 8, 8)  # patches that image 0 drops in context 1
     pixels = dropped.repeat_interleave(4, 1).repeat_interleave(4, 2)
-    after = encoder(images + 10 * torch.randn(2, 3, 32, 32) * pixels, keep=keep)[-1].view(2, 2, 20, 32)
+    after = encoder(images + 10 * torch.randn(2, 3, 32, 32) * pixels, keep=keep)[-1].tokens.view(2, 2, 20, 32)
     assert torch.equal(before[0, 1], after[0, 1])
     assert not torch.allclose(before[0, 0], after[0, 0], atol=0.1)
 
 
-def test_convolutions_that_keep_all_patches_see_all() -> None:
-    encoder, images = small_encoder(stem="conv", summary_tokens=2), torch.randn(3, 3, 32, 32)
+def test_the_convolutional_stem_with_all_patches_kept_equals_the_one_without_a_mask() -> None:
+    encoder, images = small_encoder(stem="conv", num_summary_tokens=2), torch.randn(3, 3, 32, 32)
     everything = torch.arange(64).expand(3, 1, 64)
-    assert torch.allclose(encoder(images, keep=everything)[-1], encoder(images)[-1], atol=1e-5)
-    assert encoder(images[:, :, :16, :16])[-1].shape == (3, 2 + 16, 32), "also of smaller crops"
+    assert torch.allclose(encoder(images, keep=everything)[-1].tokens, encoder(images)[-1].tokens, atol=1e-5)
+    assert encoder(images[:, :, :16, :16])[-1].tokens.shape == (3, 2 + 16, 32), "smaller crops are encoded, too"
 
 
-def test_convolutions_that_cannot_end_at_a_patch_are_refused() -> None:
+def test_a_convolutional_stem_needs_a_patch_size_that_is_a_power_of_two() -> None:
     with pytest.raises(UserError, match=r"model\.patch_size=6 must be a power of two"):
         small_encoder(stem="conv", image_size=36, patch_size=6)
 
@@ -121,16 +122,16 @@ def test_teacher_equals_student_at_start_bit_for_bit(option: str) -> None:
     assert all(torch.equal(student[k], teacher[k]) for k in student)
 
 
-def test_blocks_are_those_of_all_parts() -> None:
+def test_blocks_of_all_networks_are_listed_once() -> None:
     model = build_components("levels=stacked", "model.encoder.depth=3").model
-    assert len(model.blocks()) == len(set(model.blocks())) == 2 * 3 + 1 + 2 * 2 + 2, "encoders, predictors, stacked ones"
+    assert len(model.blocks()) == len(set(model.blocks())) == 2 * 3 + 1 + 2 * 2 + 2, "encoders, predictor, stacked level"
 
 
 @pytest.mark.parametrize("joint", ["false", "true"])
 def test_flat_is_ijepa_written_out(joint: str) -> None:
-    """Assran et al. 2023, eq. of section 3: mean over blocks of the distance of predicted and EMA-encoded patches.
+    """The loss of Assran et al. 2023, section 3: mean over target blocks of the distance to the patches of the EMA encoder.
 
-    With one target block the joint pass is the same objective.
+    With one target block, the joint pass has the same objective.
     """
     parts = build_components(
         "levels=flat",
@@ -150,19 +151,19 @@ def test_flat_is_ijepa_written_out(joint: str) -> None:
         return vit.norm(vit.blocks(x))
 
     with torch.no_grad():
-        whole = F.layer_norm(encode(model.teacher, images, None), (32,))
+        encoded = F.layer_norm(encode(model.teacher, images, None), (32,))
     context = encode(model.student, images, masks.context[:, 0])
     p = model.predictor
     terms = []
     for block in range(masks.targets[0].shape[2]):
         index = masks.targets[0][:, 0, block]
-        seen = p.embed(context) + p.patch_positions[masks.context[:, 0]]
-        asked = p.mask_tokens[0] + p.patch_positions[index]
-        x = torch.cat([seen, asked], dim=1)
+        visible = p.embed(context) + p.patch_positions[masks.context[:, 0]]
+        queries = p.mask_tokens[0] + p.patch_positions[index]
+        x = torch.cat([visible, queries], dim=1)
         for layer in p.blocks:
             x = layer(x)
-        answer = p.norm(x)[:, seen.shape[1] :]
-        target = torch.stack([whole[i, index[i]] for i in range(len(index))])
+        answer = p.norm(x)[:, visible.shape[1] :]
+        target = torch.stack([encoded[i, index[i]] for i in range(len(index))])
         terms.append(F.smooth_l1_loss(p.heads[0](answer), target))
     assert torch.allclose(loss, torch.stack(terms).mean(), atol=1e-6)
 
@@ -171,7 +172,7 @@ def test_cross_attention_answers_each_query_from_the_context_alone() -> None:
     parts = build_components("levels=pyramid", "model.predictor.attention=cross", "masking=multiblock")
     model, images = parts.model.eval(), torch.randn(2, 3, 32, 32)
     masks = parts.sampler(2, torch.Generator().manual_seed(0))
-    tokens = model.student(images, keep=masks.context)[-1]
+    tokens = model.student(images, keep=masks.context)[-1].tokens
     together = model.predictor(tokens, masks.context, masks.targets)
     single = [index[:, :, :1, :1] for index in masks.targets]
     alone = model.predictor(tokens, masks.context, single)
@@ -185,29 +186,29 @@ def test_cross_block_is_attention_written_out() -> None:
     block, queries, context = CrossBlock(8, 2), torch.randn(3, 4, 8), torch.randn(3, 5, 8)
     q, (k, v) = block.q(block.norm1(queries)), block.kv(block.norm_context(context)).chunk(2, dim=-1)
     heads = []
-    for part in (slice(0, 4), slice(4, 8)):
-        weights = (q[..., part] @ k[..., part].mT / 2).softmax(-1)
-        heads.append(weights @ v[..., part])
+    for head in (slice(0, 4), slice(4, 8)):
+        weights = (q[..., head] @ k[..., head].mT / 2).softmax(-1)
+        heads.append(weights @ v[..., head])
     x = queries + block.proj(torch.cat(heads, dim=-1))
     assert torch.allclose(block(queries, context), x + block.mlp(block.norm2(x)), atol=1e-5)
 
 
-def test_parts_by_reshape_equal_block_diagonal_attention() -> None:
-    """Each part alone, by a reshape to a longer batch, is full attention under a block-diagonal mask; without the mask's cost."""
+def test_contexts_in_the_batch_dimension_equal_block_diagonal_attention() -> None:
+    """Contexts encoded as a longer batch equal one pass with a block-diagonal attention mask, at a fraction of its cost."""
     encoder, images = small_encoder(), torch.randn(2, 3, 32, 32)
     masks = PartitionMasking(8, [1], num_parts=4)(2, torch.Generator().manual_seed(0))
-    reshaped = encoder(images, keep=masks.context)[-1].unflatten(0, (2, 4)).flatten(1, 2)
+    reshaped = encoder(images, keep=masks.context)[-1].tokens.unflatten(0, (2, 4)).flatten(1, 2)
     order = masks.context.flatten(1)
     x = encoder.embed(images, order.unsqueeze(1))
-    part = torch.arange(64) // 16
-    diagonal = part[:, None] == part[None, :]
+    context = torch.arange(64) // 16
+    diagonal = context[:, None] == context[None, :]
     for block in encoder.blocks:
         x = block(x, attn_mask=diagonal)
     assert torch.allclose(reshaped, encoder.norm(x), atol=1e-5)
 
 
 def test_loss_is_on_targets_only() -> None:
-    """Changing the teacher's view of visible patches alone leaves the loss as it is."""
+    """Changing the output of the teacher at visible patches does not change the loss."""
     parts = build_components("levels=flat")
     model = parts.model.eval()
     images, masks = torch.randn(2, 3, 32, 32), parts.sampler(2, torch.Generator().manual_seed(0))
@@ -215,9 +216,9 @@ def test_loss_is_on_targets_only() -> None:
     original = model.teacher.forward
 
     def disturbed(*args, **kwargs):
-        states = original(*args, **kwargs)
+        stages = original(*args, **kwargs)
         flags = torch.zeros(2, 64, 1).scatter_(1, masks.context[:, 0].unsqueeze(-1), 1.0)
-        return [state + 100 * flags for state in states]
+        return [stage._replace(tokens=stage.tokens + 100 * flags) for stage in stages]
 
     model.teacher.forward = disturbed
     after, _ = parts.objective(model(images, masks))
@@ -261,7 +262,7 @@ def test_activation_checkpointing_changes_nothing(precision: str) -> None:
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads, strict=True))
 
 
-def test_lean_mlp_is_timms_with_less_kept_for_the_backward_pass() -> None:
+def test_lean_mlp_equals_timms_and_saves_less_for_the_backward_pass() -> None:
     torch.manual_seed(0)
     lean, plain = LeanMlp(8, 32), timm.layers.Mlp(8, 32)
     plain.load_state_dict(lean.state_dict())
@@ -279,23 +280,24 @@ def test_lean_mlp_is_timms_with_less_kept_for_the_backward_pass() -> None:
         grads.append([out, leaf.grad, *(p.grad for p in mlp.parameters())])
         kept.append(sum(sizes.values()))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-    assert kept[0] <= kept[1] - 5 * 32, "the activation's output is not kept"
+    assert kept[0] <= kept[1] - 5 * 32, "the output of the activation function is not saved"
 
 
-def test_fusion_by_adding_starts_as_no_fusion_and_concat_uses_every_depth() -> None:
+def test_fusion_add_starts_as_no_fusion_and_concat_uses_every_layer() -> None:
     g = torch.Generator().manual_seed(0)
-    states = [torch.randn(2, 5, 8, generator=g) for _ in range(3)]
-    assert torch.equal(Fusion("none", 8, 3)(states), states[-1])
-    assert torch.equal(Fusion("add", 8, 3)(states), states[-1])
-    concat = Fusion("concat", 8, 3)
-    before = concat(states)
+    stages = [Stage(torch.randn(2, 5, 8, generator=g), grid=4, num_summary=1) for _ in range(3)]
+    assert torch.equal(Fusion("none", [8, 8, 8])(stages), stages[-1].tokens)
+    assert torch.equal(Fusion("add", [8, 8, 8])(stages), stages[-1].tokens)
+    concat = Fusion("concat", [8, 8, 8])
+    before = concat(stages)
     for position in range(3):
-        changed = [state + (i == position) * torch.randn(2, 5, 8, generator=g) for i, state in enumerate(states)]
+        changed = list(stages)
+        changed[position] = stages[position]._replace(tokens=torch.randn(2, 5, 8, generator=g))
         assert not torch.allclose(concat(changed), before)
 
 
 @pytest.mark.parametrize("mode", ["add", "concat"])
-def test_fusion_is_on_the_students_side_only(mode: str) -> None:
+def test_fusion_does_not_change_targets(mode: str) -> None:
     model = build_components("levels=depth", f"levels.fusion={mode}").model
     plain = build_components("levels=depth").model
     model.student.load_state_dict(plain.student.state_dict())
@@ -303,24 +305,24 @@ def test_fusion_is_on_the_students_side_only(mode: str) -> None:
     images, masks = torch.randn(2, 3, 32, 32), build_components("levels=depth").sampler(2, torch.Generator().manual_seed(0))
     rows = zip(model(images, masks).levels, plain(images, masks).levels, strict=True)
     assert all(torch.equal(a.target, b.target) for a, b in rows)
-    with pytest.raises(UserError, match=f"levels.fusion={mode} needs a level at another depth"):
+    with pytest.raises(UserError, match=f"levels.fusion={mode} needs a level at a layer before the last"):
         build_components("levels=flat", f"levels.fusion={mode}")
 
 
-def test_other_image_sizes_take_resampled_positions() -> None:
+def test_positions_are_resampled_for_other_image_sizes() -> None:
     encoder = small_encoder()
-    assert encoder(torch.randn(2, 3, 16, 16))[-1].shape == (2, 16, 32)
+    assert encoder(torch.randn(2, 3, 16, 16))[-1].tokens.shape == (2, 16, 32)
     center = encoder.positions(4).view(4, 4, 32)
     own = encoder.positions(8).view(4, 2, 4, 2, 32).mean((1, 3))
-    assert torch.nn.functional.cosine_similarity(center, own, dim=-1)[1:-1, 1:-1].min() > 0.98, "a crop's centers lie between"
+    assert F.cosine_similarity(center, own, dim=-1)[1:-1, 1:-1].min() > 0.98, "centers of the crop lie between those of the image"
 
 
 def test_parameter_counts_add_up() -> None:
     counts = build_components().model.parameter_counts()
     assert counts["total"] == counts["student"] + counts["teacher"] + counts["predictor"]
-    assert counts["trainable"] < counts["student"] + counts["predictor"], "fixed positions are not trained"
+    assert counts["trainable"] < counts["student"] + counts["predictor"], "sine-cosine positions are not trained"
 
 
-def test_patch_size_must_divide() -> None:
+def test_patch_size_must_divide_the_image_size() -> None:
     with pytest.raises(UserError, match=r"patch_size=5 does not divide .*32"):
         small_encoder(patch_size=5)

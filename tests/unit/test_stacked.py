@@ -1,4 +1,4 @@
-"""Stacked levels: an encoder, a teacher, a predictor and masks of their own, over the representation below."""
+"""Stacked levels have their own encoder, teacher, predictor and masks over the representation of the level below."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def stacked_loss(parts, images, masks) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("detach", [True, False])
-def test_gradients_reach_the_level_below_only_if_not_detached(detach: bool) -> None:
+def test_gradients_reach_the_level_below_only_without_detach(detach: bool) -> None:
     parts = build_components(*SMALL, f"levels.upper.detach={detach}")
     images, masks = torch.randn(2, 3, 32, 32), parts.sampler(2, torch.Generator().manual_seed(0))
     stacked_loss(parts, images, masks).backward()
@@ -28,52 +28,52 @@ def test_gradients_reach_the_level_below_only_if_not_detached(detach: bool) -> N
 
 
 def test_upper_target_written_out() -> None:
-    """The upper teacher over 2x2 means of what the lower teacher says, layer-normalized, at the target cells."""
+    """The target is the layer-normalized output of the upper teacher for 2x2 means of the lower teacher's patches."""
     parts = build_components(*SMALL)
     model, images = parts.model.eval(), torch.randn(2, 3, 32, 32)
     masks = parts.sampler(2, torch.Generator().manual_seed(0))
-    below = model.teacher(images)[-1].view(2, 4, 2, 4, 2, 32).mean((2, 4)).view(2, 16, 32)
-    told = F.layer_norm(model.upper.teacher(below), (16,))
+    below = model.teacher(images)[-1].tokens.view(2, 4, 2, 4, 2, 32).mean((2, 4)).view(2, 16, 32)
+    encoded = F.layer_norm(model.upper.teacher(below), (16,))
     index = masks.stacked[0].targets[0]
-    expected = torch.stack([told[i][index[i]] for i in range(2)])
+    expected = torch.stack([encoded[i][index[i]] for i in range(2)])
     assert torch.allclose(model(images, masks).levels[-1].target, expected, atol=1e-5)
 
 
-def test_upper_masks_keep_the_contract_on_their_own_grid() -> None:
+def test_masks_of_a_stacked_level_fulfill_the_contract_on_their_own_grid() -> None:
     masks = build_components(*SMALL).sampler(3, torch.Generator().manual_seed(0))
     check_contract(masks.stacked[0], 4, [1], 3)
-    parts = [part.stacked[0].context for part in masks.split(3)]
-    assert torch.equal(torch.cat(parts), masks.stacked[0].context)
+    contexts = [piece.stacked[0].context for piece in masks.split(3)]
+    assert torch.equal(torch.cat(contexts), masks.stacked[0].context)
 
 
-def test_upper_teacher_starts_as_its_student_and_follows_it() -> None:
+def test_the_upper_teacher_starts_equal_to_its_student_and_follows_it() -> None:
     t = trainer(*SMALL, "schedule.lr.warmup_epochs=0")
     student, teacher = t.model.upper.student, t.model.upper.teacher
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
-    before, m = teacher.embed.weight.clone(), t.parts.teacher.momentum[0]
-    t.train_step(*t.batch(0), 0)
+    before, m = teacher.embed.weight.clone(), t.components.teacher_update.momentum[0]
+    t.train_step(t.get_batch(0), 0)
     assert torch.allclose(teacher.embed.weight, m * before + (1 - m) * student.embed.weight, atol=1e-7)
 
 
-def test_levels_stack_on_stacked_levels() -> None:
+def test_stacked_levels_can_be_stacked() -> None:
     t = trainer(
         *SMALL,
         *("dataset.image_size=64", "levels.upper.weight=0.5"),
         "levels.upper.upper={_target_: hjepa.models.StackedLevel, _partial_: true, pool: 2, dim: 8, depth: 1, heads: 2, "
         "weight: 1.0, detach: true, upper: null, masking: ${levels.upper.masking}, predictor: ${levels.upper.predictor}}",
     )
-    terms = t.train_step(*t.batch(0), 0)
+    terms = t.train_step(t.get_batch(0), 0)
     assert {"level1", "stacked1", "stacked2"} <= terms.keys()
 
 
 @pytest.mark.parametrize(
-    ("override", "word"),
+    ("override", "message"),
     [
-        ("levels.upper.pool=3", "levels.upper.pool=3 does not cut a 8x8 grid"),
+        ("levels.upper.pool=3", "levels.upper.pool=3 does not divide a grid of 8x8"),
         ("levels.upper.heads=3", "heads=3"),
-        ("levels={depth: [], pool: [], weight: []}", "needs a level to stand on"),
+        ("levels={depth: [], pool: [], weight: []}", "needs a level below it"),
     ],
 )
-def test_what_does_not_fit_is_refused(override: str, word: str) -> None:
-    with pytest.raises(UserError, match=word):
+def test_contradicting_options_are_refused(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         build_components(*SMALL, override)

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
+from hjepa.config.terminal import progress_bar
 from hjepa.config.types import PositiveFloat
 from hjepa.distributed.seeding import generator
-from hjepa.models.vit import ViTEncoder
+from hjepa.models.encoder import Encoder
 from hjepa.tasks.export.formats import FORMATS, EncoderFunction, check_packages
 from hjepa.tasks.export.readme import render_readme
 from hjepa.tasks.trained_run import TrainedRun, load_run
@@ -65,7 +65,7 @@ def export_encoder(
     images = run.dataset.normalize(pixels)
     with StopFlag() as stop, atomic_folder(folder) as temporary, torch.no_grad():
         differences: dict[str, float] = {}
-        for name in tqdm(names, desc="exporting", unit="format", disable=None):
+        for name in progress_bar(names, desc="exporting", unit="format"):
             differences[name] = export_format(run, name, images, temporary, tolerance)
             if stop:
                 raise UserError(f"Interrupted: nothing is exported, {folder} is unchanged; repeat the command to start again.")
@@ -109,7 +109,7 @@ def export_format(run: TrainedRun, name: str, images: Tensor, folder: Path, tole
     return difference
 
 
-def relative_difference(function: EncoderFunction, encoder: ViTEncoder, images: Tensor) -> float:
+def relative_difference(function: EncoderFunction, encoder: Encoder, images: Tensor) -> float:
     """Return the largest difference between the outputs of an exported encoder and the original.
 
     It is the largest over features, tokens and the batch sizes, relative to the largest absolute value of the original. It is
@@ -118,7 +118,7 @@ def relative_difference(function: EncoderFunction, encoder: ViTEncoder, images: 
     largest = torch.tensor(0.0)
     for size in COMPARED_BATCH_SIZES:
         batch = images[:size]
-        expected_outputs = (encoder.features(batch), encoder(batch)[-1])
+        expected_outputs = (encoder.features(batch), encoder(batch)[-1].tokens)
         for actual, expected in zip(function(batch), expected_outputs, strict=True):
             if actual.shape != expected.shape:
                 return float("inf")
@@ -150,7 +150,7 @@ def build_summary(run: TrainedRun, differences: dict[str, float], image_source: 
         "checkpoint_hash": run.hash,
         "step": run.step,
         "feature_dim": run.encoder.feature_dim,
-        "tokens": {"summary": run.encoder.summary_tokens, "patches": run.encoder.grid**2},
+        "tokens": {"summary": run.encoder.num_summary_tokens, "patches": run.encoder.grid**2},
         "compared_on": image_source,
         "difference": differences,
         "megabytes": {file.name: file.stat().st_size / 1e6 for file in sorted(folder.iterdir()) if file.suffix != ".json"},

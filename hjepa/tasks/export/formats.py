@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from hjepa.config.errors import import_optional
-from hjepa.models.conv_stem import conv_arguments, conv_embed
-from hjepa.models.vit import ViTEncoder
+from hjepa.models.conv_stem import conv_embed
+from hjepa.models.encoder import Encoder
 from hjepa.tasks.trained_run import TrainedRun
 
 FeaturesAndTokens = tuple[Tensor, Tensor]
@@ -36,14 +36,14 @@ class ExportedEncoder(nn.Module):
     T summary tokens precede the N patch tokens.
     """
 
-    def __init__(self, encoder: ViTEncoder) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
         self.eval()
 
     def forward(self, images: Tensor) -> FeaturesAndTokens:
-        tokens = self.encoder(images)[-1]
-        return self.encoder.pooled(tokens), tokens
+        stage = self.encoder(images)[-1]
+        return self.encoder.pool_tokens(stage), stage.tokens
 
 
 class Format(Protocol):
@@ -72,12 +72,17 @@ class Timm(Format):
         (folder / "timm.json").write_text(json.dumps(timm_call(run), indent=2) + "\n")
 
     def load(self, folder: Path) -> EncoderFunction:
-        with contextlib.chdir(folder):  # timm.json contains the name of the weights file, without its folder
-            call = json.loads(Path("timm.json").read_text())
-            if "embed_layer" in call:
-                call["embed_layer"] = conv_embed(**call["embed_layer"])
-            model = timm.create_model(**call).eval()
+        model = load_timm_model(folder)
         return lambda images: timm_outputs(model, images)
+
+
+def load_timm_model(folder: Path) -> nn.Module:
+    """Return the timm model of an exported encoder, in evaluation mode."""
+    with contextlib.chdir(folder):  # timm.json contains the name of the weights file, without its folder
+        call = json.loads(Path("timm.json").read_text())
+        if "embed_layer" in call:
+            call["embed_layer"] = conv_embed(**call["embed_layer"])
+        return timm.create_model(**call).eval()
 
 
 def timm_call(run: TrainedRun) -> dict[str, Any]:
@@ -85,41 +90,20 @@ def timm_call(run: TrainedRun) -> dict[str, Any]:
 
     The value of `embed_layer`, if present, holds the arguments of `conv_embed`.
     """
-    encoder, options, data = run.encoder, run.config["model"]["encoder"], run.config["dataset"]
-    return {
-        "model_name": "vit_base_patch16_224",  # a plain ViT; the other arguments override its architecture
+    size, data = run.encoder.image_size, run.config["dataset"]
+    return run.encoder.export_spec() | {
         "pretrained": True,
         "pretrained_cfg_overlay": {
             "file": "encoder.safetensors",
             "custom_load": False,
             "num_classes": 0,
-            "input_size": [3, encoder.image_size, encoder.image_size],
+            "input_size": [3, size, size],
             "mean": data["mean"],
             "std": data["std"],
             "interpolation": "bilinear",
             "crop_pct": 1.0,
         },
-        "img_size": encoder.image_size,
-        **stem_call(encoder),
-        "embed_dim": options["dim"],
-        "depth": options["depth"],
-        "num_heads": options["heads"],
-        "mlp_ratio": options["mlp_ratio"],
-        "init_values": options["layer_scale"],
-        "class_token": False,
-        "reg_tokens": encoder.summary_tokens,
-        "no_embed_class": True,
-        "global_pool": "avg",
-        "fc_norm": False,
-        "num_classes": 0,
     }
-
-
-def stem_call(encoder: ViTEncoder) -> dict[str, Any]:
-    """Return the arguments that define the stem of the encoder."""
-    if encoder.stem == "patch":
-        return {"patch_size": encoder.patch_size}
-    return {"patch_size": 1, "embed_layer": conv_arguments(encoder.patch_size, encoder.embed_dim)}
 
 
 def timm_outputs(model: Any, images: Tensor) -> FeaturesAndTokens:

@@ -1,7 +1,7 @@
-"""What changing the colors of a batch costs, each image by an amount of its own: `python -m benchmarks.color_changes`.
+"""Time the color transforms of a batch, each image by its own amount: `python -m benchmarks.color_changes`.
 
-This framework's functions beside kornia's, which take a batch (pip install kornia), and torchvision v2's, which have to be called
-once per image. All three take turns within each repeat, so that a busy machine slows them alike.
+Compares hjepa with kornia, whose functions take a batch (`pip install kornia`), and with torchvision v2, whose functions have to
+be called once per image. The three alternate within each repeat, so that a busy machine slows all of them down alike.
 """
 
 import time
@@ -15,26 +15,26 @@ from kornia.color import rgb_to_grayscale
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
-from hjepa.data import color as color
+from hjepa.data import color
 
-RADIUS = 6  # pixels of the blur
+RADIUS = 6  # of the blur, in pixels
 THRESHOLD = 0.5
-Rivals = tuple[Callable[[], Tensor], Callable[[], Tensor], Callable[[], Tensor]]
+Implementations = tuple[Callable[[], Tensor], Callable[[], Tensor], Callable[[], Tensor]]  # hjepa, kornia, torchvision
 
 
-def changes(x: Tensor) -> dict[str, Rivals]:
-    """For every change the three ways to make it, the same amounts for all."""
+def transforms(x: Tensor) -> dict[str, Implementations]:
+    """Return the three implementations of every transform of images [B, 3, H, W], with equal amounts."""
     count, kernel = len(x), 2 * RADIUS + 1
-    factor, turn, sigma = 0.6 + 0.8 * torch.rand(count), 0.2 * torch.rand(count) - 0.1, 0.1 + 1.9 * torch.rand(count)
-    wide = factor.view(-1, 1, 1, 1)
+    factor, shift, sigma = 0.6 + 0.8 * torch.rand(count), 0.2 * torch.rand(count) - 0.1, 0.1 + 1.9 * torch.rand(count)
+    broadcast_factor = factor.view(-1, 1, 1, 1)
 
-    def each(change: Callable[[Tensor, int], Tensor]) -> Callable[[], Tensor]:
-        return lambda: torch.stack([change(x[i], i) for i in range(count)])
+    def each(transform: Callable[[Tensor, int], Tensor]) -> Callable[[], Tensor]:
+        return lambda: torch.stack([transform(x[i], i) for i in range(count)])
 
     return {
         "brightness": (
             lambda: color.adjust_brightness(x, factor),
-            lambda: enhance.adjust_brightness_accumulative(x, wide),
+            lambda: enhance.adjust_brightness_accumulative(x, broadcast_factor),
             each(lambda image, i: V2.adjust_brightness(image, factor[i].item())),
         ),
         "contrast": (
@@ -48,9 +48,9 @@ def changes(x: Tensor) -> dict[str, Rivals]:
             each(lambda image, i: V2.adjust_saturation(image, factor[i].item())),
         ),
         "hue": (
-            lambda: color.adjust_hue(x, turn),
-            lambda: enhance.adjust_hue(x, 2 * torch.pi * turn),
-            each(lambda image, i: V2.adjust_hue(image, turn[i].item())),
+            lambda: color.adjust_hue(x, shift),
+            lambda: enhance.adjust_hue(x, 2 * torch.pi * shift),
+            each(lambda image, i: V2.adjust_hue(image, shift[i].item())),
         ),
         "grayscale": (
             lambda: color.luma(x).expand_as(x).contiguous(),
@@ -70,28 +70,28 @@ def changes(x: Tensor) -> dict[str, Rivals]:
     }
 
 
-def milliseconds(rivals: Rivals, repeats: int) -> list[float]:
-    """Median time of each way."""
-    seconds: list[list[float]] = [[] for _ in rivals]
+def milliseconds(implementations: Implementations, repeats: int) -> list[float]:
+    """Return the median time of each implementation."""
+    seconds: list[list[float]] = [[] for _ in implementations]
     for repeat in range(repeats + 1):
-        for way, times in zip(rivals, seconds, strict=True):
-            began = time.perf_counter()
-            way()
-            if repeat:  # the first warms up
-                times.append(time.perf_counter() - began)
+        for implementation, times in zip(implementations, seconds, strict=True):
+            start = time.perf_counter()
+            implementation()
+            if repeat:  # the first one warms up
+                times.append(time.perf_counter() - start)
     return [1000 * median(times) for times in seconds]
 
 
 def main() -> None:
     """Print the table."""
     torch.manual_seed(0)
-    print(f"{'milliseconds a batch':<24}{'here':>10}{'kornia':>10}{'torchvision':>13}")
+    print(f"{'milliseconds per batch':<24}{'hjepa':>10}{'kornia':>10}{'torchvision':>13}")
     for count, size, repeats in ((64, 32, 25), (32, 224, 9)):
         totals = [0.0, 0.0, 0.0]
-        for name, rivals in changes(torch.rand(count, 3, size, size)).items():
-            figures = milliseconds(rivals, repeats)
-            totals = [total + figure for total, figure in zip(totals, figures, strict=True)]
-            print(f"{count} x {size} px {name:<12}{figures[0]:>10.2f}{figures[1]:>10.2f}{figures[2]:>13.2f}")
+        for name, implementations in transforms(torch.rand(count, 3, size, size)).items():
+            times = milliseconds(implementations, repeats)
+            totals = [total + elapsed for total, elapsed in zip(totals, times, strict=True)]
+            print(f"{count} x {size} px {name:<12}{times[0]:>10.2f}{times[1]:>10.2f}{times[2]:>13.2f}")
         print(f"{count} x {size} px {'all':<12}{totals[0]:>10.2f}{totals[1]:>10.2f}{totals[2]:>13.2f}", flush=True)
 
 

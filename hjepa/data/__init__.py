@@ -1,4 +1,4 @@
-"""Images: where they come from, how they are held or streamed, and how they are augmented."""
+"""Datasets: where images come from, how they are kept in memory or streamed, and how they are augmented."""
 
 import lazy_loader
 

@@ -1,6 +1,8 @@
-"""Augmentation on the device, every image of the batch on its own: a random resized crop and a flip in one resampling, then
-the color changes that are switched on. What happens to an image follows from its column of uniform numbers alone, which are
-drawn for the whole batch: however a batch is divided, its images come out the same.
+"""Augmentation on the device, each image of a batch independently.
+
+A random resized crop and a flip are one resampling; the color transforms of `hjepa.data.color` follow. The result for an
+image depends only on its column of uniform random numbers. These are sampled for the whole batch at once, so that images come
+out the same however the batch is divided among processes and micro-batches.
 """
 
 import math
@@ -10,117 +12,130 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Generator, Tensor
 
-from hjepa.config.errors import UserError
-from hjepa.data.color import Blur, Grayscale, Jitter, Solarize
+from hjepa.config.types import Fraction, FractionRange, PositiveRange
+from hjepa.data.color import Blur, Grayscale, Images, Jitter, Params, Solarize
 
-BOX = 5  # numbers that a crop and flip take
+NUM_CROP_PARAMS = 5  # area, aspect ratio, x, y, flip
 
 
 class Transform(Protocol):
-    """A change of images [B, 3, H, W] by numbers [draws, B], uniform in [0, 1)."""
+    """A transform of images by `num_params` numbers per image, uniform in [0, 1)."""
 
-    draws: int
+    num_params: int
 
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor: ...
+    def __call__(self, images: Images, params: Params) -> Images: ...
 
 
 @dataclass(frozen=True)
 class AugmentParams:
-    """Uniform numbers for the views of a batch: whole ones [n, B, V] and local crops [n, B, L]."""
+    """Uniform random numbers for the crops of a batch of B images.
 
-    global_crops: Tensor
-    local_crops: Tensor
+    Attributes:
+        global_crops: Numbers for V global crops of each image.
+        local_crops: Numbers for L local crops of each image.
+    """
+
+    global_crops: Float[Tensor, "num_params b v"]
+    local_crops: Float[Tensor, "num_params b l"]
 
     def select(self, rows: Tensor) -> "AugmentParams":
-        """Those of some images of the batch."""
+        """Return the numbers of some images of the batch."""
         return AugmentParams(self.global_crops[:, rows], self.local_crops[:, rows])
 
 
 class Augment:
-    """Random resized crop (Szegedy et al. 2015) and horizontal flip, then color jitter, grayscale, blur and solarization, each
-    with a probability per image (SimCLR, BYOL); a probability of 0 costs nothing.
+    """Random resized crop (Szegedy et al. 2015), horizontal flip, and the color transforms of SimCLR and BYOL.
+
+    Color jitter, grayscale, blur and solarization are applied in this order, each with its own probability per image. A
+    transform with a probability of 0 costs nothing.
 
     Args:
-        scale: [smallest, largest] share of the image's area; ratio: [smallest, largest] width / height of the crop.
-        flip: probability of a horizontal flip.
-        jitter: probability of a jitter of the colors; brightness, contrast, saturation: largest deviation of the factor from
-            1; hue: largest turn, 0.5 is half the color circle.
-        grayscale: probability of a gray image.
-        blur: probability of a Gaussian blur; blur_sigma: [smallest, largest] standard deviation in pixels.
-        solarize: probability of inverting the pixels at or above solarize_threshold, in [0, 1].
+        scale: Range of the crop's fraction of the image area.
+        ratio: Range of width / height of the crop.
+        flip: Probability of a horizontal flip.
+        jitter: Probability of color jitter.
+        brightness: Largest deviation of the brightness factor from 1.
+        contrast: Largest deviation of the contrast factor from 1.
+        saturation: Largest deviation of the saturation factor from 1.
+        hue: Largest shift of the hue as a fraction of the color circle, at most 0.5.
+        grayscale: Probability of conversion to grayscale.
+        blur: Probability of a Gaussian blur.
+        blur_sigma: Range of the blur's standard deviation in pixels.
+        solarize: Probability of solarization.
+        solarize_threshold: Pixels at or above this value are inverted; pixels are in [0, 1].
     """
 
     def __init__(
         self,
-        scale: list[float],
-        ratio: list[float],
-        flip: float,
-        jitter: float = 0.0,
-        brightness: float = 0.4,
-        contrast: float = 0.4,
-        saturation: float = 0.2,
+        scale: FractionRange,
+        ratio: PositiveRange,
+        flip: Fraction,
+        jitter: Fraction = 0.0,
+        brightness: Fraction = 0.4,
+        contrast: Fraction = 0.4,
+        saturation: Fraction = 0.2,
         hue: float = 0.1,
-        grayscale: float = 0.0,
-        blur: float = 0.0,
-        blur_sigma: Sequence[float] = (0.1, 2.0),
-        solarize: float = 0.0,
-        solarize_threshold: float = 0.5,
+        grayscale: Fraction = 0.0,
+        blur: Fraction = 0.0,
+        blur_sigma: PositiveRange = [0.1, 2.0],  # noqa: B006  # it is never modified
+        solarize: Fraction = 0.0,
+        solarize_threshold: Fraction = 0.5,
     ) -> None:
-        if not 0 < scale[0] <= scale[1] <= 1:
-            raise UserError(f"dataset.augment.scale={list(scale)}: expected 0 < smallest <= largest <= 1.")
-        if not 0 < ratio[0] <= ratio[1]:
-            raise UserError(f"dataset.augment.ratio={list(ratio)}: expected 0 < smallest <= largest.")
-        chances = {"flip": flip, "jitter": jitter, "grayscale": grayscale, "blur": blur, "solarize": solarize}
-        for name, chance in chances.items():
-            if not 0 <= chance <= 1:
-                raise UserError(f"dataset.augment.{name}={chance}: expected a probability.")
         self.scale, self.ratio, self.flip = scale, ratio, flip
-        changes: list[tuple[float, Transform]] = [
+        transforms: list[tuple[float, Transform]] = [
             (jitter, Jitter(brightness, contrast, saturation, hue)),
             (grayscale, Grayscale()),
             (blur, Blur(blur_sigma)),
             (solarize, Solarize(solarize_threshold)),
         ]
-        self.changes = [(chance, change) for chance, change in changes if chance > 0]
+        self.transforms = [(probability, transform) for probability, transform in transforms if probability > 0]
 
-    def draw(self, count: int, generator: Generator) -> Tensor:
-        """The uniform numbers [n, count] for as many images, from a CPU generator: for the box, then for every change whether
-        it happens and by how much.
+    def sample_params(self, count: int, generator: Generator) -> Float[Tensor, "num_params count"]:
+        """Sample the uniform random numbers for `count` images from a CPU generator.
+
+        The first rows belong to the crop and the flip. Each transform adds a row that decides if it is applied, and its own.
         """
-        return torch.rand(BOX + sum(1 + change.draws for _, change in self.changes), count, generator=generator)
+        num_params = NUM_CROP_PARAMS + sum(1 + transform.num_params for _, transform in self.transforms)
+        return torch.rand(num_params, count, generator=generator)
 
-    def __call__(self, images: Tensor, numbers: Tensor, size: int | None = None, scale: list[float] | None = None) -> Tensor:
-        """Images float [B, 3, H, W] in [0, 1] -> augmented ones of the same size, or local crops [B, 3, size, size].
+    def __call__(
+        self, images: Images, params: Params, size: int | None = None, scale: Sequence[float] | None = None
+    ) -> Float[Tensor, "b 3 _ _"]:
+        """Augment images with pixels in [0, 1].
 
         Args:
-            numbers: [n, B] on the CPU, see `draw`; size, scale: of local crops, None for those of whole views.
+            images: The images.
+            params: Random numbers on the CPU, see `sample_params`.
+            size: Side of the output in pixels; None keeps the size of the images.
+            scale: Range of the crop's fraction of the image area; None uses the range of the constructor.
         """
-        images = self.crop(images, numbers[:BOX], size, scale or self.scale)
-        row = BOX
-        for chance, change in self.changes:
-            images = sometimes(chance, change, images, numbers[row : row + 1 + change.draws])
-            row += 1 + change.draws
+        images = self.crop_and_flip(images, params[:NUM_CROP_PARAMS], size, scale or self.scale)
+        row = NUM_CROP_PARAMS
+        for probability, transform in self.transforms:
+            images = apply_randomly(transform, probability, images, params[row : row + 1 + transform.num_params])
+            row += 1 + transform.num_params
         return images
 
-    def crop(self, images: Tensor, numbers: Tensor, size: int | None, scale: list[float]) -> Tensor:
-        """Crops and flips of images [B, 3, H, W]; bilinear, borders repeated."""
+    def crop_and_flip(self, images: Images, params: Params, size: int | None, scale: Sequence[float]) -> Float[Tensor, "b 3 _ _"]:
+        """Crop, resize and flip images by bilinear interpolation; borders are repeated."""
         if scale[0] == 1 and self.flip == 0 and size is None:
             return images
-        boxes = self.boxes(numbers, scale).to(images.device, non_blocking=True)
+        boxes = self.crop_boxes(params, scale).to(images.device, non_blocking=True)
         shape = [*images.shape[:2], size or images.shape[2], size or images.shape[3]]
-        places = F.affine_grid(boxes, shape, align_corners=False)
-        return F.grid_sample(images, places, mode="bilinear", padding_mode="border", align_corners=False)
+        grid = F.affine_grid(boxes, shape, align_corners=False)
+        return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
-    def boxes(self, numbers: Tensor, scale: list[float]) -> Tensor:
-        """Affine maps [B, 2, 3] from the output to the crop, both in [-1, 1], from numbers [5, B]."""
-        area, ratio, x, y, coin = numbers
+    def crop_boxes(self, params: Params, scale: Sequence[float]) -> Float[Tensor, "b 2 3"]:
+        """Return the affine maps from the output to the crop, both in coordinates from -1 to 1."""
+        area, ratio, x, y, flip = params
         area = scale[0] + (scale[1] - scale[0]) * area
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         ratio = torch.exp(low + (high - low) * ratio)
         width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-        sign = torch.where(coin < self.flip, -1.0, 1.0)
+        sign = torch.where(flip < self.flip, -1.0, 1.0)
         zero = torch.zeros_like(area)
         rows = [
             torch.stack([width * sign, zero, (2 * x - 1) * (1 - width)], dim=1),
@@ -129,11 +144,11 @@ class Augment:
         return torch.stack(rows, dim=1)
 
 
-def sometimes(chance: float, change: Transform, images: Tensor, numbers: Tensor) -> Tensor:
-    """The images [B, 3, H, W], each changed if its first number is below the chance; what is not chosen is not computed."""
-    chosen = (numbers[0] < chance).nonzero().squeeze(1)
+def apply_randomly(transform: Transform, probability: float, images: Images, params: Params) -> Images:
+    """Transform the images whose first number is below the probability; nothing is computed for the others."""
+    chosen = (params[0] < probability).nonzero().squeeze(1)
     if len(chosen) == 0:
         return images
-    amounts = numbers[1:, chosen].to(images.device, non_blocking=True)
+    amounts = params[1:, chosen].to(images.device, non_blocking=True)
     chosen = chosen.to(images.device, non_blocking=True)
-    return images.index_copy(0, chosen, change(images[chosen], amounts).contiguous())
+    return images.index_copy(0, chosen, transform(images[chosen], amounts).contiguous())

@@ -1,8 +1,11 @@
-"""Datasets: labeled images, as uint8 tensors in memory or as files that are streamed, with a fixed stratified validation split.
+"""Data modules: labeled images, with a fixed stratified validation split, and their augmentation.
 
-A dataset is a class with `load(split) -> Split`. Training sees the training part only; the probes fit on it and are scored
-on the validation part; the test split is for `task=evaluate` alone. Those there are: `embedded.py`, `folders.py`,
-`downloaded.py`. To add one, write one class and one YAML.
+A split is a uint8 tensor in memory, or a list of files that are decoded during training (`hjepa.data.stream`). The model trains
+on the training part only; probes are fitted on it and scored on the validation part; the test split is for `task=evaluate`
+alone. On the device, images become normalized, augmented crops.
+
+To add a dataset, write a subclass of `DataModule` with `load(split)`, as in `shapes.py`, `image_folder.py` or
+`torchvision_datasets.py`, and a file in conf/dataset/ that names it.
 """
 
 from abc import ABC, abstractmethod
@@ -10,18 +13,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float, UInt8
 from torch import Generator, Tensor
 
 from hjepa.config.errors import UserError
+from hjepa.config.types import FractionRange, NonNegativeInt, OpenFraction, PositiveInt
 from hjepa.data.augment import Augment, AugmentParams
+from hjepa.data.color import Images
 from hjepa.data.image_files import ImageFiles
 from hjepa.distributed.seeding import generator
 
 
 @dataclass(frozen=True)
 class Split:
-    """`images` uint8 [N, 3, S, S], or files that become such a tensor where they are indexed; `labels` int64 [N] by name, the
-    main one first, -1 where unknown.
+    """Labeled images.
+
+    Attributes:
+        images: uint8 [N, 3, S, S], or files that become such a tensor when they are indexed.
+        labels: Labels int64 [N] by name, the main one first; -1 stands for an unknown label.
     """
 
     images: Tensor | ImageFiles
@@ -35,121 +44,119 @@ class Split:
 
 
 class DataModule(ABC):
-    """What all datasets share.
+    """Base class of all datasets.
 
     Args:
-        image_size: side of the images in pixels; others are resized and center-cropped to it.
-        validation: share of the training split that is held out, the same for every label.
-        mean, std: per channel, in [0, 1], for normalization.
-        augment: applied to training images on the device; views: whole views of each image that it draws.
-        local_views, local_size, local_scale: number, side in pixels and share of the area of local crops, which are augmented
-            alike (multi-crop, Caron et al. 2020).
+        image_size: Side of the images in pixels; images of other sizes are resized and center-cropped.
+        validation: Fraction of the training split that is held out, the same for every label.
+        mean: Mean of each channel for normalization, in [0, 1].
+        std: Standard deviation of each channel for normalization.
+        augment: Augmentation of training images on the device.
+        views: Number of global crops of each image.
+        local_views: Number of local crops of each image (multi-crop, Caron et al. 2020).
+        local_size: Side of local crops in pixels.
+        local_scale: Range of a local crop's fraction of the image area.
     """
 
     def __init__(
         self,
-        image_size: int,
-        validation: float,
+        image_size: PositiveInt,
+        validation: OpenFraction,
         mean: list[float],
         std: list[float],
         augment: Augment,
-        views: int,
-        local_views: int,
-        local_size: int,
-        local_scale: list[float],
+        views: PositiveInt,
+        local_views: NonNegativeInt,
+        local_size: PositiveInt,
+        local_scale: FractionRange,
     ) -> None:
-        if not 0 < validation < 1:
-            raise UserError(f"dataset.validation={validation}: expected a share between 0 and 1.")
-        if views < 1 or local_views < 0 or local_size < 1:
-            raise UserError(
-                f"dataset.views={views}, local_views={local_views} and local_size={local_size}: expected at least 1, 0 and 1."
-            )
-        if len(local_scale) != 2 or not 0 < local_scale[0] <= local_scale[1] <= 1:
-            raise UserError(f"dataset.local_scale={list(local_scale)}: expected 0 < smallest <= largest <= 1.")
         self.views, self.local_views, self.local_size, self.local_scale = views, local_views, local_size, local_scale
         self.image_size, self.validation, self.augment = image_size, validation, augment
         self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
 
     @abstractmethod
     def load(self, split: Literal["train", "test"]) -> Split:
-        """All images of a split."""
+        """Return all images of a split."""
 
     def class_names(self, label: str) -> list[str]:
-        """What the classes of a label are called, by index; empty where they have no names."""
+        """Return the names of a label's classes by index, or an empty list if they have no names."""
         return []
 
-    def sample(self, count: int) -> Tensor:
-        """At most `count` training images, evenly spread: uint8 [count, 3, S, S]."""
+    def sample(self, count: int) -> UInt8[Tensor, "n 3 s s"]:
+        """Return at most `count` training images, spread evenly over the training split."""
         images = self.load("train").images
-        return images[spaced(len(images), count)]
+        return images[evenly_spaced_indices(len(images), count)]
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> float32, zero mean and unit variance over the dataset."""
-        return self.standardize(unit(images))
+    def normalize(self, images: UInt8[Tensor, "b 3 h w"]) -> Images:
+        """Convert to float32 with zero mean and unit variance over the dataset."""
+        return self.standardize(to_unit_range(images))
 
-    def standardize(self, images: Tensor) -> Tensor:
-        """Pixels in [0, 1] -> zero mean and unit variance over the dataset, in place."""
+    def standardize(self, images: Images) -> Images:
+        """Shift and scale pixels in [0, 1] to zero mean and unit variance over the dataset, in place."""
         if self.mean.device != images.device:
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         return images.sub_(self.mean).div_(self.std)
 
-    def draw(self, count: int, generator: Generator) -> AugmentParams:
-        """The random numbers that decide what becomes of `count` images."""
-        whole, local = (
-            self.augment.draw(count * views, generator).unflatten(1, (count, views)) for views in (self.views, self.local_views)
+    def sample_params(self, count: int, generator: Generator) -> AugmentParams:
+        """Sample the random numbers that decide how `count` images are augmented."""
+        global_params, local_params = (
+            self.augment.sample_params(count * views, generator).unflatten(1, (count, views))
+            for views in (self.views, self.local_views)
         )
-        return AugmentParams(whole, local)
+        return AugmentParams(global_params, local_params)
 
-    def crops(self, images: Tensor, draws: AugmentParams) -> tuple[Tensor, Tensor | None]:
-        """Augmented, normalized views of uint8 images [B, 3, S, S], those of one image in a row.
+    def make_crops(
+        self, images: UInt8[Tensor, "b 3 s s"], params: AugmentParams
+    ) -> tuple[Float[Tensor, "n 3 s s"], Float[Tensor, "m 3 l l"] | None]:
+        """Return augmented and normalized crops; the crops of an image follow one another.
 
         Returns:
-            Whole views float [B * views, 3, S, S] and local crops [B * local_views, 3, local_size, local_size], or None.
+            Global crops, `n = b * views`, and local crops, `m = b * local_views` and `l = local_size`, or None.
         """
-        images = unit(images)
-        repeated = images.repeat_interleave(self.views, 0) if self.views > 1 else images
-        whole = self.augment(repeated, draws.global_crops.flatten(1))
+        pixels = to_unit_range(images)
+        repeated = pixels.repeat_interleave(self.views, 0) if self.views > 1 else pixels
+        global_crops = self.augment(repeated, params.global_crops.flatten(1))
         if not self.local_views:
-            return self.standardize(whole), None
-        repeated = images.repeat_interleave(self.local_views, 0)
-        local = self.augment(repeated, draws.local_crops.flatten(1), self.local_size, self.local_scale)
-        return self.standardize(whole), self.standardize(local)
+            return self.standardize(global_crops), None
+        repeated = pixels.repeat_interleave(self.local_views, 0)
+        local_crops = self.augment(repeated, params.local_crops.flatten(1), self.local_size, self.local_scale)
+        return self.standardize(global_crops), self.standardize(local_crops)
 
     def train_and_validation(self) -> tuple[Split, Split]:
-        """The training split without and the part of it that is held out; the same parts for every seed of a run."""
-        everything = self.load("train")
-        keep, held = self.parts(next(iter(everything.labels.values()), torch.zeros(len(everything))))
-        return everything[keep], everything[held]
+        """Return the training split without the held-out part, and the held-out part; both are the same for every seed."""
+        split = self.load("train")
+        train, held_out = self.split_indices(next(iter(split.labels.values()), torch.zeros(len(split))))
+        return split[train], split[held_out]
 
-    def parts(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sorted indices of the images to train on and of those held out."""
-        held = stratified(labels, self.validation)
-        if not 0 < len(held) < len(labels):
+    def split_indices(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sorted indices of the images to train on, and of those held out for validation."""
+        held_out = stratified_indices(labels, self.validation)
+        if not 0 < len(held_out) < len(labels):
             raise UserError(
                 f"dataset.validation={self.validation} of {len(labels)} images leaves no image to "
-                f"{'validate' if len(held) == 0 else 'train'} on; use more images or another share."
+                f"{'validate' if len(held_out) == 0 else 'train'} on; use more images or another share."
             )
-        keep = torch.ones(len(labels), dtype=torch.bool)
-        keep[held] = False
-        return keep.nonzero().squeeze(1), held
+        is_train = torch.ones(len(labels), dtype=torch.bool)
+        is_train[held_out] = False
+        return is_train.nonzero().squeeze(1), held_out
 
 
-def spaced(total: int, count: int) -> Tensor:
-    """At most `count` positions spread evenly over `total`: folders are sorted by class."""
+def evenly_spaced_indices(total: int, count: int) -> Tensor:
+    """Return at most `count` indices spread evenly over `total`; images are often sorted by class."""
     return torch.linspace(0, total - 1, min(count, total)).long()
 
 
-def unit(images: Tensor) -> Tensor:
-    """uint8 -> float32 pixels in [0, 1]."""
+def to_unit_range(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Convert uint8 pixels to float32 in [0, 1]."""
     return images.float().div_(255)
 
 
-def stratified(labels: Tensor, share: float) -> Tensor:
-    """Sorted indices of the same `share` of every known label (of everything where there is one label only)."""
+def stratified_indices(labels: Tensor, fraction: float) -> Tensor:
+    """Return the sorted indices of a fixed random choice of the same fraction of every label; unknown labels are left out."""
     rng = generator(0, "validation")
     chosen = []
     for label in labels[labels >= 0].unique():
         members = (labels == label).nonzero().squeeze(1)
         order = torch.randperm(len(members), generator=rng)
-        chosen.append(members[order[: round(share * len(members))]])
+        chosen.append(members[order[: round(fraction * len(members))]])
     return torch.cat(chosen).sort().values if chosen else torch.empty(0, dtype=torch.int64)

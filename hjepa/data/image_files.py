@@ -1,7 +1,7 @@
-"""Image files: found in class folders, decoded on demand, the unreadable ones replaced, counted and named.
+"""Image files: found in class folders and decoded on demand; unreadable files are replaced, counted and named.
 
-Whether images are decoded into memory once or ahead of every step by workers, `ImageFiles.decode` does it, so the
-pixels of an image are the same.
+`ImageFiles.decode` reads the images both when they are decoded into memory once and when workers decode them ahead of every
+step (`hjepa.data.stream`), so that the pixels are the same.
 """
 
 import logging
@@ -18,56 +18,69 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import functional as TF
-from tqdm import tqdm
 
 from hjepa.config.errors import UserError
+from hjepa.config.terminal import progress_bar
 
 log = logging.getLogger(__name__)
 
-Listing = tuple[list[str], list[int]]  # paths and class indices
+FileList = tuple[list[str], list[int]]  # paths and class indices
 
-Run = Callable[[Callable[[int], Any], list[int]], Iterable[Any]]  # how the images of a list are read: one by one, in threads
+MapFunction = Callable[[Callable[[int], Any], list[int]], Iterable[Any]]  # the built-in `map`, or one that uses threads
 
 
 class CorruptFiles:
-    """The unreadable files of a split that were met so far.
+    """The unreadable files of a split that were found so far.
 
     Args:
-        total: files of the split; tolerated: share of them that may be unreadable.
-        group: of the options `max_corrupt` and `workers`; fate: what becomes of an unreadable file's place.
+        total: Number of files of the split.
+        max_share: Fraction of the files that may be unreadable.
+        option_group: Config group of the options `max_corrupt` and `workers`, for messages.
+        consequence: How unreadable files are treated, for messages.
     """
 
-    def __init__(self, total: int, tolerated: float, group: str = "dataset", fate: str = "others take their places") -> None:
-        self.total, self.tolerated, self.group, self.fate = total, tolerated, group, fate
-        self.limit = min(int(tolerated * total), total - 1)
+    def __init__(
+        self, total: int, max_share: float, option_group: str = "dataset", consequence: str = "others take their places"
+    ) -> None:
+        self.total, self.max_share, self.option_group, self.consequence = total, max_share, option_group, consequence
+        self.max_count = min(int(max_share * total), total - 1)
         self.names: set[str] = set()
 
-    def report(self, bad: dict[str, str]) -> None:
-        """Warn about unreadable files (name -> reason), or refuse when they have become more than the tolerated share."""
-        new = {name: reason for name, reason in bad.items() if name not in self.names}
+    def report(self, errors: dict[str, str]) -> None:
+        """Warn about unreadable files.
+
+        Args:
+            errors: The reason for every file, by path.
+
+        Raises:
+            UserError: More than the tolerated share of the files cannot be read.
+        """
+        new = {name: reason for name, reason in errors.items() if name not in self.names}
         self.names |= new.keys()
         if not new:
             return
-        named = "; ".join(f"{name} ({reason})" for name, reason in list(new.items())[:5])
-        named += f"; and {len(new) - 5} more" if len(new) > 5 else ""
-        if len(self.names) > self.limit:
+        listed = "; ".join(f"{name} ({reason})" for name, reason in list(new.items())[:5])
+        listed += f"; and {len(new) - 5} more" if len(new) > 5 else ""
+        if len(self.names) > self.max_count:
+            option = f"{self.option_group}.max_corrupt"
             raise UserError(
-                f"{len(self.names)} of {self.total} images cannot be read, more than {self.group}.max_corrupt={self.tolerated:g} "
-                f"allows: {named}. Mend or remove them, or raise {self.group}.max_corrupt."
+                f"{len(self.names)} of {self.total} images cannot be read, more than {option}={self.max_share:g} allows: "
+                f"{listed}. Repair or remove them, or raise {option}."
             )
-        log.warning("%d of %d images cannot be read, %s: %s", len(self.names), self.total, self.fate, named)
+        log.warning("%d of %d images cannot be read, %s: %s", len(self.names), self.total, self.consequence, listed)
 
 
 class ImageFiles:
-    """Image files in a fixed order. Indexing decodes into memory: `files[:4]` is uint8 [4, 3, S, S].
+    """Image files in a fixed order; indexing decodes into memory, so that `files[:4]` is uint8 [4, 3, S, S].
 
-    An unreadable file is replaced by the next readable one of its label, or of any label where there is none.
+    An unreadable file is replaced by the next readable one of its label or, if there is none, of any label.
 
     Args:
-        paths: bytes [N] (workers would copy strings, by counting the references to them); labels: int64 [N], -1 where unknown.
-        size: side of the decoded images in pixels.
-        corrupt: shared by the parts of a split.
-        workers: see `hjepa.data.stream.Stream`.
+        paths: Paths as a bytes array [N]. Workers would copy strings, because counting references writes to them.
+        labels: Labels int64 [N]; -1 stands for an unknown label.
+        size: Side of the decoded images in pixels.
+        corrupt: Unreadable files, shared by all selections from a split.
+        workers: Number of decoding processes, see `hjepa.data.stream.Stream`.
     """
 
     def __init__(self, paths: np.ndarray, labels: Tensor, size: int, corrupt: CorruptFiles, workers: int | None) -> None:
@@ -80,71 +93,77 @@ class ImageFiles:
         positions = torch.arange(len(self))[index].tolist()
         with ThreadPoolExecutor() as pool:  # PIL releases the interpreter lock
 
-            def run(read: Callable[[int], Any], positions: list[int]) -> Iterable[Any]:
+            def map_in_threads(read: Callable[[int], Any], positions: list[int]) -> Iterable[Any]:
                 results = pool.map(read, positions, chunksize=64)
-                return tqdm(results, total=len(positions), desc="decoding images", disable=None)
+                return progress_bar(results, total=len(positions), desc="decoding images", unit="image")
 
-            images, bad = self.decode(positions, run)
-        self.corrupt.report(bad)
+            images, errors = self.decode(positions, map_in_threads)
+        self.corrupt.report(errors)
         return images
 
-    def part(self, index: Tensor) -> "ImageFiles":
-        """Some of the files, not decoded."""
+    def select(self, index: Tensor) -> "ImageFiles":
+        """Return some of the files without decoding them."""
         return ImageFiles(self.paths[index.numpy()], self.labels[index], self.size, self.corrupt, self.workers)
 
     def path(self, position: int) -> str:
-        """The path of a file."""
+        """Return the path of a file."""
         return os.fsdecode(self.paths[position])
 
-    def decode(self, positions: list[int], run: Run = map) -> tuple[Tensor, dict[str, str]]:
-        """The images at the positions, uint8 [B, 3, S, S], and the reasons of the unreadable files met, by path. Once these are
-        too many to go on, images stay black.
+    def decode(self, positions: list[int], map_function: MapFunction = map) -> tuple[Tensor, dict[str, str]]:
+        """Decode the images at some positions.
+
+        Returns:
+            Images uint8 [B, 3, S, S], and the reason for every unreadable file by path. Once more files are unreadable than
+            tolerated, no replacements are searched and images stay black.
         """
         images = torch.zeros(len(positions), 3, self.size, self.size, dtype=torch.uint8)
-        bad: dict[int, str] = {}
-        for position, image, read in zip(positions, images, run(self.read, positions), strict=True):
-            put(image, read, bad, position)
+        errors: dict[int, str] = {}
+        for position, image, pixels in zip(positions, images, map_function(self.read, positions), strict=True):
+            copy_pixels(pixels, image, position, errors)
         for position, image in zip(positions, images, strict=True):
-            if position in bad:
-                self.replace(position, image, bad)
-        return images, {self.path(position): reason for position, reason in bad.items()}
+            if position in errors:
+                self.replace(position, image, errors)
+        return images, {self.path(position): reason for position, reason in errors.items()}
 
     def read(self, position: int) -> np.ndarray | str:
-        """One image, or why it cannot be read."""
+        """Return an image uint8 [S, S, 3], or the reason that it cannot be read."""
         return read_image(self.path(position), self.size)
 
-    def replace(self, position: int, image: Tensor, bad: dict[int, str]) -> None:
-        """Fill an image with the first readable one that may stand for it."""
+    def replace(self, position: int, image: Tensor, errors: dict[int, str]) -> None:
+        """Fill an image with the first readable one that may replace it."""
         for other in self.replacements(position):
-            if len(bad) > self.corrupt.limit:
+            if len(errors) > self.corrupt.max_count:
                 return
-            if other not in bad:
-                put(image, self.read(other), bad, other)
-            if other not in bad:
+            if other not in errors:
+                copy_pixels(self.read(other), image, other, errors)
+            if other not in errors:
                 return
 
     def replacements(self, position: int) -> Iterator[int]:
-        """Positions after this one, cyclically: those of its label, then the others."""
+        """Yield the positions after this one, cyclically: first those of its label, then all others."""
         order = torch.arange(position, position + len(self)) % len(self)
         same = self.labels[order] == self.labels[position]
         yield from torch.cat([order[same], order[~same]]).tolist()
 
 
-def put(image: Tensor, read: np.ndarray | str, bad: dict[int, str], position: int) -> None:
-    """Write what was read to image uint8 [3, S, S], or its reason to `bad`."""
-    if isinstance(read, str):
-        bad[position] = read
+def copy_pixels(pixels: np.ndarray | str, image: Tensor, position: int, errors: dict[int, str]) -> None:
+    """Copy pixels [S, S, 3] to an image [3, S, S], or store the reason that they could not be read."""
+    if isinstance(pixels, str):
+        errors[position] = pixels
     else:
-        image.copy_(torch.from_numpy(read).permute(2, 0, 1))
+        image.copy_(torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 def read_image(path: str, size: int) -> np.ndarray | str:
-    """One image as uint8 [size, size, 3], resized by its shorter side and center-cropped; or why it cannot be read."""
+    """Return an image uint8 [size, size, 3], or the reason that it cannot be read.
+
+    The shorter side is resized to `size`, and the center is cropped.
+    """
     try:
         with catch_warnings(action="ignore"), Image.open(path) as file:
             file.draft("RGB", (size, size))
             image = file.convert("RGB")
-    except Exception as error:  # decoders raise all kinds on broken files
+    except Exception as error:  # decoders raise all kinds of exceptions for broken files
         return str(error).replace(path, "").strip(" :'") or type(error).__name__
     if image.size != (size, size):
         image = TF.center_crop(TF.resize(image, size, antialias=True), [size, size])
@@ -152,31 +171,40 @@ def read_image(path: str, size: int) -> np.ndarray | str:
 
 
 def walk_images(folder: Path) -> list[str]:
-    """Paths of all images in a folder and the folders in it, however deep, sorted."""
+    """Return the sorted paths of all images in a folder and its subfolders."""
     folder = folder.absolute()
     return [path for path, _ in make_dataset(str(folder.parent), {folder.name: 0}, IMG_EXTENSIONS, allow_empty=True)]
 
 
 def class_folders(folder: Path, chosen: list[str] | None) -> list[str]:
-    """Names of the (chosen) class folders, in the order of their indices."""
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    if missing := sorted(set(chosen or ()) - set(classes)):
+    """Return the names of all class folders, or of the chosen ones, in the order of their class indices.
+
+    A chosen name that is no folder stands for its first word, since lists of classes often describe them: `n01440764 tench`.
+    """
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if chosen is None:
+        return classes
+    names = {name if name in classes else (name.split() or [""])[0] for name in chosen}
+    if missing := sorted(names - set(classes)):
         raise UserError(
-            f"dataset.classes: {folder} has no class folder {missing[0]} ({len(missing)} of {len(chosen or ())} are missing); "
-            "give the names of folders that are there."
+            f"dataset.classes: {folder} has no class folder {missing[0]} ({len(missing)} of {len(names)} are missing); "
+            "use names of existing folders."
         )
-    return classes if chosen is None else sorted(set(chosen))
+    return sorted(names)
 
 
-def list_images(folder: Path, chosen: list[str] | None = None) -> Listing:
-    """Paths and class indices of every image in the (chosen) class folders, sorted; class -1 outside class folders."""
+def list_images(folder: Path, chosen: list[str] | None = None) -> FileList:
+    """Return the sorted paths and the class indices of all images in the (chosen) class folders.
+
+    Without class folders, images in the folder itself are returned with the class -1.
+    """
     classes = class_folders(folder, chosen)
-    loose = sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in IMG_EXTENSIONS)
-    if loose and not classes:
-        return loose, [-1] * len(loose)
+    unlabeled = sorted(str(path) for path in folder.iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
+    if unlabeled and not classes:
+        return unlabeled, [-1] * len(unlabeled)
     if not classes:
         raise UserError(f"{folder} holds neither images nor class folders; expected {folder}/<class>/*.jpg.")
-    found = make_dataset(str(folder), {name: i for i, name in enumerate(classes)}, IMG_EXTENSIONS, allow_empty=True)
-    if not found:
+    samples = make_dataset(str(folder), {name: i for i, name in enumerate(classes)}, IMG_EXTENSIONS, allow_empty=True)
+    if not samples:
         raise UserError(f"The class folders of {folder} hold no images (looked for {', '.join(IMG_EXTENSIONS)}).")
-    return [path for path, _ in found], [label for _, label in found]
+    return [path for path, _ in samples], [label for _, label in samples]

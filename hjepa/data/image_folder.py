@@ -1,117 +1,120 @@
-"""Datasets of image files, in one folder or several: decoded into memory, or streamed when they do not fit."""
+"""Datasets of image files in one or several folders: decoded into memory, or streamed if they do not fit."""
 
 import logging
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hjepa.config.errors import UserError
-from hjepa.data.datamodule import DataModule, Split, spaced
-from hjepa.data.image_files import CorruptFiles, ImageFiles, Listing, class_folders, list_images
+from hjepa.config.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from hjepa.data.datamodule import DataModule, Split, evenly_spaced_indices
+from hjepa.data.image_files import CorruptFiles, FileList, ImageFiles, class_folders, list_images
 
 log = logging.getLogger(__name__)
 
 
 class FolderDataModule(DataModule):
-    """Image files in one or several folders: decoded into memory when they fit, else streamed through workers.
+    """Base class of datasets of image files, decoded into memory if they fit, else streamed through workers.
 
     Args:
-        roots: the folders; weights: the share of each in an epoch, None leaves every image in once.
-        classes: names of the class folders to use, None uses all.
-        max_corrupt: share of unreadable images that is tolerated (they are named, and others take their places).
-        memory_limit_gb: the most memory that the decoded images of a split may take; above it they are streamed.
-        workers: processes that decode streamed images; 0 decodes in the training process, None is one per CPU thread, at most 8.
+        roots: The folders.
+        weights: Share of each folder in an epoch; None uses every image once.
+        classes: Names of the class folders to use; None uses all.
+        max_corrupt: Fraction of images that may be unreadable; they are named, and others take their places.
+        memory_limit_gb: Largest memory in GB for the decoded images of a split; larger splits are streamed, and 0 streams all.
+        workers: Number of processes that decode streamed images; 0 decodes in the training process, and None uses one per CPU
+            thread, at most 8.
+        **common: Options of `DataModule`.
     """
 
-    tests: tuple[str, ...] = ("test", "val")  # names of the test split; the first that is there
-    option = "root"  # what names the folders
+    test_folders: tuple[str, ...] = ("test", "val")  # names of the test split; the first that exists is used
+    root_option = "root"  # option that names the folders, for messages
 
     def __init__(
         self,
         roots: list[str],
         weights: list[float] | None,
         classes: list[str] | None,
-        max_corrupt: float,
-        memory_limit_gb: float,
-        workers: int | None,
-        **common: object,
+        max_corrupt: Fraction,
+        memory_limit_gb: NonNegativeFloat,
+        workers: NonNegativeInt | None,
+        **common: Any,
     ) -> None:
-        super().__init__(**common)  # type: ignore[arg-type]
-        if not 0 <= max_corrupt <= 1:
-            raise UserError(f"dataset.max_corrupt={max_corrupt}: expected a share between 0 and 1.")
-        if memory_limit_gb < 0:
-            raise UserError(f"dataset.memory_limit_gb={memory_limit_gb}: expected at least 0, which streams everything.")
-        if workers is not None and workers < 0:
-            raise UserError(f"dataset.workers={workers}: expected at least 0, or null for one per CPU thread of the run.")
+        super().__init__(**common)
         self.roots, self.weights, self.classes = [Path(root).expanduser() for root in roots], weights, classes
         self.max_corrupt, self.memory_limit_gb, self.workers = max_corrupt, memory_limit_gb, workers
 
     def load(self, split: Literal["train", "test"]) -> Split:
-        files = self.join([self.listing(root, split) for root in self.roots])
+        files = self.join([self.list_files(root, split) for root in self.roots])
         if split == "test":
             for root in self.roots:
                 self.check_same_classes(root)
-        return self.split(files, self.streams(len(files)))
+        return self.make_split(files, self.must_stream(len(files)))
 
     def check_same_classes(self, root: Path) -> None:
-        """Refuse a test split whose class folders are not those to train on: a class is its folder's place among them."""
-        train, test = (set(class_folders(self.folder(root, split), None)) for split in ("train", "test"))
-        if self.classes is None and train and test and (odd := sorted(train ^ test)):
+        """Raise an error if the class folders of the test split differ from those of the training split.
+
+        Class indices count the folders of a split, so they would not match.
+        """
+        train, test = (set(class_folders(self.split_folder(root, split), None)) for split in ("train", "test"))
+        if self.classes is None and train and test and (unmatched := sorted(train ^ test)):
             raise UserError(
-                f"dataset.{self.option}: {root} has the class {odd[0]} in its {'train' if odd[0] in train else 'test'} split "
-                f"only ({len(odd)} such classes); the two need the same class folders."
+                f"dataset.{self.root_option}: {root} has the class {unmatched[0]} only in its "
+                f"{'train' if unmatched[0] in train else 'test'} split ({len(unmatched)} such classes); both splits need the "
+                "same class folders."
             )
 
     def train_and_validation(self) -> tuple[Split, Split]:
-        listings = [self.listing(root, "train") for root in self.roots]
-        files = self.join(listings)
-        unlabeled = files.labels.max() < 0
-        keep, held = self.parts(torch.zeros(len(files)) if unlabeled else files.labels)
+        file_lists = [self.list_files(root, "train") for root in self.roots]
+        files = self.join(file_lists)
+        is_unlabeled = files.labels.max() < 0
+        train, held_out = self.split_indices(torch.zeros(len(files)) if is_unlabeled else files.labels)
         if self.weights:
-            keep = weigh(keep, [len(paths) for paths, _ in listings], self.weights)
-        streamed = self.streams(len(keep) + len(held))
-        return self.split(files.part(keep), streamed), self.split(files.part(held), streamed)
+            train = repeat_to_shares(train, [len(paths) for paths, _ in file_lists], self.weights)
+        stream = self.must_stream(len(train) + len(held_out))
+        return self.make_split(files.select(train), stream), self.make_split(files.select(held_out), stream)
 
     def class_names(self, label: str) -> list[str]:
-        return [name for root in self.roots for name in class_folders(self.folder(root, "train"), self.classes)]
+        return [name for root in self.roots for name in class_folders(self.split_folder(root, "train"), self.classes)]
 
     def sample(self, count: int) -> Tensor:
-        files = self.join([self.listing(root, "train") for root in self.roots])
-        return files.part(spaced(len(files), count))[:]  # only these are decoded
+        files = self.join([self.list_files(root, "train") for root in self.roots])
+        return files.select(evenly_spaced_indices(len(files), count))[:]  # decodes these only
 
-    def listing(self, root: Path, split: Literal["train", "test"]) -> Listing:
-        """Paths and class indices of a split of one root."""
+    def list_files(self, root: Path, split: Literal["train", "test"]) -> FileList:
+        """Return the paths and class indices of a split of one root."""
         if not root.is_dir():
-            raise UserError(f"dataset.{self.option}: {root} is not a folder; give the folder that holds train/<class>/*.jpg.")
-        return list_images(self.folder(root, split), self.classes)
-
-    def folder(self, root: Path, split: Literal["train", "test"]) -> Path:
-        """The folder of a split of one root."""
-        names = ("train",) if split == "train" else self.tests
-        there = [root / name for name in names if (root / name).is_dir()]
-        if not there and (split == "test" or any((root / name).is_dir() for name in self.tests)):
-            instead = "; add it, or score on the held-out part of the others: task.split=validation" if split == "test" else ""
             raise UserError(
-                f"dataset.{self.option}: {root} has no {' or '.join(f'{name}/' for name in names)} folder of classes{instead}."
+                f"dataset.{self.root_option}: {root} is not a folder; expected the folder that holds train/<class>/*.jpg."
             )
-        return there[0] if there else root
+        return list_images(self.split_folder(root, split), self.classes)
 
-    def join(self, listings: list[Listing]) -> ImageFiles:
-        """The files of all roots; classes of different roots are different labels."""
-        first, labels = 0, []
-        for _, classes in listings:
+    def split_folder(self, root: Path, split: Literal["train", "test"]) -> Path:
+        """Return the folder of a split of one root."""
+        names = ("train",) if split == "train" else self.test_folders
+        existing = [root / name for name in names if (root / name).is_dir()]
+        if not existing and (split == "test" or any((root / name).is_dir() for name in self.test_folders)):
+            remedy = "; add it, or score on the held-out training images: task.split=validation" if split == "test" else ""
+            missing = " or ".join(f"{name}/" for name in names)
+            raise UserError(f"dataset.{self.root_option}: {root} has no {missing} folder of classes{remedy}.")
+        return existing[0] if existing else root
+
+    def join(self, file_lists: list[FileList]) -> ImageFiles:
+        """Return the files of all roots; classes of different roots are different labels."""
+        first_label, labels = 0, []
+        for _, classes in file_lists:
             label = torch.tensor(classes)
-            labels.append(torch.where(label < 0, label, label + first))
-            first += max(classes) + 1
-        paths = np.array([os.fsencode(path) for found, _ in listings for path in found])
+            labels.append(torch.where(label < 0, label, label + first_label))
+            first_label += max(classes) + 1
+        paths = np.array([os.fsencode(path) for paths, _ in file_lists for path in paths])
         return ImageFiles(paths, torch.cat(labels), self.image_size, CorruptFiles(len(paths), self.max_corrupt), self.workers)
 
-    def streams(self, count: int) -> bool:
-        """Whether so many images are too many for the memory; says so."""
+    def must_stream(self, count: int) -> bool:
+        """Return whether the decoded images would exceed the memory limit, and log it if so."""
         size = count * 3 * self.image_size**2 / 2**30
         if size > self.memory_limit_gb:
             log.info(
@@ -120,77 +123,92 @@ class FolderDataModule(DataModule):
             )
         return size > self.memory_limit_gb
 
-    def split(self, files: ImageFiles, streamed: bool) -> Split:
-        """The files as a split; a streamed one is decoded where it is indexed."""
-        return Split(files if streamed else files[:], {"class": files.labels} if files.labels.max() >= 0 else {})
+    def make_split(self, files: ImageFiles, stream: bool) -> Split:
+        """Return the files as a split; they are decoded now unless they are streamed."""
+        return Split(files if stream else files[:], {"class": files.labels} if files.labels.max() >= 0 else {})
 
 
-def weigh(positions: Tensor, sizes: list[int], weights: list[float]) -> Tensor:
-    """Positions in lists of these sizes, one after the other, repeated until every list has its share; none is left out."""
+def repeat_to_shares(positions: Tensor, sizes: list[int], weights: list[float]) -> Tensor:
+    """Repeat positions until every list has its share; none is left out.
+
+    Args:
+        positions: Positions in the concatenation of several lists.
+        sizes: Lengths of the lists.
+        weights: Share of each list in the result, up to a common factor.
+    """
     lists = torch.bucketize(positions, torch.tensor(sizes).cumsum(0), right=True)
     members = [positions[lists == i] for i in range(len(sizes))]
-    whole = max(len(m) / weight for m, weight in zip(members, weights, strict=True))
-    counts = [max(len(m), round(weight * whole)) for m, weight in zip(members, weights, strict=True)]
+    total = max(len(m) / weight for m, weight in zip(members, weights, strict=True))
+    counts = [max(len(m), round(weight * total)) for m, weight in zip(members, weights, strict=True)]
     return torch.cat([m[torch.arange(count) % len(m)] for m, count in zip(members, counts, strict=True)])
 
 
 class ImageFolder(FolderDataModule):
-    """JPEG, PNG or other images in `root/train/<class>/` and `root/test/<class>/` (or `root/val/`), or in `root/<class>/` without
-    a test split; images outside class folders have no labels.
+    """Images in class folders, with or without a test split.
+
+    The layout is `root/train/<class>/` and `root/test/<class>/` (or `root/val/<class>/`), or `root/<class>/` without a test
+    split. Images outside class folders have no labels.
 
     Args:
-        root: the folder.
-        classes: names of the class folders to use, or a text file with one a line; None uses all.
+        root: The folder.
+        classes: Names of the class folders to use, or a text file with one name per line; None uses all.
+        **common: Options of `FolderDataModule`.
     """
 
-    def __init__(self, root: str, classes: list[str] | str | None, **common: object) -> None:
-        names = read_names(Path(classes).expanduser()) if isinstance(classes, str) else classes
-        super().__init__([root], None, names, **common)  # type: ignore[arg-type]
+    def __init__(self, root: str, classes: list[str] | str | None, **common: Any) -> None:
+        names = read_lines(Path(classes).expanduser()) if isinstance(classes, str) else classes
+        super().__init__([root], None, names, **common)
 
 
-def read_names(file: Path) -> list[str]:
-    """The names in a text file, the first word of every line."""
+def read_lines(file: Path) -> list[str]:
+    """Return the lines of a text file that are not blank."""
     if not file.is_file():
-        raise UserError(f"dataset.classes={file} is no file; give a text file of class folders, a list of them, or null for all.")
-    return [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+        raise UserError(
+            f"dataset.classes={file} is no file; expected a text file of class folders, a list of them, or null for all."
+        )
+    return [line.strip() for line in file.read_text().splitlines() if line.strip()]
 
 
 class ImageNet(ImageFolder):
     """ImageNet or a subset of its classes, in `root/train/<wnid>/` and `root/val/<wnid>/`.
 
     Args:
-        class_count: how many classes there must be, lest a part of them is taken for all.
+        class_count: Expected number of classes, so that an incomplete copy is noticed.
+        **common: Options of `ImageFolder`.
     """
 
-    tests = ("val",)  # the official test/ has no labels
+    test_folders = ("val",)  # the official test split has no labels
 
-    def __init__(self, class_count: int, **common: object) -> None:
-        super().__init__(**common)  # type: ignore[arg-type]
+    def __init__(self, class_count: PositiveInt, **common: Any) -> None:
+        super().__init__(**common)
         self.class_count = class_count
 
-    def listing(self, root: Path, split: Literal["train", "test"]) -> Listing:
-        paths, labels = super().listing(root, split)
-        if (there := len(set(labels))) != self.class_count:
+    def list_files(self, root: Path, split: Literal["train", "test"]) -> FileList:
+        paths, labels = super().list_files(root, split)
+        if (num_classes := len(set(labels))) != self.class_count:
             raise UserError(
-                f"dataset.root: {root} holds {split} images of {there} classes, expected {self.class_count}; add the others, "
-                "name the folders to use in dataset.classes, or use dataset=image_folder for another number of classes."
+                f"dataset.root: {root} holds {split} images of {num_classes} classes, expected {self.class_count}; add the "
+                "others, name the folders to use in dataset.classes, or use dataset=image_folder for any number of classes."
             )
         return paths, labels
 
 
 class FolderMixture(FolderDataModule):
-    """Several folders as one dataset, each laid out as for `ImageFolder`; equal class names in two folders are two classes.
+    """Several folders as one dataset, each with the layout of `ImageFolder`.
+
+    Equal class names in two folders are different classes.
 
     Args:
-        roots: the folders.
-        weights: share of each folder in an epoch, made up by repeating images; None takes every image once.
+        roots: The folders.
+        weights: Share of each folder in an epoch, reached by repeating images; None uses every image once.
+        **common: Options of `FolderDataModule`.
     """
 
-    option = "roots"
+    root_option = "roots"
 
-    def __init__(self, roots: list[str], weights: list[float] | None, **common: object) -> None:
+    def __init__(self, roots: list[str], weights: list[PositiveFloat] | None, **common: Any) -> None:
         if not roots:
-            raise UserError("dataset.roots=[] is empty; give at least one folder.")
-        if weights is not None and (len(weights) != len(roots) or min(weights) <= 0):
+            raise UserError("dataset.roots=[] is empty; expected at least one folder.")
+        if weights is not None and len(weights) != len(roots):
             raise UserError(f"dataset.weights={list(weights)}: expected {len(roots)} positive numbers, one per root, or null.")
-        super().__init__(roots, weights, None, **common)  # type: ignore[arg-type]
+        super().__init__(roots, weights, None, **common)

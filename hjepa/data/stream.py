@@ -1,7 +1,7 @@
-"""Images that do not fit in memory: the batches of coming steps are decoded ahead by worker processes.
+"""Images that do not fit in memory: worker processes decode the batches of coming steps.
 
-A worker gets the positions of one batch and returns its images. Which images a step trains on is a function of the step, so
-the stream can begin at any step, and its batches are those that indexing the decoded images would give.
+A worker receives the positions of a batch and returns its images. The images of a step are a function of the step, so a stream
+can begin at any step, and its batches equal those from decoded images in memory.
 """
 
 import signal
@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from hjepa.config.errors import UserError
 from hjepa.data.image_files import ImageFiles
 
-Batch = tuple[Tensor, dict[str, str]]  # images uint8 [B, 3, S, S]; unreadable files and why
+Batch = tuple[Tensor, dict[str, str]]  # images uint8 [B, 3, S, S], and the reasons for unreadable files by path
 
 
 class BatchDataset(Dataset[Batch]):
-    """What a worker does: positions of a batch -> `Batch`."""
+    """A dataset whose items are batches, indexed by lists of positions."""
 
     def __init__(self, files: ImageFiles) -> None:
         self.files = files
@@ -28,7 +28,7 @@ class BatchDataset(Dataset[Batch]):
 
 
 class StepSampler(Sampler[list[int]]):
-    """The positions of the batches of the steps from `first` to before `end`."""
+    """Yields the positions of the batch of every step from `first` to `end`, exclusive."""
 
     def __init__(self, indices: Callable[[int], Tensor], first: int, end: int) -> None:
         self.indices, self.first, self.end = indices, first, end
@@ -38,71 +38,75 @@ class StepSampler(Sampler[list[int]]):
 
 
 class Stream:
-    """Batches of files by step, ahead of time when the steps follow one another.
+    """Batches of image files by step, decoded ahead of time as long as steps follow one another.
 
     Args:
-        indices: the positions [B] of a step's images; end: number of steps.
-        device: where the images are needed.
+        files: The image files; `files.workers` is the number of decoding processes. 0 decodes in this process, None uses one
+            process per CPU thread, at most 8.
+        indices: Returns the positions [B] of a step's images.
+        end: Number of steps.
+        device: Device that receives the images.
     """
 
     def __init__(self, files: ImageFiles, indices: Callable[[int], Tensor], end: int, device: torch.device) -> None:
         self.files, self.indices, self.end, self.device = files, indices, end, device
-        self.next = -1
+        self.next_step = -1
         self.batches: Iterator[Batch] = iter(())
 
     def __len__(self) -> int:
         return len(self.files)
 
     def batch(self, step: int) -> Tensor:
-        """The images of a step, uint8 [B, 3, S, S] on the device.
+        """Return the images of a step, uint8 [B, 3, S, S] on the device.
 
         Raises:
-            UserError: more images than tolerated cannot be read, or a worker was killed.
+            UserError: More images than tolerated cannot be read, or a worker was killed.
         """
-        if step != self.next:
+        if step != self.next_step:
             self.close()
-            self.batches = self.start(step)
+            self.batches = self.start_workers(step)
         try:
-            images, bad = next(self.batches)
+            images, errors = next(self.batches)
         except (RuntimeError, OSError, EOFError) as error:
-            if self.workers == 0 or str(error).startswith("Caught"):  # in our own code, here or in a worker
+            if self.num_workers == 0 or str(error).startswith("Caught"):  # raised by our own code, here or in a worker
                 raise
             raise UserError(
-                f"A process that decodes images died ({error}), most likely for want of memory or shared memory; "
-                f"set {self.files.corrupt.group}.workers to fewer and give the same command again, which continues a run."
+                f"A process that decodes images died ({error}), most likely because memory or shared memory ran out; "
+                f"lower {self.files.corrupt.option_group}.workers and start the same command again, which continues a run."
             ) from error
-        self.next = step + 1
-        if self.next == self.end:
+        self.next_step = step + 1
+        if self.next_step == self.end:
             self.close()
-        self.files.corrupt.report(bad)
+        self.files.corrupt.report(errors)
         return images.to(self.device, non_blocking=True)
 
     def close(self) -> None:
-        """Let the workers go; the next batch starts others."""
-        self.batches, self.next = iter(()), -1
+        """Shut down the workers; the next batch starts new ones."""
+        self.batches, self.next_step = iter(()), -1
 
     @property
-    def workers(self) -> int:
-        """Processes that decode; 0 for this one."""
+    def num_workers(self) -> int:
+        """Number of decoding processes; 0 decodes in this process."""
         return min(8, torch.get_num_threads()) if self.files.workers is None else self.files.workers
 
-    def start(self, step: int) -> Iterator[Batch]:
-        """Batches from a step on."""
+    def start_workers(self, step: int) -> Iterator[Batch]:
+        """Return an iterator over the batches from a step on."""
         loader: DataLoader[Batch] = DataLoader(
             BatchDataset(self.files),
             batch_size=None,
             sampler=StepSampler(self.indices, step, self.end),
-            num_workers=self.workers,
+            num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=leave_signals,
-            generator=torch.Generator(),  # else the loader would draw from the global one
+            worker_init_fn=ignore_group_signals,
+            generator=torch.Generator(),  # otherwise the loader would advance the global generator
         )
         return iter(loader)
 
 
-def leave_signals(worker: int) -> None:
-    """A signal to the whole process group (Ctrl-C, a scheduler's SIGTERM) is for the training process, which saves and then
-    ends its workers; only a second SIGTERM ends a worker.
+def ignore_group_signals(worker: int) -> None:
+    """Leave signals to the whole process group (Ctrl-C, a scheduler's SIGTERM) to the training process.
+
+    The training process saves and then ends its workers. Only a second SIGTERM ends a worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))

@@ -1,7 +1,7 @@
 """Datasets that torchvision downloads."""
 
 import tarfile
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,39 +13,41 @@ from hjepa.data.datamodule import DataModule, Split
 
 
 class TorchvisionDataset(DataModule):
-    """CIFAR-10, CIFAR-100 or STL-10 through torchvision, downloaded and checked on first use.
+    """CIFAR-10, CIFAR-100 or STL-10, downloaded and verified by torchvision on first use.
 
     Args:
-        name: the class in torchvision.datasets; root: where the download goes.
+        name: Class in `torchvision.datasets`.
+        root: Folder of the download.
+        **common: Options of `DataModule`.
     """
 
-    def __init__(self, name: Literal["CIFAR10", "CIFAR100", "STL10"], root: str, **common: object) -> None:
-        super().__init__(**common)  # type: ignore[arg-type]
+    def __init__(self, name: Literal["CIFAR10", "CIFAR100", "STL10"], root: str, **common: Any) -> None:
+        super().__init__(**common)
         self.name, self.root = name, root
-        self.names: list[str] = []  # known once the files are there
+        self.classes: list[str] = []  # read together with the images
 
     def load(self, split: Literal["train", "test"]) -> Split:
         try:
-            if self.name == "STL10":  # its unlabeled images (-1) are for training too
+            if self.name == "STL10":  # the unlabeled images, with label -1, are training images too
                 data = datasets.STL10(self.root, split="train+unlabeled" if split == "train" else "test", download=True)
-                pixels, labels = torch.from_numpy(data.data), torch.from_numpy(data.labels).long()
+                images, labels = torch.from_numpy(data.data), torch.from_numpy(data.labels).long()
             else:
                 data = getattr(datasets, self.name)(self.root, train=split == "train", download=True)
-                pixels, labels = torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)
+                images, labels = torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets)
         except (OSError, RuntimeError, tarfile.TarError) as error:
             raise UserError(
                 f"{self.name} could not be downloaded to or read from dataset.root={self.root} ({error}); check the network, "
-                "the folder and its space, or put the archive there by hand."
+                "the folder and its free space, or copy the archive to the folder yourself."
             ) from error
-        self.names = list(data.classes)
-        return Split(resize(pixels.contiguous(), self.image_size), {"class": labels})
+        self.classes = list(data.classes)
+        return Split(resize(images.contiguous(), self.image_size), {"class": labels})
 
     def class_names(self, label: str) -> list[str]:
-        return self.names
+        return self.classes
 
 
-def resize(images: Tensor, size: int, chunk: int = 1024) -> Tensor:
-    """uint8 [N, 3, S, S] -> [N, 3, size, size], antialiased, in chunks to bound memory."""
+def resize(images: Tensor, size: int, chunk_size: int = 1024) -> Tensor:
+    """Resize uint8 images [N, 3, S, S] with antialiasing, in chunks that bound the memory."""
     if images.shape[-1] == size:
         return images
-    return torch.cat([TF.resize(part, [size, size], antialias=True) for part in images.split(chunk)])
+    return torch.cat([TF.resize(chunk, [size, size], antialias=True) for chunk in images.split(chunk_size)])

@@ -1,4 +1,4 @@
-"""Crops, flips and color changes: against torchvision image by image, and as functions of their generator."""
+"""Crops, flips and color transforms equal torchvision's image by image, and depend on their generator alone."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from torch import Generator, Tensor
 from torchvision.transforms import functional as TF
 
 from hjepa.config.errors import UserError
-from hjepa.data import color as color
+from hjepa.config.schema import check_node
+from hjepa.data import color
 from hjepa.data.augment import Augment
 
 EVERYTHING = {"jitter": 0.8, "grayscale": 0.3, "blur": 0.5, "solarize": 0.3}
@@ -17,7 +18,7 @@ def seeded(seed: int = 0) -> Generator:
 
 
 def some_images(count: int = 6, side: int = 24) -> Tensor:
-    """Random images with gray, black, white and saturated ones among them."""
+    """Return random images; the first ones are gray, half black and half white, and saturated."""
     images = torch.rand(count, 3, side, side, generator=seeded(7))
     images[0] = images[0, :1]
     images[1, :, : side // 2] = 0
@@ -27,21 +28,21 @@ def some_images(count: int = 6, side: int = 24) -> Tensor:
 
 
 def apply(augment: Augment, images: Tensor, seed: int = 0) -> Tensor:
-    return augment(images, augment.draw(len(images), seeded(seed)))
+    return augment(images, augment.sample_params(len(images), seeded(seed)))
 
 
 def only(**options: float) -> Augment:
-    """No crop and no flip."""
+    """Return an augmentation that neither crops nor flips."""
     return Augment([1.0, 1.0], [1.0, 1.0], 0.0, **options)
 
 
 def test_crops_match_torchvision_for_the_same_boxes() -> None:
-    """The one resampling of the batch equals cropping and resizing each image on its own."""
+    """One resampling of the batch equals cropping and resizing each image separately."""
     augment = Augment([0.3, 0.9], [0.8, 1.25], 0.0)
     images = torch.nn.functional.avg_pool2d(torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0)), 5, 1, 2)
-    numbers = augment.draw(6, seeded(1))
-    out = augment(images, numbers)
-    boxes = augment.boxes(numbers, augment.scale)
+    params = augment.sample_params(6, seeded(1))
+    out = augment(images, params)
+    boxes = augment.crop_boxes(params, augment.scale)
     for image, box, got in zip(images, boxes, out, strict=True):
         width, height = box[0, 0].item() * 64, box[1, 1].item() * 64
         left, top = (box[0, 2].item() + 1) * 32 - width / 2, (box[1, 2].item() + 1) * 32 - height / 2
@@ -101,25 +102,25 @@ def test_same_generator_same_pixels() -> None:
     torch.manual_seed(0)
     first = apply(augment, images, 3)
     torch.manual_seed(1)
-    assert torch.equal(first, apply(augment, images, 3)), "the global generator has no part in it"
+    assert torch.equal(first, apply(augment, images, 3)), "the global generator is not used"
     assert not torch.equal(first, apply(augment, images, 4))
 
 
 def test_a_divided_batch_comes_out_the_same() -> None:
     images, augment = some_images(), Augment([0.3, 1.0], [0.75, 1.33], 0.5, **EVERYTHING)
-    numbers, rows = augment.draw(len(images), seeded()), torch.tensor([0, 2, 5])
-    torch.testing.assert_close(augment(images[rows], numbers[:, rows]), augment(images, numbers)[rows])
+    params, rows = augment.sample_params(len(images), seeded()), torch.tensor([0, 2, 5])
+    torch.testing.assert_close(augment(images[rows], params[:, rows]), augment(images, params)[rows])
 
 
-def test_what_is_off_draws_nothing_and_leaves_crop_and_flip_as_they_were() -> None:
+def test_disabled_transforms_sample_nothing_and_leave_crop_and_flip_unchanged() -> None:
     images = some_images()
     off = only(jitter=0.0, grayscale=0.0, blur=0.0, solarize=0.0)
-    numbers = torch.rand(5, 6, generator=seeded())
-    assert torch.equal(off.draw(6, seeded()), numbers)
-    assert torch.equal(off(images, numbers), images)
+    params = torch.rand(5, 6, generator=seeded())
+    assert torch.equal(off.sample_params(6, seeded()), params)
+    assert torch.equal(off(images, params), images)
     assert torch.equal(apply(only(jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0), images), images)
     plain = Augment([0.3, 1.0], [0.75, 1.33], 0.5)
-    assert torch.equal(plain(images, numbers), plain.crop(images, numbers, None, plain.scale))
+    assert torch.equal(plain(images, params), plain.crop_and_flip(images, params, None, plain.scale))
 
 
 @pytest.mark.parametrize("option", ["jitter", "grayscale", "blur", "solarize"])
@@ -129,11 +130,11 @@ def test_probabilities_are_per_image(option: str) -> None:
     changed = (out != image).flatten(1).any(1)
     assert 0.2 < changed.float().mean() < 0.4
     different = len(torch.unique(out[changed].flatten(1), dim=0))
-    assert different == (changed.sum() if option in ("jitter", "blur") else 1), "each by an amount of its own"
+    assert different == (changed.sum() if option in ("jitter", "blur") else 1), "each image by its own amount"
 
 
-def test_images_do_not_touch_one_another() -> None:
-    """Exchanging one image of a batch changes its own result only."""
+def test_images_do_not_affect_one_another() -> None:
+    """Replacing one image of a batch changes the result for this image only."""
     images, augment = some_images(), Augment([0.3, 1.0], [0.75, 1.33], 0.5, **EVERYTHING)
     others = images.clone()
     others[3] = images[4]
@@ -141,7 +142,7 @@ def test_images_do_not_touch_one_another() -> None:
     assert (a != b).flatten(1).any(1).tolist() == [False, False, False, True, False, False]
 
 
-def test_pixels_stay_pixels_and_the_input_stays_as_it_is() -> None:
+def test_pixels_stay_in_range_and_the_input_is_not_modified() -> None:
     images = some_images(64)
     before = images.clone()
     strong = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.5}
@@ -152,17 +153,24 @@ def test_pixels_stay_pixels_and_the_input_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("option", "value"),
     [
-        ({"jitter": 1.5}, "augment.jitter=1.5: expected a probability"),
-        ({"blur": -0.1}, "augment.blur=-0.1: expected a probability"),
-        ({"hue": 0.6}, "augment.hue=0.6: expected 0 to 0.5"),
-        ({"brightness": 1.2}, "augment.brightness=1.2: expected 0 to 1"),
-        ({"blur_sigma": [2.0, 1.0]}, r"augment.blur_sigma=\[2.0, 1.0\]"),
-        ({"blur_sigma": [1.0]}, r"augment.blur_sigma=\[1.0\]"),
-        ({"solarize_threshold": 128.0}, "augment.solarize_threshold=128.0: expected 0 to 1"),
+        ("scale", [0.5, 1.1]),
+        ("ratio", [0.0, 1.0]),
+        ("flip", 2.0),
+        ("jitter", 1.5),
+        ("blur", -0.1),
+        ("brightness", 1.2),
+        ("blur_sigma", [2.0, 1.0]),
+        ("blur_sigma", [1.0]),
+        ("solarize_threshold", 128.0),
     ],
 )
-def test_bad_options_are_refused(options: dict[str, object], named: str) -> None:
-    with pytest.raises(UserError, match=named):
-        only(**options)
+def test_options_out_of_bounds_are_refused(option: str, value: object) -> None:
+    with pytest.raises(UserError, match=rf"^dataset\.augment\.{option}="):
+        check_node("dataset.augment", {"_target_": "hjepa.data.Augment", option: value})
+
+
+def test_a_hue_shift_of_more_than_half_the_circle_is_refused() -> None:
+    with pytest.raises(UserError, match=r"augment\.hue=0\.6: expected 0 to 0\.5"):
+        only(hue=0.6)

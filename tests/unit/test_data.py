@@ -1,4 +1,4 @@
-"""Folders, archives, splits and augmentation."""
+"""Datasets of folders and archives, their splits, and normalization."""
 
 import hashlib
 import io
@@ -17,11 +17,14 @@ from PIL import Image
 from torchvision import datasets
 
 from hjepa.config.errors import UserError
+from hjepa.config.instantiate import build
+from hjepa.config.schema import check, check_node, resolve
 from hjepa.data.augment import Augment
-from hjepa.data.datamodule import stratified
+from hjepa.data.datamodule import stratified_indices
 from hjepa.data.image_folder import FolderMixture, ImageFolder, ImageNet
 from hjepa.data.shapes import Shapes
 from hjepa.data.torchvision_datasets import TorchvisionDataset
+from tests.helpers.runs import compose
 
 COMMON = {
     "image_size": 16,
@@ -37,6 +40,7 @@ COMMON = {
 
 
 def make_folder(root: Path, classes: int = 3, images: int = 8, size: tuple[int, int] = (16, 16), kind: str = "jpg") -> Path:
+    """Write images into class folders; the images of a class are brighter than those of the class before."""
     rng = np.random.default_rng(0)
     for c in range(classes):
         (root / f"class{c}").mkdir(parents=True)
@@ -47,12 +51,14 @@ def make_folder(root: Path, classes: int = 3, images: int = 8, size: tuple[int, 
 
 
 def folder(root: Path, **options: object) -> ImageFolder:
+    """Return a small image folder dataset."""
     return ImageFolder(
         str(root), **({"classes": None, "max_corrupt": 0.0, "memory_limit_gb": 1.0, "workers": 0, **COMMON} | options)
     )
 
 
 def pixels(image: torch.Tensor) -> bytes:
+    """Return the pixels of an image in a hashable form."""
     return image.numpy().tobytes()
 
 
@@ -97,7 +103,7 @@ def test_val_is_another_name_of_the_test_split(tmp_path: Path) -> None:
 def test_chosen_classes(tmp_path: Path) -> None:
     make_folder(tmp_path / "images")
     everything = folder(tmp_path / "images").load("train")
-    (tmp_path / "names.txt").write_text("class2 a cat\nclass0 a dog\n\n")
+    (tmp_path / "names.txt").write_text("class2 a cat\nclass0\ta dog\n\n")
     for classes in (["class2", "class0"], str(tmp_path / "names.txt")):
         split = folder(tmp_path / "images", classes=classes).load("train")
         assert split.labels["class"].tolist() == [0] * 8 + [1] * 8
@@ -106,6 +112,20 @@ def test_chosen_classes(tmp_path: Path) -> None:
         folder(tmp_path / "images", classes=["class0", "lion"]).load("train")
     with pytest.raises(UserError, match=r"nowhere.txt is no file"):
         folder(tmp_path / "images", classes=str(tmp_path / "nowhere.txt"))
+
+
+def test_a_text_file_of_class_names_is_an_option_of_the_command_line(tmp_path: Path) -> None:
+    """Names may contain blanks."""
+    root = make_folder(tmp_path / "images")
+    (root / "class1").rename(root / "golden retriever")
+    (root / "class2").rename(root / "golden")
+    names = tmp_path / "names.txt"
+    names.write_text("golden retriever\nclass0 a cat\n")
+    config = resolve(compose("dataset=image_folder", f"dataset.root={root}", f"dataset.classes={names}"))
+    check(config)
+    data = build(config["dataset"])
+    assert data.class_names("class") == ["class0", "golden retriever"]
+    assert data.load("train").labels["class"].tolist() == [0] * 8 + [1] * 8
 
 
 def test_imagenet_layout_and_number_of_classes(tmp_path: Path) -> None:
@@ -123,6 +143,7 @@ def test_imagenet_layout_and_number_of_classes(tmp_path: Path) -> None:
 
 
 def mixture(*roots: Path, weights: list[float] | None = None, **options: object) -> FolderMixture:
+    """Return a small dataset of several folders."""
     limits = {"max_corrupt": 0.0, "memory_limit_gb": 1.0, "workers": 0}
     return FolderMixture([str(root) for root in roots], weights, **(limits | COMMON | options))
 
@@ -138,7 +159,7 @@ def test_mixture_keeps_equal_class_names_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("weights", "counts"), [([3.0, 1.0], [36, 12]), ([1.0, 1.0], [12, 12]), ([1.0, 5.0], [9, 45])])
-def test_mixture_reaches_its_shares_without_losing_an_image(tmp_path: Path, weights: list[float], counts: list[int]) -> None:
+def test_a_mixture_reaches_its_shares_and_keeps_every_image(tmp_path: Path, weights: list[float], counts: list[int]) -> None:
     a, b = make_folder(tmp_path / "a", images=4), make_folder(tmp_path / "b", classes=2, images=8)
     once, held = mixture(a, b).train_and_validation()
     train, same = mixture(a, b, weights=weights).train_and_validation()
@@ -162,12 +183,11 @@ def test_bad_mixtures_are_refused(tmp_path: Path) -> None:
     a = make_folder(tmp_path / "a")
     with pytest.raises(UserError, match="at least one folder"):
         mixture()
-    for weights in ([1.0], [1.0, 0.0]):
-        with pytest.raises(UserError, match="2 positive numbers"):
-            mixture(a, a, weights=weights)
+    with pytest.raises(UserError, match="2 positive numbers"):
+        mixture(a, a, weights=[1.0])
 
 
-def test_validation_is_stratified_fixed_and_disjoint(tmp_path: Path) -> None:
+def test_the_validation_part_is_stratified_fixed_and_disjoint(tmp_path: Path) -> None:
     data = folder(make_folder(tmp_path))
     train, held = data.train_and_validation()
     assert torch.bincount(held.labels["class"]).tolist() == [2, 2, 2]
@@ -179,12 +199,12 @@ def test_validation_is_stratified_fixed_and_disjoint(tmp_path: Path) -> None:
 
 def test_unknown_labels_are_never_held_out() -> None:
     labels = torch.tensor([-1] * 50 + [0] * 10 + [1] * 10)
-    held = stratified(labels, 0.2)
+    held = stratified_indices(labels, 0.2)
     assert torch.bincount(labels[held]).tolist() == [2, 2]
 
 
 def spoil(none: Path, half: Path) -> None:
-    """Make two files unreadable: no image at all, and half of one."""
+    """Make two files unreadable: one is no image, the other one is cut off."""
     none.write_bytes(b"no image")
     half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
 
@@ -196,7 +216,7 @@ def test_corrupt_images_are_named_and_replaced_or_refused(tmp_path: Path, caplog
         folder(tmp_path).load("train")
     split = folder(tmp_path, max_corrupt=0.1).load("train")
     expected = sound.images.clone()
-    expected[[11, 23]] = sound.images[[12, 16]]  # the next one of the class, the last one's next is the first
+    expected[[11, 23]] = sound.images[[12, 16]]  # the next image of the class, cyclically
     assert torch.equal(split.images, expected)
     assert torch.equal(split.labels["class"], sound.labels["class"])
     assert "class1/3.jpg" in caplog.text
@@ -225,19 +245,35 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="hold no images"):
         folder(tmp_path).load("train")
     make_folder(tmp_path)
-    with pytest.raises(UserError, match=r"dataset.memory_limit_gb=-1"):
-        folder(tmp_path, memory_limit_gb=-1.0)
-    with pytest.raises(UserError, match=r"dataset.workers=-1"):
-        folder(tmp_path, workers=-1)
-    with pytest.raises(UserError, match=r"dataset.max_corrupt=2"):
-        folder(tmp_path, max_corrupt=2.0)
     with pytest.raises(UserError, match="no test/ or val/ folder"):
         folder(tmp_path).load("test")
 
 
+@pytest.mark.parametrize(
+    ("target", "option", "value"),
+    [
+        ("Shapes", "image_size", 0),
+        ("Shapes", "validation", 1.0),
+        ("Shapes", "views", 0),
+        ("Shapes", "local_views", -1),
+        ("Shapes", "local_size", 0),
+        ("Shapes", "local_scale", [0.3]),
+        ("ImageFolder", "memory_limit_gb", -1.0),
+        ("ImageFolder", "workers", -1),
+        ("ImageFolder", "max_corrupt", 2.0),
+        ("ImageFolder", "classes", [1]),
+        ("ImageNet", "class_count", 0),
+        ("FolderMixture", "weights", [1.0, 0.0]),
+    ],
+)
+def test_options_out_of_bounds_are_refused(target: str, option: str, value: object) -> None:
+    with pytest.raises(UserError, match=rf"^dataset\.{option}="):
+        check_node("dataset", {"_target_": f"hjepa.data.{target}", option: value})
+
+
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A folder and the loopback address that serves it."""
+    """Serve a folder on a local port; yield the folder and the address."""
     folder = tmp_path / "served"
     folder.mkdir()
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(folder)))
@@ -249,14 +285,14 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     server.server_close()
 
 
-def offer(
+def serve_archive(
     monkeypatch: pytest.MonkeyPatch,
     kind: type,
     served: tuple[Path, str],
     files: dict[str, bytes],
     lists: dict[str, object],
 ) -> None:
-    """Point torchvision's dataset to a small archive of our own, checksums included."""
+    """Let a torchvision dataset download a small archive that holds the files, with its checksum."""
     folder, address = served
     with tarfile.open(folder / "archive.tar.gz", "w:gz") as tar:
         for name, data in files.items():
@@ -264,8 +300,8 @@ def offer(
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     digest = hashlib.md5((folder / "archive.tar.gz").read_bytes()).hexdigest()
-    places = {"url": f"{address}/archive.tar.gz", "filename": "archive.tar.gz", "tgz_md5": digest}
-    for name, value in (places | lists).items():
+    archive = {"url": f"{address}/archive.tar.gz", "filename": "archive.tar.gz", "tgz_md5": digest}
+    for name, value in (archive | lists).items():
         monkeypatch.setattr(kind, name, value)
 
 
@@ -286,7 +322,7 @@ def test_cifar_is_downloaded_checked_and_read(tmp_path: Path, served, monkeypatc
         "test_list": [["test", digest["test"]]],
         "meta": {"filename": "meta", "key": meta_key, "md5": digest["meta"]},
     }
-    offer(monkeypatch, kind, served, files, lists)
+    serve_archive(monkeypatch, kind, served, files, lists)
     data = TorchvisionDataset(name, str(tmp_path / "root"), **(COMMON | {"image_size": 32}))
     split = data.load("train")
     assert torch.equal(split.images.flatten(1), torch.from_numpy(entries["train"]["data"]))
@@ -307,7 +343,7 @@ def test_stl10_trains_on_unlabeled_images_too(tmp_path: Path, served, monkeypatc
         "train_list": [[f, digest[f]] for f in ("train_X.bin", "train_y.bin", "unlabeled_X.bin")],
         "test_list": [[f, digest[f]] for f in ("test_X.bin", "test_y.bin")],
     }
-    offer(monkeypatch, kind, served, files, lists)
+    serve_archive(monkeypatch, kind, served, files, lists)
     data = TorchvisionDataset("STL10", str(tmp_path / "root"), **(COMMON | {"image_size": 48}))
     train, held = data.train_and_validation()
     assert len(train) + len(held) == 70
@@ -316,7 +352,7 @@ def test_stl10_trains_on_unlabeled_images_too(tmp_path: Path, served, monkeypatc
     assert (train.labels["class"] == -1).sum() == 30
 
 
-def test_failed_download_is_one_sentence(tmp_path: Path, served, monkeypatch) -> None:
+def test_a_failed_download_is_explained_in_one_sentence(tmp_path: Path, served, monkeypatch) -> None:
     monkeypatch.setattr(datasets.CIFAR10, "url", f"{served[1]}/missing.tar.gz")
     with pytest.raises(UserError, match=r"CIFAR10 could not be downloaded"):
         TorchvisionDataset("CIFAR10", str(tmp_path / "root"), **COMMON).load("train")
@@ -328,7 +364,7 @@ def test_shapes_splits_differ() -> None:
     assert not torch.equal(data.load("train").images, Shapes(train=50, test=50, data_seed=1, **COMMON).load("train").images)
 
 
-def test_normalize() -> None:
+def test_normalization_uses_mean_and_std() -> None:
     data = Shapes(train=50, test=50, data_seed=0, **COMMON)
     images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 4)
     assert torch.allclose(data.normalize(images)[0, :, 0, 0], (torch.tensor([0, 128, 255]) / 255 - 0.5) / 0.25, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The embedded `shapes` data set: deterministic, balanced, useless for pixels, readable as figures."""
+"""The procedural dataset `shapes` is deterministic and balanced, and its labels are not linear in the pixels."""
 
 import dataclasses
 
@@ -12,10 +12,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from hjepa.config.errors import UserError
+from hjepa.config.schema import check_node
 from hjepa.data import shapes
 
 LABELS = ("whole", "part")
-
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 
@@ -31,7 +31,7 @@ def test() -> Sample:
 
 
 def _with_global_seed(seed: int) -> Sample:
-    """Generate under a global random state and assert that the state is left as it was."""
+    """Generate under a global random state and assert that the state is not changed."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     torch_before, numpy_before = torch.get_rng_state(), repr(np.random.get_state())
@@ -41,14 +41,14 @@ def _with_global_seed(seed: int) -> Sample:
     return sample
 
 
-def test_seed_alone_decides() -> None:
+def test_images_depend_on_the_seed_alone() -> None:
     first = _with_global_seed(3)
     second = _with_global_seed(4)
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(first[1][name], second[1][name]) for name in LABELS)
 
 
-def test_seeds_differ() -> None:
+def test_seeds_give_different_images() -> None:
     images, labels = shapes.generate(200, 16, seed=0)
     others, other_labels = shapes.generate(200, 16, seed=1)
     assert (images != others).flatten(1).any(1).all()
@@ -89,12 +89,12 @@ def test_any_size(size: int) -> None:
     assert all(label.dtype == torch.int64 and label.shape == (12,) for label in labels.values())
 
 
-def test_more_images_than_a_chunk_are_all_painted() -> None:
+def test_all_images_of_several_chunks_are_rendered() -> None:
     images, _ = shapes.generate(250, 64)
     assert (images.float().flatten(1).std(1) > 10).all()
 
 
-def test_same_scene_at_any_size() -> None:
+def test_a_seed_shows_the_same_scenes_at_any_size() -> None:
     small, labels = shapes.generate(100, 32, seed=5)
     large, large_labels = shapes.generate(100, 64, seed=5)
     assert all(torch.equal(labels[name], large_labels[name]) for name in LABELS)
@@ -102,15 +102,17 @@ def test_same_scene_at_any_size() -> None:
     assert (reduced - small.float()).abs().mean() < 8  # of 255; the pixel noise alone makes about 6
 
 
-@pytest.mark.parametrize(("count", "size", "seed"), [(0, 32, 0), (10, 15, 0), (10, 32, -1)])
-def test_refusals(count: int, size: int, seed: int) -> None:
-    with pytest.raises(UserError, match="must"):
-        shapes.generate(count, size, seed)
+def test_options_out_of_bounds_are_refused() -> None:
+    with pytest.raises(UserError, match=r"image_size=15.*at least 16 pixels"):
+        shapes.generate(10, size=15)
+    for option, value in (("train", 0), ("test", 0), ("data_seed", -1)):
+        with pytest.raises(UserError, match=rf"dataset\.{option}={value}"):
+            check_node("dataset", {"_target_": "hjepa.data.Shapes", option: value})
 
 
 def test_elements_contrast_with_background() -> None:
-    """Nearly every element is at least 0.15 away from the background in luminance, as often lighter as darker."""
-    scenes = shapes._draw_scenes(500, seed=4)
+    """Nearly every element differs from the background by 0.15 in luminance; half of them are lighter."""
+    scenes = shapes._sample_scenes(500, seed=4)
     images, _ = shapes.generate(500, 32, seed=4)
     cover = shapes._coverage(scenes, 32)
     gray = np.einsum("nchw,c->nhw", images.numpy() / 255.0, shapes._LUMA)
@@ -125,8 +127,8 @@ def test_elements_contrast_with_background() -> None:
 
 
 def test_elements_stay_apart_and_inside() -> None:
-    """Elements of one image hardly overlap and hardly leave it: a part mask is one whole part."""
-    scenes = shapes._draw_scenes(500, seed=6)
+    """Elements of an image hardly overlap and hardly leave it, so that every part mask is complete."""
+    scenes = shapes._sample_scenes(500, seed=6)
     cover = shapes._coverage(scenes, 64)
     assert (cover.sum((2, 3)) > 0).sum() == scenes.present.sum()
     shared = cover.sum(1) - cover.max(1)
@@ -135,8 +137,8 @@ def test_elements_stay_apart_and_inside() -> None:
     assert cover.sum() > 0.98 * shapes._coverage(middle, 64).sum()
 
 
-def test_pixels_are_linearly_useless(train: Sample, test: Sample) -> None:
-    """The data set must not be solvable without learning: a ridge classifier stays near chance (10 %)."""
+def test_labels_are_not_linear_in_the_pixels(train: Sample, test: Sample) -> None:
+    """A ridge classifier on pixels stays near chance (10 %), so that both labels require learning."""
     pixels, test_pixels = (images.flatten(1).numpy().astype(np.float32) for images, _ in (train, test))
     scaler = StandardScaler().fit(pixels)
     pixels, test_pixels = scaler.transform(pixels), scaler.transform(test_pixels)
@@ -146,7 +148,7 @@ def test_pixels_are_linearly_useless(train: Sample, test: Sample) -> None:
 
 
 def _figures(images: Tensor) -> npt.NDArray[np.float32]:
-    """Figure masks [N, S * S] from the images alone (what is far from the middle color), centered."""
+    """Return centered figure masks [N, S * S]: the pixels of an image that are far from its median."""
     gray = np.einsum("nchw,c->nhw", images.numpy(), shapes._LUMA)
     mask = np.abs(gray - np.median(gray, axis=(1, 2), keepdims=True)) > 0.11 * 255
     half = images.shape[-1] // 2
@@ -158,7 +160,7 @@ def _figures(images: Tensor) -> npt.NDArray[np.float32]:
 
 
 def test_labels_are_in_the_images(train: Sample, test: Sample) -> None:
-    """Without the nuisances of color and position even nearest neighbors read both labels."""
+    """Without the nuisances of color and position, nearest neighbors read both labels."""
     figures, test_figures = _figures(train[0][:5000]), _figures(test[0][:1000])
     for name in LABELS:
         model = KNeighborsClassifier(5).fit(figures, train[1][name][:5000].numpy())

@@ -1,4 +1,4 @@
-"""A report says what is in the folder, escapes all of it, and needs nothing but itself: seen in a real browser."""
+"""Tests of `task=report` in a real browser: a page shows the content of its folder, escaped, and loads nothing else."""
 
 import json
 import shlex
@@ -14,40 +14,44 @@ from hjepa.config.identity import config_hash
 from hjepa.config.run import run
 from hjepa.config.schema import resolve
 from hjepa.sweeps.sweep import Sweep
-from hjepa.tasks.report.html import tables
+from hjepa.tasks.report.report import write_report
 from hjepa.tracking.run_folder import read_config, read_summary
 from tests.helpers.runs import compose, tiny
 from tests.integration.test_sweep import job
 
-HERE = ("hardware=cpu", "hardware.threads=1", "tracking=none")
+COMMAND = ("hardware=cpu", "hardware.threads=1", "tracking=none")
 
 
 def report(*overrides: str) -> None:
-    run(compose("task=report", *HERE, *overrides))
+    run(compose("task=report", *COMMAND, *overrides))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A run with some pictures and an evaluation."""
+    """Return the folder of a run with some pictures and an evaluation."""
     root = tmp_path_factory.mktemp("r")
     run(compose(f"output_root={root}", *tiny("name=r", "train.epochs=1", "levels=flat")))
     folder = root / "default" / "r"
-    run(compose("task=visualize", f"run={folder}", *HERE, "task.shown=2", "task.searched=8", "task.pictures=[pca,attention]"))
+    run(compose("task=visualize", f"run={folder}", *COMMAND, "task.shown=2", "task.searched=8", "task.pictures=[pca,attention]"))
     rows = {"trained/depth2": {"class": 0.4321}, "pixels": {"class": 0.1234}}
     results = {"linear": {"key": "0a", "about": "test split", "rows": rows}}
     (folder / "evaluate").mkdir()
-    found = {"status": "finished", "checkpoint": "aa", "checkpoints": {"aa": {"results": results}}}
-    (folder / "evaluate" / "summary.json").write_text(json.dumps(found))
+    (folder / "evaluate" / "summary.json").write_text(json.dumps(evaluation_summary(results)))
     return folder
+
+
+def evaluation_summary(results: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of evaluate/summary.json with these results by protocol."""
+    return {"status": "finished", "checkpoint": "aa", "checkpoints": {"aa": {"results": results}}}
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium, which writes down what it fetches and what goes wrong."""
+    """Yield Chromium, with logs of its requests and errors."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
-        pytest.skip("REPORTS ARE NOT SEEN IN A BROWSER: there is no chromium with chromedriver (apt-get install chromium-driver)")
-    selenium = pytest.importorskip("selenium.webdriver", reason="REPORTS ARE NOT SEEN IN A BROWSER: pip install selenium")
+        pytest.skip("REPORTS ARE NOT TESTED IN A BROWSER: chromium or chromedriver is missing (apt-get install chromium-driver)")
+    selenium = pytest.importorskip("selenium.webdriver", reason="REPORTS ARE NOT TESTED IN A BROWSER: pip install selenium")
     options = selenium.ChromeOptions()
     options.binary_location = chromium
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1100,900"):
@@ -58,13 +62,13 @@ def browser() -> Iterator[Any]:
     window.quit()
 
 
-def see(browser: Any, file: Path) -> str:
-    """The text of a page that renders whole, without complaint and without a network."""
+def page_text(browser: Any, file: Path) -> str:
+    """Return the text of a page, and check that it renders completely, without errors and without a network."""
     for log in ("performance", "browser"):
-        browser.get_log(log)  # of pages before
+        browser.get_log(log)  # discards the entries of earlier pages
     browser.get(file.as_uri())
-    fetched = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    urls = {m["params"]["request"]["url"] for m in fetched if m["method"] == "Network.requestWillBeSent"}
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = {m["params"]["request"]["url"] for m in events if m["method"] == "Network.requestWillBeSent"}
     assert {url for url in urls if not url.startswith("data:")} == {file.as_uri()}
     assert browser.get_log("browser") == []
     widths = browser.execute_script("return [...document.images].map(image => image.complete ? image.naturalWidth : 0)")
@@ -74,13 +78,13 @@ def see(browser: Any, file: Path) -> str:
     for width in (1100, 420):
         browser.set_window_size(width, 900)
         wide = browser.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
-        assert wide <= 0, f"nothing sticks out at {width} pixels"
+        assert wide <= 0, f"the page is wider than {width} pixels"
     return browser.execute_script("return document.body.innerText")
 
 
-def test_a_run_in_a_browser(trained: Path, browser: Any) -> None:
+def test_report_of_a_run_in_a_browser(trained: Path, browser: Any) -> None:
     report(f"run={trained}")
-    text, summary = see(browser, trained / "report.html"), read_summary(trained)
+    text, summary = page_text(browser, trained / "report.html"), read_summary(trained)
     for key in ("linear", "knn"):
         assert f"{100 * summary['probe'][key]:.1f} %" in text
         assert f"{100 * summary['untrained'][key]:.1f} %" in text
@@ -91,12 +95,12 @@ def test_a_run_in_a_browser(trained: Path, browser: Any) -> None:
     assert summary["command"] in text
     assert f"{summary['steps']}" in text
     assert browser.execute_script("return document.images.length") == 4, "curves, masks, pca, attention"
-    assert "clip_norm: 1.0" not in text, "the whole config is folded"
+    assert "clip_norm: 1.0" not in text, "the config is collapsed"
     browser.execute_script("document.querySelector('details').open = true")
     assert "clip_norm: 1.0" in browser.execute_script("return document.body.innerText")
 
 
-def test_dark_and_light_are_readable(trained: Path, browser: Any) -> None:
+def test_page_is_readable_in_light_and_dark_mode(trained: Path, browser: Any) -> None:
     report(f"run={trained}")
     found = []
     for scheme in ("light", "dark"):
@@ -110,61 +114,60 @@ def test_dark_and_light_are_readable(trained: Path, browser: Any) -> None:
     assert found[1] < 150
 
 
-def test_a_sweep_in_a_browser(trained: Path, browser: Any, tmp_path: Path) -> None:
+def test_report_of_a_sweep_in_a_browser(trained: Path, browser: Any, tmp_path: Path) -> None:
     scores = {("a", "0"): 0.2, ("a", "1"): 0.4, ("b", "0"): 0.6, ("b", "1"): 0.7}
     jobs = [job(n, tmp_path, linear=score, loss=loss, seed=seed) for n, ((loss, seed), score) in enumerate(scores.items())]
     jobs.append(job(4, tmp_path, "failed", 0.9, loss="c", seed="<i>0</i>"))
     jobs[4].state, jobs[4].reason = "FAILED", "<b>no memory</b>"
     shutil.copytree(trained / "plots", tmp_path / "runs" / "3" / "plots")
     jobs.append(job(5, tmp_path, "stopped", 0.9, loss="d", seed="0"))
-    Sweep(tmp_path).end(jobs)
+    Sweep(tmp_path).summarize(jobs)
     report(f"task.sweep={tmp_path}")
-    text = see(browser, tmp_path / "report.html")
+    text = page_text(browser, tmp_path / "report.html")
     assert "Best of 6 jobs: loss=b seed=1. Linear probe accuracy 70.0%, 60.0 points better than the untrained network" in text
     assert "Job 4 did not finish: FAILED" in text
-    assert "<i>0</i>" in text, "shown, not obeyed"
+    assert "<i>0</i>" in text, "escaped"
     assert "30.0%" in text, "the mean of a"
     assert "14.1%" in text, "its deviation"
     assert browser.execute_script("return document.images.length") == 2, "the plot, and the curves of one run"
 
 
-def test_what_a_folder_holds_is_shown_and_never_obeyed(trained: Path, browser: Any, tmp_path: Path) -> None:
+def test_contents_of_a_folder_are_escaped(trained: Path, browser: Any, tmp_path: Path) -> None:
     evil = "<script>document.title='owned'<!--\"'&{{ 7 * 7 }}<img src=http://example.invalid onerror=alert(1)>"
     folder = tmp_path / evil.replace("/", "")
     shutil.copytree(trained, folder)
     summary = read_summary(folder) | {"status": "failed", "reason": evil, "command": evil, "device": evil}
     (folder / "summary.json").write_text(json.dumps(summary))
-    (folder / "evaluate" / "summary.json").write_text(json.dumps({evil: {evil: {evil: evil}}}))
+    results = {evil: {"key": "0a", "about": evil, "rows": {evil: {evil: 0.5}}}}
+    (folder / "evaluate" / "summary.json").write_text(json.dumps(evaluation_summary(results)))
     config = (folder / "config.yaml").read_text().replace("experiment_name: default", f"experiment_name: {json.dumps(evil)}")
     (folder / "config.yaml").write_text(config)
     (folder / "visualize" / f"{evil.replace('/', '')}.png").write_bytes((folder / "visualize" / "pca.png").read_bytes())
-    from hjepa.tasks.report.report import report as make
-
-    make({"run": str(folder), "tracking": {}}, folder, None)
-    text = see(browser, folder / "report.html")
+    write_report({"run": str(folder), "tracking": {}}, folder, None)
+    text = page_text(browser, folder / "report.html")
     assert text.count("{{ 7 * 7 }}") >= 5
     assert "FAILED" in text
     assert evil in browser.title
 
 
-@pytest.mark.parametrize("lost", [["summary.json"], ["summary.json", "metrics.jsonl", "plots", "visualize", "evaluate"]])
-def test_a_run_that_goes_on_has_a_report(trained: Path, tmp_path: Path, lost: list[str]) -> None:
+@pytest.mark.parametrize("missing", [["summary.json"], ["summary.json", "metrics.jsonl", "plots", "visualize", "evaluate"]])
+def test_unfinished_run_has_a_report(trained: Path, tmp_path: Path, missing: list[str]) -> None:
     shutil.copytree(trained, tmp_path / "r")
-    for name in lost:
+    for name in missing:
         shutil.rmtree(tmp_path / "r" / name) if (tmp_path / "r" / name).is_dir() else (tmp_path / "r" / name).unlink()
     report(f"run={tmp_path}/r")
     page = (tmp_path / "r" / "report.html").read_text()
-    assert f"it got to step {0 if len(lost) > 1 else 9} so far" in page
-    assert "task=evaluate" in page or len(lost) == 1
+    assert f"it has reached step {0 if len(missing) > 1 else 9} so far" in page
+    assert "task=evaluate" in page or len(missing) == 1
 
 
-def test_the_recorded_command_names_the_same_run(trained: Path) -> None:
+def test_recorded_command_has_the_config_of_the_run(trained: Path) -> None:
     python, file, *overrides = shlex.split(read_summary(trained)["command"])
     assert (python, file) == ("python", "launch.py")
     assert config_hash(resolve(compose(*overrides))) == config_hash(read_config(trained))
 
 
-def test_the_same_folder_gives_the_same_report(trained: Path) -> None:
+def test_report_is_deterministic(trained: Path) -> None:
     report(f"run={trained}")
     first = (trained / "report.html").read_bytes()
     report(f"run={trained}")
@@ -172,27 +175,15 @@ def test_the_same_folder_gives_the_same_report(trained: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "message"),
     [
-        ([], r"needs run=.* or task\.sweep=.*; neither was given"),
-        (["run=x", "task.sweep=y"], "both were given"),
+        ([], r"needs run=.* or task\.sweep=.*; neither is set"),
+        (["run=x", "task.sweep=y"], "both are set"),
         (["run=x"], "is no run folder"),
         (["task.sweep=x"], r"is no sweep folder: it has no sweep\.json"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(overrides: list[str], words: str) -> None:
-    with pytest.raises(UserError, match=words) as error:
+def test_invalid_options_raise_one_sentence(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
         report(*overrides)
     assert "\n" not in str(error.value)
-
-
-def test_tables_are_found_wherever_they_are() -> None:
-    records = [{"a": 1, "b": 0.5}, {"a": 2, "c": None}]
-    (table,) = tables({"x": {"y": records, "plain": 3}})
-    assert table.title == "x / y"
-    assert table.heads == ["a", "b", "c"]
-    assert table.rows == [["1", "0.5", ""], ["2", "", ""]]
-    (named,) = tables({"rows": {"trained": {"linear": 0.25}, "pixels": {"knn": 1.0}}})
-    assert named.heads == ["", "linear", "knn"]
-    assert named.rows == [["trained", "0.25", ""], ["pixels", "", "1"]]
-    assert list(tables({"status": "finished", "nothing": [], "deep": {"er": [1, 2]}})) == []

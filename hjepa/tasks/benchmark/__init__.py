@@ -1,1 +1,1 @@
-"""`task=benchmark`: what a training step costs."""
+"""`task=benchmark`: the cost of a training step."""

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
+from hjepa.config.terminal import progress_bar
 from hjepa.config.types import Fraction, NonNegativeInt, PositiveInt
 from hjepa.data.image_files import CorruptFiles, ImageFiles, walk_images
 from hjepa.data.stream import Stream
-from hjepa.metrics.probes import extract
+from hjepa.metrics.probes import extract_features
 from hjepa.tasks.export.writers import WRITERS, AppendRows, paths_file
 from hjepa.tasks.trained_run import TrainedRun, load_run
 from hjepa.tracking.run_folder import check_writable
@@ -105,13 +105,13 @@ def write_features(run: TrainedRun, files: ImageFiles, folder: Path, batch_size:
     """Compute the features of all readable files in batches and append them to the output."""
     batches = torch.arange(len(files)).split(batch_size)
     stream = Stream(files, lambda step: batches[step], len(batches), run.hardware.device)
-    with closing(stream), tqdm(total=len(files), desc="extracting features", unit="image", disable=None) as bar:
-        for step, batch in enumerate(batches):
-            pixels = stream.batch(step)
+    with closing(stream), progress_bar(total=len(files), desc="extracting features", unit="image") as bar:
+        decoded = (stream.batch(step) for step in range(len(batches)))
+        for batch, features in zip(batches, extract_features(run.encoder, decoded, run.dataset.normalize), strict=True):
             paths = [files.path(position) for position in batch.tolist()]
             readable = [path not in files.corrupt.names for path in paths]
-            features = extract(run.encoder, pixels, run.dataset.normalize, batch_size).cpu().numpy()
-            append([os.path.relpath(path, folder) for path, ok in zip(paths, readable, strict=True) if ok], features[readable])
+            names = [os.path.relpath(path, folder) for path, ok in zip(paths, readable, strict=True) if ok]
+            append(names, features.cpu().numpy()[readable])
             bar.update(len(batch))
             if stop:
                 done = f"{int(batch[-1]) + 1} of {len(files)} images"

@@ -1,9 +1,11 @@
-"""`task=report`: everything there is to say about a run or a sweep in one HTML file, which needs nothing else and no network.
+"""`task=report`: a report on a run or a sweep as one self-contained HTML file, which can be read without a network.
 
-The file is put together from what is in the folder: it can be made at any time, also of a run that goes on or failed.
+The report is made from the contents of the folder alone, so it can be made at any time, also for a run that is still going on
+or has failed.
 """
 
 from pathlib import Path
+from typing import Any
 
 from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
@@ -18,32 +20,35 @@ from hjepa.tracking.tracker import Artifacts, log_artifacts
 
 
 def write_report(config: Config, path: Path, sweep: str | None) -> None:
-    """Write the report of the run that `run` names, or of a sweep.
+    """Write the report on a run or a sweep to report.html in its folder, and log it to the trackers.
 
     Args:
-        sweep: folder of the sweep, instead of `run`.
+        config: Resolved config, whose `run` names the run folder.
+        path: Not used.
+        sweep: Folder of a sweep, instead of `run`.
 
     Raises:
-        UserError: neither is given, or both, or the folder holds no run or sweep.
+        UserError: If neither or both are set, or the folder is not that of a run or a sweep.
     """
     if (config["run"] is None) == (sweep is None):
-        given = "both were given" if sweep else "neither was given"
-        raise UserError(f"task=report needs run=outputs/default/NAME or task.sweep=outputs/sweeps/NAME; {given}.")
+        state = "both are set" if sweep else "neither is set"
+        raise UserError(f"task=report needs run=outputs/default/NAME or task.sweep=outputs/sweeps/NAME; {state}.")
     if sweep is None:
         folder = run_folder(config)
-        write(folder, "run.html", run_facts(folder))
+        write_page(folder, "run.html", run_facts(folder))
         log_artifacts(config, folder, Artifacts([folder / "report.html"], "report"))
         return
-    its = Sweep(Path(sweep).expanduser().absolute())
-    jobs = its.read()
-    its.refresh(jobs)
-    write(its.folder, "sweep.html", sweep_facts(its.folder, jobs))
+    sweep_folder = Sweep(Path(sweep).expanduser().absolute())
+    jobs = sweep_folder.load()
+    sweep_folder.refresh(jobs)
+    folder = sweep_folder.folder
+    write_page(folder, "sweep.html", sweep_facts(folder, jobs))
     if config["tracking"]:
-        log_artifacts_of_jobs(jobs, [its.folder / "report.html"], "sweep", {"sweep": its.folder.name})
+        log_artifacts_of_jobs(jobs, [folder / "report.html"], "sweep", {"sweep": folder.name})
 
 
-def write(folder: Path, template: str, facts: dict[str, object]) -> None:
-    """Write report.html of a folder, and say where."""
+def write_page(folder: Path, template: str, facts: dict[str, Any]) -> None:
+    """Write report.html of a folder and print its path."""
     check_writable(folder)
     atomic_write(folder / "report.html", render(template, facts))
     print(f"Report: {folder / 'report.html'}")

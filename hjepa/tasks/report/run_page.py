@@ -13,7 +13,10 @@ from hjepa.tasks.report.html import Picture, Table
 from hjepa.tracking.run_folder import Record, read_config, read_records, read_summary
 from hjepa.training.summary import gains
 
-GROUPS = ("model levels masking loss regularizer projector teacher optimizer schedule dataset train").split()
+GROUPS = (
+    *("model", "levels", "masking", "loss", "regularizer", "projector"),
+    *("teacher", "optimizer", "schedule", "dataset", "train"),
+)
 
 STATUS_TEXT = {
     "stopped": "was stopped",

@@ -1,13 +1,12 @@
-"""What a report says of a sweep, gathered from its folder and its runs'."""
+"""The facts of a sweep's report, gathered from the sweep folder and the run folders of its jobs."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from hjepa.sweeps.job import Job
-from hjepa.sweeps.plots import NAMES
-from hjepa.sweeps.tables import RESULTS, default_metric, figure, groups, label_of, lookup, options, std, varied
+from hjepa.sweeps.plots import METRIC_NAMES
+from hjepa.sweeps.tables import Comparison, default_metric, format_value, label_of, lookup
 from hjepa.tasks.report.html import Picture, Table
 from hjepa.training.summary import gains
 
@@ -15,56 +14,30 @@ CURVES = "curves.png"
 
 
 def sweep_facts(folder: Path, jobs: Sequence[Job]) -> dict[str, Any]:
-    """The facts of a sweep's page."""
+    """Return the facts that the template of a sweep's page shows."""
     metric = default_metric(jobs)
+    comparison = Comparison(jobs, metric)
     scored = [job for job in jobs if job.is_complete and lookup(job.summary, metric) is not None]
     best = max(scored, key=lambda job: lookup(job.summary, metric) or 0.0, default=None)
-    unfinished = [job for job in jobs if not job.is_complete]
     return {
         "title": f"Sweep {folder.name}",
         "folder": str(folder),
         "count": len(jobs),
-        "unfinished": [(job.number, job.state, job.reason) for job in unfinished],
+        "unfinished": [(job.number, job.state, job.reason) for job in jobs if not job.is_complete],
         "best": best and {"name": label_of(jobs, best) or f"job {best.number}", "gains": gains(best.summary)},
-        "metric": NAMES.get(metric, metric),
-        "score": best and figure(lookup(best.summary, metric), metric),
+        "metric": METRIC_NAMES.get(metric, metric),
+        "score": best and format_value(lookup(best.summary, metric), metric),
         "plot": [Picture(file) for file in (folder / "sweep.png", folder / "progress.png") if file.exists()],
-        "jobs": job_table(jobs),
-        "means": mean_table(jobs, metric),
+        "jobs": Table.from_frame("Jobs", comparison.job_table()),
+        "means": Table.from_frame("Mean +- standard deviation over seeds", comparison.mean_table())
+        if comparison.has_repeats
+        else None,
         "curves": [(job.number, label_of(jobs, job), Picture(file)) for job, file in curves(jobs)],
         "runs": [(job.number, str(job.folder)) for job in jobs if job.folder],
     }
 
 
-def job_table(jobs: Sequence[Job]) -> Table:
-    """A row per job: what was varied, how it ended, its results."""
-    keys = varied(jobs)
-    shown = {name: key for name, key in RESULTS.items() if any(lookup(job.summary, key) is not None for job in jobs)}
-    rows = [
-        [
-            str(job.number),
-            *(options(job).get(key, "") for key in keys),
-            job.state,
-            *(figure(lookup(job.summary, key), key) for key in shown.values()),
-        ]
-        for job in jobs
-    ]
-    return Table("Jobs", ["job", *keys, "state", *shown], rows)
-
-
-def mean_table(jobs: Sequence[Job], metric: str) -> Table | None:
-    """Mean and standard deviation over seeds, where any combination of options has several."""
-    axes, found = groups(jobs, metric)
-    if all(len(values) < 2 for values in found.values()):
-        return None
-    rows = [
-        [*chosen, figure(mean(values), metric), figure(std(values), metric) if len(values) > 1 else "", str(len(values))]
-        for chosen, values in found.items()
-    ]
-    return Table("Mean over seeds", [*axes, metric, "standard deviation", "runs"], rows)
-
-
 def curves(jobs: Sequence[Job]) -> list[tuple[Job, Path]]:
-    """The curves of all runs that have some."""
+    """Return the jobs whose runs have training curves, with the picture of the curves."""
     files = ((job, job.folder / "plots" / CURVES) for job in jobs if job.folder)
     return [(job, file) for job, file in files if file.exists()]

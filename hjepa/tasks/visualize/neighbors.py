@@ -5,7 +5,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
-from hjepa.data.datamodule import unit
+from hjepa.data.datamodule import to_unit_range
 from hjepa.plotting import COLORS, GridCell, image_grid
 from hjepa.tasks.visualize.samples import Samples
 
@@ -19,7 +19,7 @@ def draw_neighbors(samples: Samples) -> list[Path]:
 
 def draw_layer_neighbors(samples: Samples, layer: str) -> Path:
     """Draw the nearest neighbors by the features of one layer."""
-    images, labels = unit(samples.pixels), samples.labels
+    images, labels = to_unit_range(samples.pixels), samples.labels
     sources = {kind: features[layer] for kind, features in samples.features.items()} | {"pixels": images.flatten(1)}
     headings, rows = ["image"], [[GridCell(image)] for image in samples.images]
     for source, features in sources.items():

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from hjepa.data.datamodule import Split, spaced, unit
+from hjepa.config.terminal import progress_bar
+from hjepa.data.datamodule import Split, evenly_spaced_indices, to_unit_range
 from hjepa.metrics.probes import extract_features, subset
 from hjepa.tasks.trained_run import LayerFeatures, LayerTokens, NetworkKind, TrainedRun, layer_features
 
@@ -58,12 +58,12 @@ class Samples:
     @property
     def shown(self) -> Tensor:
         """Evenly spaced positions of the B images to show, int64 [B]."""
-        return spaced(len(self.pixels), self.num_shown)
+        return evenly_spaced_indices(len(self.pixels), self.num_shown)
 
     @property
     def images(self) -> Tensor:
         """The images to show, float [B, 3, S, S] in [0, 1]."""
-        return unit(self.pixels[self.shown])
+        return to_unit_range(self.pixels[self.shown])
 
     def normalized(self, index: Tensor) -> Tensor:
         """Return the held-out images at these positions as the network takes them."""
@@ -80,7 +80,7 @@ class Samples:
         features: dict[NetworkKind, dict[str, Tensor]] = {}
         for kind, network in self.networks.items():
             description = f"extracting features ({kind})"
-            batches = tqdm(self.pixels.split(BATCH_SIZE), desc=description, unit="batch", disable=None, leave=False)
+            batches = progress_bar(self.pixels.split(BATCH_SIZE), desc=description, unit="batch", leave=False)
             rows = list(extract_features(network, batches, self.run.dataset.normalize))
             features[kind] = {layer: torch.cat([batch[layer] for batch in rows]).cpu() for layer in self.layers}
         return features
@@ -93,4 +93,4 @@ class Samples:
 
 def select_samples(split: Split, count: int) -> Split:
     """Return at most `count` images of a split, only labeled ones if the split has labels."""
-    return subset(split, count) if split.labels else split[spaced(len(split), count)]
+    return subset(split, count) if split.labels else split[evenly_spaced_indices(len(split), count)]

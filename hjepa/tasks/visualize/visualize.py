@@ -9,10 +9,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
+from hjepa.config.terminal import progress_bar
 from hjepa.config.types import PositiveInt
 from hjepa.distributed.seeding import generator
 from hjepa.plotting import CAPTIONS, plot_curves, plot_masks
@@ -93,7 +92,7 @@ def visualize_run(
     names = available_pictures(names, samples, skip=pictures == "all")
     folder.mkdir(exist_ok=True)
     files = []
-    for name in (bar := tqdm(names, desc="drawing pictures", unit="picture", disable=None)):
+    for name in (bar := progress_bar(names, desc="drawing pictures", unit="picture")):
         bar.set_postfix_str(name)
         files += PICTURES[name](samples)
     write_summary(run, files, len(samples.split))

@@ -1,4 +1,4 @@
-"""A run that is killed and started again ends as if nothing had happened; nothing is torn, repeated or lost."""
+"""A run that is killed and started again ends as if it had never stopped, and its files are never damaged."""
 
 import json
 import os
@@ -15,7 +15,8 @@ import torch
 
 from hjepa.config.errors import UserError
 from hjepa.models.pretrained import read_checkpoint
-from hjepa.training.checkpoint import Checkpointer, best_rank, save_atomically
+from hjepa.distributed.process_group import World
+from hjepa.training.checkpoint import Checkpointer, best_rank
 from tests.helpers.runs import ROOT, TINY, launch
 
 LONG = (
@@ -47,32 +48,32 @@ def start(*overrides: str) -> subprocess.Popen:
 
 
 def wait_for_records(folder: Path, count: int, process: subprocess.Popen) -> None:
-    """Until the run has written `count` records."""
+    """Wait until the run has written `count` records."""
     file = folder / "metrics.jsonl"
     while process.poll() is None and not (file.exists() and len(file.read_text().splitlines()) >= count):
-        time.sleep(0.005)  # polling a file, no assumption on speed
+        time.sleep(0.005)  # polls a file and makes no assumption about speed
 
 
 def test_sigkill_and_the_same_command_give_the_same_bits(tmp_path: Path) -> None:
     options = [*TINY, *LONG, "train.accumulate=3", "tracking=mlflow", "experiment_name=e"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert launch(*options, f"output_root={whole}", "name=r").returncode == 0
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    assert launch(*options, f"output_root={uninterrupted}", "name=r").returncode == 0
     command = [*options, f"output_root={killed}", "name=r"]
     process = start(*command)
-    wait_for_records(killed / "e" / "r", random.RandomMasking(3).randrange(2, 13), process)
+    wait_for_records(killed / "e" / "r", random.Random(3).randrange(2, 13), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     resumed = launch(*command)
     assert resumed.returncode == 0, resumed.stderr
-    a, b = weights(whole / "e" / "r"), weights(killed / "e" / "r")
+    a, b = weights(uninterrupted / "e" / "r"), weights(killed / "e" / "r")
     assert a.keys() == b.keys()
-    assert all(torch.equal(a[k], b[k]) for k in a), "bit-identical weights"
-    assert metrics(whole / "e" / "r") == metrics(killed / "e" / "r"), "no step repeated, missing or different"
+    assert all(torch.equal(a[k], b[k]) for k in a), "the weights are identical bit for bit"
+    assert metrics(uninterrupted / "e" / "r") == metrics(killed / "e" / "r"), "no step is repeated, missing or different"
     check_mlflow(killed, ["r"])
 
 
 def check_mlflow(root: Path, names: Sequence[str]) -> None:
-    """One finished run for each name, each metric once per step of metrics.jsonl."""
+    """Check that there is one finished run for each name, with each metric of metrics.jsonl once per step."""
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
@@ -102,7 +103,7 @@ def test_sigterm_saves_ends_as_stopped_and_continues(tmp_path: Path) -> None:
     assert state["step"] == summary["steps"] < 40 * 9
 
 
-def test_finished_run_started_again_does_nothing_and_says_so(run, tmp_path: Path, capsys) -> None:
+def test_a_finished_run_started_again_does_nothing_and_says_so(run, tmp_path: Path, capsys) -> None:
     first = run("name=r")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "default" / "r").rglob("*") if p.is_file()}
     capsys.readouterr()
@@ -111,7 +112,7 @@ def test_finished_run_started_again_does_nothing_and_says_so(run, tmp_path: Path
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "default" / "r").rglob("*") if p.is_file()}
 
 
-def test_folder_of_another_config_is_refused_and_overwrite_replaces_it(run, tmp_path: Path) -> None:
+def test_the_folder_of_another_config_is_refused_and_overwrite_replaces_it(run, tmp_path: Path) -> None:
     run("name=r")
     with pytest.raises(UserError, match=r"optimizer.lr: 0.0015 -> 0.002"):
         run("name=r", "optimizer.lr=0.002")
@@ -119,7 +120,7 @@ def test_folder_of_another_config_is_refused_and_overwrite_replaces_it(run, tmp_
     assert "lr: 0.002" in (tmp_path / "default" / "r" / "config.yaml").read_text()
 
 
-def test_torn_checkpoint_is_refused_loudly(run, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused(run, tmp_path: Path) -> None:
     run("name=r")
     folder = tmp_path / "default" / "r"
     (folder / "summary.json").unlink()
@@ -148,30 +149,70 @@ def test_pickled_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
-def test_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch) -> None:
-    path = tmp_path / "latest.pt"
-    save_atomically(path, {"step": 1})
+class State(dict):
+    """A state that is saved and loaded as it is."""
+
+    def state_dict(self) -> dict[str, object]:
+        return dict(self)
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.update(state)
+
+
+def checkpointer(folder: Path, world: World | None = None, **options: object) -> Checkpointer:
+    """Return a checkpointer with a prepared folder."""
+    result = Checkpointer(**({"every_seconds": 60, "every_epochs": None, "last": 0, "best": 0} | options))
+    result.attach(folder, {"seed": 0}, world or World())
+    result.clean()
+    return result
+
+
+def complete(step: int) -> State:
+    """Return the state of a trainer with the keys that every checkpoint has."""
+    return State(step=step, model={}, optimizer={})
+
+
+def test_saving_and_loading_are_inverse(tmp_path: Path) -> None:
+    saved = checkpointer(tmp_path)
+    saved.save(complete(7), State(seconds=2.5))
+    trainer, monitor = State(), State()
+    assert checkpointer(tmp_path).load(trainer, monitor, torch.device("cpu"))
+    assert (trainer["step"], monitor) == (7, {"seconds": 2.5})
+
+
+def test_a_failed_write_leaves_the_old_checkpoint_and_no_temporary_file(tmp_path: Path, monkeypatch) -> None:
+    saved = checkpointer(tmp_path)
+    saved.save(complete(1), State())
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        save_atomically(path, {"step": 2})
-    assert torch.load(path, weights_only=True) == {"step": 1}
+        saved.save(complete(2), State())
+    assert torch.load(saved.latest, weights_only=True)["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["latest.pt"]
 
 
 def test_which_checkpoints_are_kept(tmp_path: Path) -> None:
-    checkpoints = Checkpointer(every_seconds=60, every_epochs=3, last=2, best=2)
-    checkpoints.open(tmp_path, {})
-    checkpoints.clean(tmp_path)
+    saved = checkpointer(tmp_path, every_epochs=3, last=2, best=2)
     for epoch, score in enumerate([0.2, 0.5, 0.3, 0.5, 0.4, 0.1, 0.45], start=1):
-        checkpoints.save({"step": epoch}, epoch, score)
+        saved.save(complete(epoch), State(), epoch, score)
     assert {p.name for p in tmp_path.glob("epoch-*")} == {f"epoch-{n:05d}.pt" for n in (3, 6, 7)}
     assert sorted(best_rank(p) for p in tmp_path.glob("best-*")) == [(0.5, -4), (0.5, -2)]
-    assert torch.load(tmp_path / "best.pt", weights_only=True)["step"] == 2, "the earlier of equals"
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["step"] == 2, "the earlier of two equal scores"
     assert torch.load(tmp_path / "latest.pt", weights_only=True)["step"] == 7
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_processes_that_write_nothing_count_the_seconds_since_a_save_as_well(tmp_path: Path) -> None:
+    """Otherwise they would ask for a save in every step, once the interval has passed for the first time."""
+    worker = checkpointer(tmp_path, World(rank=1, size=2), every_seconds=0.05)
+    time.sleep(0.1)
+    assert worker.due()
+    worker.save(complete(1), State())
+    assert not worker.due()
+    assert not worker.latest.exists()
 
 
 def test_two_processes_cannot_share_a_folder(tmp_path: Path, run) -> None:

@@ -1,4 +1,6 @@
-"""Probes against scikit-learn, and a collapse that is called a collapse."""
+"""Probes agree with scikit-learn, and a collapse is detected and reported."""
+
+import json
 
 import numpy as np
 import pytest
@@ -7,14 +9,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from hjepa.config.errors import UserError
+from hjepa.config.schema import check_node
 from hjepa.data.datamodule import Split
 from hjepa.losses import MSE
-from hjepa.metrics.collapse import effective_rank, feature_spread, verdict
+from hjepa.metrics.collapse import collapse_statistics, describe_collapse, effective_rank
 from hjepa.metrics.probes import Probe, accuracy, knn, logistic, standardize, subset
 
 
 def blobs(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Overlapping classes, so that accuracies lie well below 1."""
+    """Return features and labels of overlapping classes, so that accuracies lie well below 1."""
     centers = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(5, (n,), generator=g)
@@ -43,7 +46,7 @@ def test_knn_agrees_with_scikit_learn() -> None:
     assert accuracy(votes, truth) == pytest.approx(reference.score(y.numpy(), truth.numpy()), abs=0.003)
 
 
-def test_standardise_uses_training_statistics_only() -> None:
+def test_standardize_uses_only_the_statistics_of_the_training_features() -> None:
     x, y = torch.randn(100, 3) * 5 + 2, torch.randn(50, 3) - 7
     a, b = standardize(x, y)
     assert torch.allclose(a.mean(0), torch.zeros(3), atol=1e-5)
@@ -64,30 +67,30 @@ def test_effective_rank_of_known_spectra() -> None:
     assert effective_rank(torch.outer(torch.randn(50), torch.randn(8))) == pytest.approx(1, abs=1e-3)
 
 
-def test_spread_written_out() -> None:
+def test_collapse_statistics_equal_their_formulas() -> None:
     features = torch.randn(40, 6) + 3
-    figures = feature_spread(features)
+    statistics = collapse_statistics(features)
     cosines = torch.nn.functional.cosine_similarity(features[:, None], features[None], dim=-1)
-    assert figures["cosine"] == pytest.approx(cosines[~torch.eye(40, dtype=torch.bool)].mean().item(), abs=1e-5)
-    assert figures["std"] == pytest.approx(features.std(0).mean().item(), abs=1e-6)
+    assert statistics["cosine"] == pytest.approx(cosines[~torch.eye(40, dtype=torch.bool)].mean().item(), abs=1e-5)
+    assert statistics["std"] == pytest.approx(features.std(0).mean().item(), abs=1e-6)
 
 
-def test_identical_images_features_read_as_collapsed_even_when_layer_normed() -> None:
-    healthy = feature_spread(torch.nn.functional.layer_norm(torch.randn(64, 32), (32,)))
+def test_identical_features_are_a_complete_collapse_even_if_layer_normalized() -> None:
+    healthy = collapse_statistics(torch.nn.functional.layer_norm(torch.randn(64, 32), (32,)))
     same = torch.nn.functional.layer_norm(torch.randn(1, 32).expand(64, 32), (32,))
-    assert "complete collapse" in (verdict(feature_spread(same), healthy) or "")
-    assert verdict(healthy, healthy) is None
+    assert "complete collapse" in (describe_collapse(collapse_statistics(same), healthy) or "")
+    assert describe_collapse(healthy, healthy) is None
 
 
-def test_few_directions_read_as_dimensional_collapse() -> None:
+def test_features_in_few_directions_are_a_dimensional_collapse() -> None:
     g = torch.Generator().manual_seed(0)
     healthy = torch.randn(256, 32, generator=g)
     flat = torch.randn(256, 2, generator=g) @ torch.randn(2, 32, generator=g)
-    assert "dimensional collapse" in (verdict(feature_spread(flat), feature_spread(healthy)) or "")
+    assert "dimensional collapse" in (describe_collapse(collapse_statistics(flat), collapse_statistics(healthy)) or "")
 
 
 class CollapsingLoss(MSE):
-    """Rewards identical features, the shortcut that JEPAs must be kept from."""
+    """A loss that rewards identical features."""
 
     def __call__(self, output):
         total, terms = super().__call__(output)
@@ -102,9 +105,7 @@ def collapsing(monkeypatch):
 COLLAPSE = ("loss=mse", "train.epochs=1", "train.batch_size=6", "optimizer.lr=0.01", "schedule.lr.warmup_epochs=0")
 
 
-def test_a_collapsed_run_is_called_collapsed_within_an_epoch(run, tmp_path, capsys, collapsing) -> None:
-    import json
-
+def test_a_collapsed_run_is_reported_as_collapsed_within_an_epoch(run, tmp_path, capsys, collapsing) -> None:
     run(*COLLAPSE, "name=c", "teacher.momentum.start=0.5", "teacher.momentum.end=0.5")
     assert "COLLAPSED" in capsys.readouterr().out
     summary = json.loads((tmp_path / "default" / "c" / "summary.json").read_text())
@@ -132,9 +133,7 @@ def test_probing_does_not_disturb_training(run, tmp_path) -> None:
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
-def test_constant_vector_loss_is_beside_the_held_out_loss(run, tmp_path) -> None:
-    import json
-
+def test_the_loss_of_a_constant_prediction_is_recorded_with_the_held_out_loss(run, tmp_path) -> None:
     run("name=r")
     records = [json.loads(line) for line in (tmp_path / "default" / "r" / "metrics.jsonl").read_text().splitlines()]
     epochs = [r for r in records if "epoch" in r]
@@ -143,18 +142,18 @@ def test_constant_vector_loss_is_beside_the_held_out_loss(run, tmp_path) -> None
 
 
 @pytest.mark.parametrize(
-    ("options", "word"),
-    [({"every": 0}, "probe.every=0"), ({"penalties": []}, "penalties"), ({"temperature": 0.0}, "temperature")],
+    ("options", "message"),
+    [
+        ({"every": 0}, "probe.every=0: expected PositiveInt"),
+        ({"penalties": [0.0]}, r"probe.penalties=\[0.0\]: expected list\[PositiveFloat\]"),
+        ({"temperature": 0.0}, "probe.temperature=0.0: expected PositiveFloat"),
+    ],
 )
-def test_impossible_probes_are_refused(options, word) -> None:
-    usual = {
-        "every": 1,
-        "train_images": 10,
-        "validation_images": 10,
-        "neighbors": 5,
-        "temperature": 0.1,
-        "penalties": [0.1],
-        "batch_size": 8,
-    }
-    with pytest.raises(UserError, match=word):
-        Probe(**(usual | options))
+def test_invalid_options_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_node("probe", {"_target_": "hjepa.metrics.Probe"} | options)
+
+
+def test_a_probe_needs_a_penalty() -> None:
+    with pytest.raises(UserError, match="at least one L2 penalty"):
+        Probe(every=1, train_images=10, validation_images=10, neighbors=5, temperature=0.1, penalties=[], batch_size=8)

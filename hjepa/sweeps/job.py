@@ -1,4 +1,4 @@
-"""One job of a sweep: what it was asked for, where it is, and how it is getting on."""
+"""One job of a sweep: its overrides, its run folder, and its state."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +14,16 @@ class Job:
     """One job of a sweep.
 
     Attributes:
-        folder: of its run, None if its config names none; log: where what it said is, None if it was never started.
-        state: pending, running, finished, collapsed, stopped or FAILED, or what a queue says of it; reason: in one line.
-        config: resolved and checked; empty for a FAILED config and for jobs read from a sweep folder.
-        composed: the same with Hydra's own part, as Hydra made it.
-        summary: of its run folder.
+        number: Position in the sweep, from 0.
+        overrides: Overrides of the command line that are specific to this job.
+        folder: Folder of its run; None if its config is invalid.
+        log: File with its output; None if it was never started.
+        state: pending, running, finished, collapsed, stopped, FAILED, or a state of the SLURM queue.
+        reason: Why it failed or stopped.
+        slurm_id: Its id in SLURM.
+        config: The resolved and checked config; empty for an invalid config and for jobs read from a sweep folder.
+        composed: The same config as composed by Hydra, including the `hydra` node.
+        summary: Contents of summary.json in the run folder.
     """
 
     number: int
@@ -33,17 +38,17 @@ class Job:
     summary: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def update_from_summary(self, summary: dict[str, Any]) -> None:
-        """Take state and results from the summary of its run folder."""
+        """Set summary, state and reason from the summary of the run folder."""
         self.summary = summary
         self.state = {"failed": "FAILED"}.get(summary["status"], summary["status"])
         self.reason = summary.get("reason") or ""
 
     @property
     def is_complete(self) -> bool:
-        """Whether its run came to its end, so that its results count."""
+        """Whether the run reached its end, so that its results count."""
         return self.state in ("finished", "collapsed")
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left to do for it."""
+        """Whether nothing remains to be run."""
         return self.state in ("finished", "collapsed", "stopped", "FAILED")

@@ -1,8 +1,9 @@
-"""The jobs of a sweep on this machine: each a process of its own, at most `hardware.slots` of them at a time.
+"""The local launcher: runs the jobs of a sweep on this machine, at most `hardware.slots` of them at a time.
 
-The processes are forked (on Linux) from one clean process that has imported what the jobs need, torch above all, and has
-computed nothing: a job starts in a moment, shares that memory, and yet is alone, so it equals the same job run by itself, and
-whatever kills it harms no other. What it says goes to a log file in the sweep folder.
+Each job is a process. On Linux, the processes are forked from one server process that has imported torch and all modules of the
+jobs but has computed nothing, so that a job starts quickly and shares this memory. The processes are otherwise independent: a
+job gives the same result as when it is run alone, and a killed job harms no other. The output of a job goes to a log file in
+the sweep folder.
 """
 
 import logging
@@ -31,82 +32,90 @@ from omegaconf import DictConfig
 
 from hjepa.config.errors import UserError
 from hjepa.config.run import perform
-from hjepa.config.schema import Config, iter_targets
+from hjepa.config.schema import Config
+from hjepa.config.targets import iter_targets
 from hjepa.distributed.resources import gpus, num_cores
 from hjepa.sweeps.job import Job
 from hjepa.sweeps.plan import plan_jobs
 from hjepa.sweeps.sweep import Sweep
-from hjepa.sweeps.tables import default_metric, figure, label_of, lookup
+from hjepa.sweeps.tables import default_metric, format_value, label_of, lookup
 from hjepa.training.signals import StopFlag
 
 log = logging.getLogger(__name__)
 
-STOPPED = 128 + signal.SIGINT  # exit status of a run that was asked to stop and saved
+STOPPED_STATUS = 128 + signal.SIGINT  # exit status of a run that saved its state after a stop signal
 
 
-def launch(loader: ConfigLoader, master: DictConfig, overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
+def launch(loader: ConfigLoader, sweep_config: DictConfig, overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
     """Run the jobs of a sweep; see `hydra.plugins.launcher.Launcher.launch`.
 
+    Args:
+        loader: Hydra's config loader.
+        sweep_config: The config of the whole sweep.
+        overrides: Overrides of each job.
+        first: Number of the first job.
+
     Raises:
-        UserError: the slots do not fit this machine, or jobs failed; SystemExit: it was stopped.
+        UserError: The machine has too few cores or GPUs for the slots, or jobs failed.
+        SystemExit: The sweep was stopped.
     """
-    configure_log(master.hydra.hydra_logging, master.hydra.verbose)
-    jobs = plan_jobs(loader, master, overrides, first)
-    sweep = Sweep(Path(master.hydra.sweep.dir).expanduser().absolute())
-    slots = LocalPool(sweep, jobs)
-    sweep.write(jobs)
-    stopped = slots.run()
-    sweep.end(jobs)
+    configure_log(sweep_config.hydra.hydra_logging, sweep_config.hydra.verbose)
+    jobs = plan_jobs(loader, sweep_config, overrides, first)
+    sweep = Sweep(Path(sweep_config.hydra.sweep.dir).expanduser().absolute())
+    pool = LocalPool(sweep, jobs)
+    sweep.save(jobs)
+    stopped = pool.run()
+    sweep.summarize(jobs)
     if stopped:
         print("Stopped. The same command continues the sweep.", file=sys.stderr)
-        raise SystemExit(STOPPED)
-    return sweep.returns(jobs)
+        raise SystemExit(STOPPED_STATUS)
+    return sweep.job_returns(jobs)
 
 
 def gpu_shares(configs: list[Config]) -> list[list[str]]:
-    """The GPUs of every slot, none without GPUs; refuses more slots than this machine can serve."""
-    wanted = [c["hardware"] for c in configs]
-    slots = max((hardware["slots"] for hardware in wanted), default=1)
-    if len({hardware["slots"] for hardware in wanted}) > 1:
-        raise UserError("hardware.slots differs between the jobs; give one number for the whole sweep.")
-    threads = max(((hardware["threads"] or 1) * (hardware["processes"] or 1) for hardware in wanted), default=1)
+    """Return the GPUs of every slot; raise a UserError if the machine has too few cores or GPUs for the slots."""
+    hardware_options = [config["hardware"] for config in configs]
+    slots = max((hardware["slots"] for hardware in hardware_options), default=1)
+    if len({hardware["slots"] for hardware in hardware_options}) > 1:
+        raise UserError("hardware.slots differs between the jobs; set one number for the whole sweep.")
+    threads = max(((hardware["threads"] or 1) * (hardware["processes"] or 1) for hardware in hardware_options), default=1)
     if slots < 1 or (slots > 1 and slots * threads > num_cores()):
         raise UserError(
             f"hardware.slots={slots} with {threads} threads each: expected 1 to {max(1, num_cores() // threads)} slots on the "
             f"{num_cores()} cores of this machine."
         )
-    there = gpus()
-    if slots > len(there) > 0 and any(hardware["device"] in ("cuda", "auto") for hardware in wanted):
-        raise UserError(f"hardware.slots={slots}: every slot needs a GPU of its own, and there are {len(there)}.")
-    size = len(there) // slots
-    return [there[slot * size : (slot + 1) * size] for slot in range(slots)]
+    available = gpus()
+    if slots > len(available) > 0 and any(hardware["device"] in ("cuda", "auto") for hardware in hardware_options):
+        raise UserError(f"hardware.slots={slots}: every slot needs a GPU of its own, and this machine has {len(available)}.")
+    size = len(available) // slots
+    return [available[slot * size : (slot + 1) * size] for slot in range(slots)]
 
 
 @dataclass
 class RunningJob:
-    """A job and its process."""
+    """A job, its slot and its process."""
 
     job: Job
     slot: int
     process: BaseProcess
-    answer: Connection
-    began: float
+    connection: Connection  # receives the reason of a failure
+    started_at: float
 
 
 class LocalPool:
-    """Runs jobs in their order, as many at a time as there are slots."""
+    """Starts jobs in order, as many at a time as there are slots."""
 
     def __init__(self, sweep: Sweep, jobs: list[Job]) -> None:
         self.sweep, self.jobs = sweep, jobs
         self.gpu_shares = gpu_shares([job.config for job in jobs if job.config])
-        self.free = list(range(len(self.gpu_shares)))
+        self.free_slots = list(range(len(self.gpu_shares)))
         self.running: dict[int, RunningJob] = {}
         self.stopping = False
-        # macOS's libraries do not survive a fork: there every job imports for itself.
+        # On macOS, libraries break in a forked process, so every job imports its modules itself.
         self.context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 
     def run(self) -> bool:
-        """Run all jobs to their ends; returns whether it was stopped before."""
+        """Run all jobs, and return whether the sweep was stopped before their end."""
         waiting = deque(job for job in self.jobs if not job.is_done)
         log.info("%d jobs, %d at a time; sweep folder %s", len(self.jobs), len(self.gpu_shares), self.sweep.folder)
         for job in self.jobs:
@@ -115,11 +124,11 @@ class LocalPool:
             elif job.is_done:
                 log.info("job %d was finished before: %s", job.number, job.folder)
         if waiting:
-            self.prepare([job.config for job in waiting])
+            self.start_server([job.config for job in waiting])
         try:
             with StopFlag() as stop:
                 while self.running or (waiting and not stop):
-                    while waiting and self.free and not stop:
+                    while waiting and self.free_slots and not stop:
                         self.start(waiting.popleft())
                     if stop and not self.stopping:
                         self.stop(signal.SIGTERM)
@@ -131,15 +140,17 @@ class LocalPool:
                 self.collect(running)
         return self.stopping
 
-    def prepare(self, configs: list[Config]) -> None:
-        """Start the clean process, which imports the modules of all parts."""
+    def start_server(self, configs: list[Config]) -> None:
+        """Start the server process, which imports the modules of all targets, and from which the jobs are forked."""
         if sys.platform != "linux":
             return
         modules = {node["_target_"].rpartition(".")[0] for config in configs for _, node in iter_targets(config)}
         self.context.set_forkserver_preload(["hjepa.tasks.train", *sorted(modules)])
-        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # older Pythons' clean process looks nowhere else
-        resource_tracker.ensure_running()  # whose start would undo the next line
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited: one to the whole process group must not end it
+        # The server process of older Python versions does not know this process's sys.path.
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+        resource_tracker.ensure_running()  # its start would unblock the signals again
+        # The server inherits this mask, since a SIGTERM to the whole process group must not end it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             ensure_running()
         finally:
@@ -147,62 +158,62 @@ class LocalPool:
 
     def start(self, job: Job) -> None:
         """Start a job in a free slot."""
-        slot = self.free.pop(0)
+        slot = self.free_slots.pop(0)
         job.log, job.state, job.reason = self.sweep.folder / f"{job.number}.log", "running", ""
-        answer, far = self.context.Pipe(duplex=False)
-        arguments = (job, self.gpu_shares[slot], far)
-        process = self.context.Process(target=work, args=arguments, name=f"job {job.number}")
+        connection, job_connection = self.context.Pipe(duplex=False)
+        arguments = (job, self.gpu_shares[slot], job_connection)
+        process = self.context.Process(target=run_job, args=arguments, name=f"job {job.number}")
         process.start()
-        far.close()
-        self.running[process.sentinel] = RunningJob(job, slot, process, answer, time.monotonic())
+        job_connection.close()
+        self.running[process.sentinel] = RunningJob(job, slot, process, connection, time.monotonic())
         log.info("job %d started: %s (log %s)", job.number, label_of(self.jobs, job), job.log)
-        self.sweep.write(self.jobs)
+        self.sweep.save(self.jobs)
 
     def stop(self, number: signal.Signals) -> None:
-        """Ask every running job to save and end, or kill it; no further one starts."""
+        """Send a signal to every running job, which makes it save and end or kills it, and start no further jobs."""
         self.stopping = True
-        log.info("stopping: running jobs save and end; a second Ctrl-C kills them")
+        log.info("stopping: running jobs save their state and end; a second Ctrl-C kills them")
         for running in self.running.values():
             if running.process.is_alive() and running.process.pid:
                 os.kill(running.process.pid, number)
 
     def collect(self, ended: RunningJob) -> None:
-        """Take in how a job ended."""
+        """Set the state of a job that has ended, and free its slot."""
         job, process = ended.job, ended.process
         process.join()
-        self.free = sorted([*self.free, ended.slot])
-        job.state, job.reason = self.outcome(process.exitcode, ended.answer)
-        ended.answer.close()
-        self.sweep.write(self.jobs)
+        self.free_slots = sorted([*self.free_slots, ended.slot])
+        job.state, job.reason = self.outcome(process.exitcode, ended.connection)
+        ended.connection.close()
+        self.sweep.save(self.jobs)
         self.sweep.refresh([job])
         metric = default_metric([job])
-        result = f"{metric} {figure(lookup(job.summary, metric), metric)}" if job.state == "finished" else job.reason
+        result = f"{metric} {format_value(lookup(job.summary, metric), metric)}" if job.state == "finished" else job.reason
         done = sum(job.is_done for job in self.jobs)
-        seconds = time.monotonic() - ended.began
+        seconds = time.monotonic() - ended.started_at
         log.info("job %d %s after %.0f s (%d of %d): %s", job.number, job.state, seconds, done, len(self.jobs), result)
 
-    def outcome(self, status: int | None, answer: Connection) -> tuple[str, str]:
-        """State and reason from a process' exit status and what it said of its failure."""
+    def outcome(self, status: int | None, connection: Connection) -> tuple[str, str]:
+        """Return the state and the reason from the exit status of a process and the message that it sent."""
         if status == 0:
             return "finished", ""
-        if status == STOPPED or (self.stopping and status in (-signal.SIGTERM, -signal.SIGKILL)):
+        if status == STOPPED_STATUS or (self.stopping and status in (-signal.SIGTERM, -signal.SIGKILL)):
             return "stopped", "stopped by a signal"
         if status is not None and status < 0:
             return "FAILED", f"killed by {signal.Signals(-status).name}"
         try:
-            return "FAILED", answer.recv() if answer.poll() else f"exit status {status}"
+            return "FAILED", connection.recv() if connection.poll() else f"exit status {status}"
         except EOFError:
             return "FAILED", f"exit status {status}"
 
 
-def work(job: Job, gpus: list[str], answer: Connection) -> None:
-    """What a job's process does: the config's task, all output to the log file; the reason of a failure is answered."""
+def run_job(job: Job, gpus: list[str], connection: Connection) -> None:
+    """Run a job in its own process: redirect the output to the log file, perform the task, and send the reason of a failure."""
     assert job.log is not None
     assert job.folder is not None
-    os.setpgrp()  # a Ctrl-C in the terminal is passed on by the sweep's process, once
-    speak_to(job.log)
+    os.setpgrp()  # a Ctrl-C in the terminal reaches only the launcher, which passes it on once
+    redirect_output(job.log)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    end_with_parent()
+    stop_with_parent()
     HydraConfig.instance().set_config(job.composed)
     configure_log(job.composed.hydra.job_logging, job.composed.hydra.verbose)
     if gpus:
@@ -212,18 +223,18 @@ def work(job: Job, gpus: list[str], answer: Connection) -> None:
         perform(job.config, job.folder)
     except UserError as error:
         print(error, file=sys.stderr)
-        answer.send(str(error))
+        connection.send(str(error))
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        raise SystemExit(STOPPED) from None
+        raise SystemExit(STOPPED_STATUS) from None
     except Exception as error:
         traceback.print_exc()
-        answer.send(f"{type(error).__name__}: {error}")
+        connection.send(f"{type(error).__name__}: {error}")
         raise SystemExit(1) from None
 
 
-def speak_to(file: Path) -> None:
-    """Send everything that this process and its libraries print to a file, line by line."""
+def redirect_output(file: Path) -> None:
+    """Write everything that this process and its libraries print to a file, line by line."""
     with file.open("w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
@@ -231,8 +242,8 @@ def speak_to(file: Path) -> None:
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
-def end_with_parent() -> None:
-    """Save and end as on SIGTERM when the sweep's process is gone: nobody would collect this one."""
+def stop_with_parent() -> None:
+    """Send SIGTERM to this process when the launcher has ended, so that the run saves its state and ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

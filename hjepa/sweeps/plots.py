@@ -1,4 +1,4 @@
-"""The plot of a sweep or a comparison: results by what was varied, every run a dot, the mean over seeds with its spread."""
+"""Plots of a sweep or a comparison: final results over the varied options, and probe accuracy over the time of training."""
 
 from collections.abc import Sequence
 from itertools import cycle
@@ -9,107 +9,107 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from hjepa.plotting import COLORS, MARKERS, save
+from hjepa.plotting import COLORS, MARKERS, save_figure
 from hjepa.sweeps.job import Job
-from hjepa.sweeps.tables import SHARES, Group, Groups, groups, members, std
+from hjepa.sweeps.tables import PERCENT_SUFFIXES, Comparison, Group, std
 from hjepa.tracking.run_folder import read_records
 
-NAMES = {
+METRIC_NAMES = {
     "probe.linear": "Linear probe accuracy",
     "probe.knn": "k-NN accuracy",
     "probe.rankme": "RankMe (effective rank)",
     "images_per_second": "Images per second",
-    "utilization": "Share of the machine's matmul rate",
+    "utilization": "Fraction of the machine's matmul rate",
     "peak_memory_mb": "Peak memory in MB",
 }
 
-PROBED = ("probe.linear", "probe.knn", "probe.rankme", "images_per_second")
+TRAINING_METRICS = ("probe.linear", "probe.knn", "probe.rankme", "images_per_second")
 
-TIMED = ("images_per_second", "utilization", "peak_memory_mb")
+BENCHMARK_METRICS = ("images_per_second", "utilization", "peak_memory_mb")
 
-READABLE = 3  # varied options that fit axis and legend
+MAX_LABELED_OPTIONS = 3  # more varied options than these fit neither axis labels nor the legend
 
-Lines = dict[str, dict[str, list[float]]]  # label -> position on the axis -> values of all seeds
+Lines = dict[str, dict[str, list[float]]]  # label of a line -> tick on the axis -> results of all seeds
+
+ProbeCurve = list[tuple[float, float]]  # seconds of training, accuracy
 
 
-def plot(jobs: Sequence[Job], metric: str, title: str, path: Path) -> None:
-    """The metric, and what else is worth a look, each in a panel.
+def plot_results(comparison: Comparison, title: str, path: Path) -> None:
+    """Plot the metric of a comparison and other metrics of interest, each in a panel.
 
-    The option with the most values is the axis, every combination of the others a line; probes are drawn beside the untrained
-    network's.
+    The option with the most values is the horizontal axis, and every combination of the other options is a line. The result of
+    the untrained network is drawn beside that of a probe.
     """
-    several = TIMED if metric == "images_per_second" else PROBED
-    metrics = [key for key in dict.fromkeys([metric, *several]) if groups(jobs, key)[1]]
-    rows = 1 if len(metrics) < 4 else 2
-    width = min(9.0, 4.2 + 0.5 * len(members(jobs)[1]))
-    across = -(-len(metrics) // rows)
-    figure, axes = plt.subplots(rows, across, figsize=(width * across, 4.0 * rows), layout="constrained", squeeze=False)
+    several = BENCHMARK_METRICS if comparison.metric == "images_per_second" else TRAINING_METRICS
+    metrics = [key for key in dict.fromkeys([comparison.metric, *several]) if comparison.values(key)]
+    num_rows = 1 if len(metrics) < 4 else 2
+    num_columns = -(-len(metrics) // num_rows)
+    width = min(9.0, 4.2 + 0.5 * len(comparison.groups))
+    size = (width * num_columns, 4.0 * num_rows)
+    figure, axes = plt.subplots(num_rows, num_columns, figsize=size, layout="constrained", squeeze=False)
     for axis, key in zip(axes.flat, metrics, strict=False):
-        panel(axis, jobs, key)
+        plot_metric(axis, comparison, key)
     for axis in axes.flat[len(metrics) :]:
         axis.set_visible(False)
-    repeated = any(len(runs) > 1 for runs in members(jobs)[1].values())
-    note = "mean and standard deviation over seeds; dots are runs" if repeated else "one run each"
+    note = "mean and standard deviation over seeds; dots are runs" if comparison.has_repeats else "one run each"
     figure.suptitle(f"{title}\n{note}", fontsize=10)
     labels = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if labels:
-        fit = max(1, int(13 * width * across / (max(map(len, labels)) + 8)))  # columns
-        figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=fit, fontsize=8)
-    save(figure, path)
+        legend_columns = max(1, int(13 * width * num_columns / (max(map(len, labels)) + 8)))
+        figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=legend_columns, fontsize=8)
+    save_figure(figure, path)
 
 
-def panel(axis: Axes, jobs: Sequence[Job], metric: str) -> None:
-    """One metric by what was varied."""
-    axes, found = groups(jobs, metric)
-    across, lines = split(axes, found) if len(axes) <= READABLE else by_number(jobs, found)
+def plot_metric(axis: Axes, comparison: Comparison, key: str) -> None:
+    """Plot one metric over the varied options."""
+    few = len(comparison.options) <= MAX_LABELED_OPTIONS
+    option, lines = lines_by_option(comparison, key) if few else line_by_number(comparison, key)
     ticks = list(dict.fromkeys(tick for points in lines.values() for tick in points))
     for number, (label, points) in enumerate(lines.items()):
         shift = 0.4 * ((number + 0.5) / len(lines) - 0.5)
-        draw(axis, number, {ticks.index(tick) + shift: values for tick, values in points.items()}, label)
-    before = groups(jobs, metric.replace("probe", "untrained"))[1] if metric.startswith("probe.") else {}
-    if before:
-        untrained = mean(value for values in before.values() for value in values)
-        axis.axhline(untrained, color="0.5", linestyle=":", label="untrained network")
-    name = NAMES.get(metric, metric)
-    long = max(map(len, ticks)) * len(ticks) > 40
-    axis.set_xticks(range(len(ticks)), [tick or "(none)" for tick in ticks], rotation=20 if long else 0)
-    axis.set(xlim=(-0.5, len(ticks) - 0.5), xlabel=across)
-    axis.set_title(name, fontsize=10)
+        plot_line(axis, number, {ticks.index(tick) + shift: values for tick, values in points.items()}, label)
+    untrained = comparison.values(key.replace("probe", "untrained")) if key.startswith("probe.") else {}
+    if untrained:
+        level = mean(value for values in untrained.values() for value in values)
+        axis.axhline(level, color="0.5", linestyle=":", label="untrained network")
+    rotate = max(map(len, ticks)) * len(ticks) > 40
+    axis.set_xticks(range(len(ticks)), [tick or "(none)" for tick in ticks], rotation=20 if rotate else 0)
+    axis.set(xlim=(-0.5, len(ticks) - 0.5), xlabel=option)
+    axis.set_title(METRIC_NAMES.get(key, key), fontsize=10)
     axis.grid(axis="y", alpha=0.3)
-    if metric.endswith(SHARES):
+    if key.endswith(PERCENT_SUFFIXES):
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
-def split(axes: list[str], found: Groups) -> tuple[str, Lines]:
-    """The option on the axis, and the lines of all combinations of the others."""
-    if not axes:
-        return "", {"": {"all runs": [value for values in found.values() for value in values]}}
-    across = max(range(len(axes)), key=lambda i: len({chosen[i] for chosen in found}))
+def lines_by_option(comparison: Comparison, key: str) -> tuple[str, Lines]:
+    """Return the option of the horizontal axis, and a line for each combination of the other options."""
+    options, results = comparison.options, comparison.values(key)
+    if not options:
+        return "", {"": {"all runs": [value for values in results.values() for value in values]}}
+    axis = max(range(len(options)), key=lambda i: len({group[i] for group in results}))
     lines: Lines = {}
-    for chosen, values in found.items():
-        label = ", ".join(f"{key}={value}" for key, value in zip(axes, chosen, strict=True) if key != axes[across])
-        lines.setdefault(label, {})[chosen[across]] = values
-    return axes[across], lines
+    for group, values in results.items():
+        label = ", ".join(f"{key}={value}" for key, value in zip(options, group, strict=True) if key != options[axis])
+        lines.setdefault(label, {})[group[axis]] = values
+    return options[axis], lines
 
 
-def by_number(jobs: Sequence[Job], found: Groups) -> tuple[str, Lines]:
-    """Every combination of options by the numbers of its runs, where there are too many options to name."""
-    runs = members(jobs)[1]
-    return "number in the table", {"": {", ".join(str(j.number) for j in runs[c]): values for c, values in found.items()}}
+def line_by_number(comparison: Comparison, key: str) -> tuple[str, Lines]:
+    """Return one line over the numbers of the runs, for more options than can be labeled."""
+    numbers = {group: ", ".join(str(job.number) for job in jobs) for group, jobs in comparison.groups.items()}
+    return "number in the table", {"": {numbers[group]: values for group, values in comparison.values(key).items()}}
 
 
-def draw(axis: Axes, number: int, points: dict[float, list[float]], label: str) -> None:
-    """One line: a small dot per run, and where a point has several, their mean and standard deviation."""
+def plot_line(axis: Axes, number: int, points: dict[float, list[float]], label: str) -> None:
+    """Plot the mean and standard deviation at every position, and a dot per run if any position has several."""
     color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
-    several = any(len(values) > 1 for values in points.values())
-    if several:
-        for place, values in points.items():
-            axis.plot([place + 0.06] * len(values), values, ".", color=color, alpha=0.6, markersize=5)
-    means, spreads = [mean(values) for values in points.values()], [std(values) for values in points.values()]
+    if any(len(values) > 1 for values in points.values()):
+        for position, values in points.items():
+            axis.plot([position + 0.06] * len(values), values, ".", color=color, alpha=0.6, markersize=5)
     axis.errorbar(
         list(points),
-        means,
-        spreads,
+        [mean(values) for values in points.values()],
+        [std(values) for values in points.values()],
         color=color,
         marker=marker,
         linestyle="-" if label else "none",
@@ -118,53 +118,49 @@ def draw(axis: Axes, number: int, points: dict[float, list[float]], label: str) 
     )
 
 
-ProbeCurve = list[tuple[float, float]]  # seconds of training, accuracy
-
-
-def plot_progress(jobs: Sequence[Job], title: str, path: Path) -> list[Path]:
-    """A panel for each probe, a line for each run, a color for each combination of options; seeds share theirs.
+def plot_progress(comparison: Comparison, title: str, path: Path) -> list[Path]:
+    """Plot every probe in a panel and every run as a line; runs that differ only in the seed share a color.
 
     Returns:
-        The picture; none where no run was probed at more than one time.
+        The path of the picture, or nothing if no run was probed more than once.
     """
-    axes, found = members(jobs)
-    panels = {key: courses(axes, found, key) for key in ("probe.linear", "probe.knn")}
+    panels = {key: curves_by_label(comparison, key) for key in ("probe.linear", "probe.knn")}
     panels = {key: lines for key, lines in panels.items() if any(lines.values())}
     if not panels:
         return []
-    figure, drawn = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.2), layout="constrained", squeeze=False)
-    for axis, (key, lines) in zip(drawn.flat, panels.items(), strict=True):
-        for (label, runs), color, marker in zip(lines.items(), cycle(COLORS), cycle(MARKERS), strict=False):
-            for number, course in enumerate(runs):
-                axis.plot(*zip(*course, strict=True), color=color, marker=marker, markersize=4, label=None if number else label)
-        axis.set_title(NAMES[key], fontsize=10)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.2), layout="constrained", squeeze=False)
+    for axis, (key, lines) in zip(axes.flat, panels.items(), strict=True):
+        for (label, curves), color, marker in zip(lines.items(), cycle(COLORS), cycle(MARKERS), strict=False):
+            for number, curve in enumerate(curves):
+                axis.plot(*zip(*curve, strict=True), color=color, marker=marker, markersize=4, label=None if number else label)
+        axis.set_title(METRIC_NAMES[key], fontsize=10)
         axis.set_xlabel("seconds of training, without probes")
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.grid(alpha=0.3)
-    handles, labels = drawn.flat[0].get_legend_handles_labels()
+    handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=max(1, 110 // (max(map(len, labels)) + 8)))
-    figure.suptitle(f"{title}: accuracy over time\na line is a run, from the untrained network on", fontsize=10)
-    save(figure, path)
+    figure.suptitle(f"{title}: accuracy over time\none line per run, starting at the untrained network", fontsize=10)
+    save_figure(figure, path)
     return [path]
 
 
-def courses(axes: Sequence[str], found: dict[Group, list[Job]], key: str) -> dict[str, list[ProbeCurve]]:
-    """How a probe went in every run that was probed at more than one time, by what tells the runs from others."""
+def curves_by_label(comparison: Comparison, key: str) -> dict[str, list[ProbeCurve]]:
+    """Return the curves of all runs that were probed more than once, by the label of their group."""
     lines = {}
-    for chosen, runs in found.items():
-        every = [course(job.folder, key.replace(".", "/")) for job in runs if job.folder]
-        lines[line_label(axes, chosen, runs)] = [one for one in every if len(one) > 1]
+    for group, jobs in comparison.groups.items():
+        curves = [probe_curve(job.folder, key.replace(".", "/")) for job in jobs if job.folder]
+        lines[line_label(comparison.options, group, jobs)] = [curve for curve in curves if len(curve) > 1]
     return lines
 
 
-def line_label(axes: Sequence[str], chosen: Group, runs: Sequence[Job]) -> str:
-    """The varied options; where there are too many to name, the runs' numbers in the table, and what the first is called."""
-    if len(axes) <= READABLE:
-        return ", ".join(f"{name}={value}" for name, value in zip(axes, chosen, strict=True) if value) or "all runs"
-    numbers, folder = ", ".join(str(job.number) for job in runs), runs[0].folder
-    return f"{numbers} in the table: {folder.name if folder else ''}{' and other seeds' if len(runs) > 1 else ''}"
+def line_label(options: Sequence[str], group: Group, jobs: Sequence[Job]) -> str:
+    """Return the values of the varied options or, if they are too many, the numbers of the runs and the name of the first."""
+    if len(options) <= MAX_LABELED_OPTIONS:
+        return ", ".join(f"{name}={value}" for name, value in zip(options, group, strict=False) if value) or "all runs"
+    numbers, folder = ", ".join(str(job.number) for job in jobs), jobs[0].folder
+    return f"{numbers} in the table: {folder.name if folder else ''}{' and other seeds' if len(jobs) > 1 else ''}"
 
 
-def course(folder: Path, key: str) -> ProbeCurve:
-    """A metric of a run folder over its seconds of training."""
+def probe_curve(folder: Path, key: str) -> ProbeCurve:
+    """Return a metric of a run folder over its seconds of training."""
     return [(record["seconds"], record[key]) for record in read_records(folder) if key in record and "seconds" in record]

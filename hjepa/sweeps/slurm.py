@@ -1,7 +1,7 @@
-"""The jobs of a sweep on SLURM: submitted as one array, followed until the last has ended, reported in one table.
+"""The SLURM launcher: submits the jobs of a sweep as one array, follows them until the last has ended, and prints their table.
 
-What was submitted is what runs: a job is its resolved config and the folder of its run, pickled at submission. The code is read
-when the job starts; if it is not the code of the submission, the run says so and is tagged.
+A submitted job is fixed: its resolved config and its run folder are pickled at submission. The code, however, is read when the
+job starts. If it has changed since the submission, the run logs a warning and is tagged.
 """
 
 import json
@@ -24,51 +24,49 @@ from submitit.helpers import DelayedSubmission
 from hjepa.config.errors import UserError
 from hjepa.config.run import perform
 from hjepa.config.schema import Config, check_node
+from hjepa.config.types import NonNegativeInt, PositiveFloat, PositiveInt
 from hjepa.sweeps.job import Job
 from hjepa.sweeps.plan import plan_jobs
-from hjepa.sweeps.slurm_queue import SlurmQueue, accounting
+from hjepa.sweeps.slurm_queue import SlurmQueue, accounting_states
 from hjepa.sweeps.sweep import Sweep
-from hjepa.tracking.provenance import SUBMITTED, git_state
+from hjepa.tracking.provenance import SUBMITTED_VARIABLE, git_state
 
 log = logging.getLogger(__name__)
 
-LOGS = "slurm"  # in the sweep folder
+SLURM_FOLDER = "slurm"  # scripts, pickles and logs, in the sweep folder
 
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """What to ask SLURM for; see conf/hydra/launcher/slurm.yaml. Memory is per node; None leaves a choice to the cluster."""
+    """Resources to request from SLURM; conf/hydra/launcher/slurm.yaml describes each. None: the cluster's default."""
 
     partition: str | None
     account: str | None
     qos: str | None
     constraint: str | None
-    nodes: int
-    tasks_per_node: int
-    gpus_per_node: int | None
-    cpus_per_task: int | None
-    mem_gb: float | None
-    timeout_min: int
-    signal_delay_s: int
-    max_num_timeout: int
-    array_parallelism: int
+    nodes: PositiveInt
+    tasks_per_node: PositiveInt
+    gpus_per_node: NonNegativeInt | None
+    cpus_per_task: PositiveInt | None
+    mem_gb: PositiveFloat | None
+    timeout_min: PositiveInt
+    signal_delay_s: PositiveInt
+    max_num_timeout: NonNegativeInt
+    array_parallelism: PositiveInt
     setup: list[str]
     sbatch: dict[str, Any]
     wait: bool
-    poll_seconds: float
+    poll_seconds: PositiveFloat
 
     def __post_init__(self) -> None:
-        for option in ("nodes", "tasks_per_node", "timeout_min", "signal_delay_s", "array_parallelism", "poll_seconds"):
-            if getattr(self, option) <= 0:
-                raise UserError(f"hydra.launcher.{option}={getattr(self, option)}: expected more than 0.")
         if self.signal_delay_s > 30 * self.timeout_min:
             raise UserError(
                 f"hydra.launcher.signal_delay_s={self.signal_delay_s} is more than half of timeout_min={self.timeout_min}: a job "
-                "would hardly start before it is told to save and queue again; lower the one or raise the other."
+                "would save and go back to the queue soon after its start; lower signal_delay_s or raise timeout_min."
             )
 
     def check_process_count(self, processes: int | None) -> None:
-        """Refuse a `hardware.processes` other than the number of tasks: SLURM starts the processes, and tells each to stop."""
+        """Raise a UserError unless `hardware.processes` is the number of tasks, since SLURM starts and signals each process."""
         tasks = self.nodes * self.tasks_per_node
         if processes not in (None, tasks):
             raise UserError(
@@ -77,12 +75,12 @@ class SlurmOptions:
             )
 
     def executor(self, folder: Path) -> submitit.SlurmExecutor:
-        """submitit's way to these resources; scripts, pickles and logs go to the folder."""
+        """Return a submitit executor for these resources that writes scripts, pickles and logs to the folder."""
         try:
             executor = submitit.SlurmExecutor(folder, max_num_timeout=self.max_num_timeout)
         except RuntimeError:
             raise UserError("hardware=slurm_*: there is no SLURM here (srun not found); submit from a login node.") from None
-        given = {
+        optional = {
             "partition": self.partition,
             "account": self.account,
             "qos": self.qos,
@@ -100,19 +98,22 @@ class SlurmOptions:
             array_parallelism=self.array_parallelism,
             setup=self.setup,
             stderr_to_stdout=True,
-            srun_args=["--kill-on-bad-exit=1"],  # processes that wait for a failed one would wait for ever
+            srun_args=["--kill-on-bad-exit=1"],  # otherwise processes would wait forever for one that failed
             additional_parameters={"requeue": True, **self.sbatch},
-            **{option: value for option, value in given.items() if value is not None},
+            **{option: value for option, value in optional.items() if value is not None},
         )
         return executor
 
 
 @dataclass
 class Task:
-    """What a job does, pickled at submission.
+    """The function that a job calls, pickled at submission.
 
-    Args:
-        config: resolved and checked; path: of its run folder; composed: with Hydra's own part; code: see `git_state`.
+    Attributes:
+        config: The resolved and checked config.
+        path: The run folder.
+        composed: The config as composed by Hydra, including the `hydra` node.
+        code: State of the code at submission; see `git_state`.
     """
 
     config: Config
@@ -123,57 +124,61 @@ class Task:
     def __call__(self) -> float | None:
         HydraConfig.instance().set_config(self.composed)
         configure_log(self.composed.hydra.job_logging)
-        logging.getLogger("submitit").propagate = False  # it writes to the log itself
-        os.environ[SUBMITTED] = json.dumps(self.code)
+        logging.getLogger("submitit").propagate = False  # it has a handler of its own
+        os.environ[SUBMITTED_VARIABLE] = json.dumps(self.code)
         return perform(self.config, self.path)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What a requeued job does: the same, which continues the run."""
+        """Return the function that a requeued job calls: the same one, which continues the run."""
         return DelayedSubmission(self)
 
 
 def launch(
-    options: dict[str, Any], loader: ConfigLoader, master: DictConfig, overrides: Sequence[Sequence[str]], first: int
+    options: dict[str, Any], loader: ConfigLoader, sweep_config: DictConfig, overrides: Sequence[Sequence[str]], first: int
 ) -> list[JobReturn]:
-    """Submit the jobs that are not done yet as one array and, with `wait`, follow them to their end.
+    """Submit all jobs that are not done yet as one array and, with the option `wait`, follow them until they end.
 
     Args:
-        options: of `SlurmOptions`; loader, master: Hydra's, the config of the sweep; overrides: of each job; first: first number.
+        options: Options of `SlurmOptions`.
+        loader: Hydra's config loader.
+        sweep_config: The config of the whole sweep.
+        overrides: Overrides of each job.
+        first: Number of the first job.
 
     Raises:
-        UserError: SLURM refused the jobs, or one did not come to its end.
+        UserError: SLURM refused the jobs, or a job did not finish.
     """
     check_node("hydra.launcher", {"_target_": f"{__name__}.SlurmOptions", **options})
     cluster = SlurmOptions(**options)
-    sweep = Sweep(Path(master.hydra.sweep.dir).expanduser().absolute())
-    executor = cluster.executor(sweep.folder / LOGS)
-    jobs = plan_jobs(loader, master, overrides, first)
-    waiting = [job for job in jobs if not job.is_done]
-    for job in waiting:
+    sweep = Sweep(Path(sweep_config.hydra.sweep.dir).expanduser().absolute())
+    executor = cluster.executor(sweep.folder / SLURM_FOLDER)
+    jobs = plan_jobs(loader, sweep_config, overrides, first)
+    pending = [job for job in jobs if not job.is_done]
+    for job in pending:
         cluster.check_process_count(job.config["hardware"]["processes"])
-    if waiting:
-        submit(waiting, executor)
-        sweep.write(jobs)
+    if pending:
+        submit(pending, executor)
+        sweep.save(jobs)
     try:
-        if waiting:
-            announce(waiting, sweep)
-            if not accounting([job.slurm_id for job in waiting]):
-                log.warning("sacct does not answer here: what becomes of the jobs is learned from squeue and the run folders")
-        if waiting and not cluster.wait:
+        if pending:
+            print_jobs(pending, sweep)
+            if not accounting_states([job.slurm_id for job in pending]):
+                log.warning("sacct does not answer here: states of jobs are taken from squeue and the run folders")
+        if pending and not cluster.wait:
             return []
-        queue = SlurmQueue(waiting, executor.folder, cluster.nodes * cluster.tasks_per_node)
-        queue.follow(cluster.poll_seconds, changed=lambda: sweep.write(jobs))
+        queue = SlurmQueue(pending, executor.folder, cluster.nodes * cluster.tasks_per_node)
+        queue.follow(cluster.poll_seconds, on_change=lambda: sweep.save(jobs))
     except KeyboardInterrupt:
-        print("\nInterrupted. The jobs go on without this command.", file=sys.stderr)
-        announce([job for job in waiting if not job.is_done], sweep)
+        print("\nInterrupted. The jobs continue without this command.", file=sys.stderr)
+        print_jobs([job for job in pending if not job.is_done], sweep)
         raise SystemExit(130) from None
-    sweep.end(jobs)
-    return sweep.returns(jobs)
+    sweep.summarize(jobs)
+    return sweep.job_returns(jobs)
 
 
 def submit(jobs: list[Job], executor: submitit.SlurmExecutor) -> None:
-    """Submit jobs, as an array if there are several; each learns its id and its log."""
-    root = str(Path(__file__).resolve().parents[2])  # a job imports this code, wherever it was submitted from
+    """Submit jobs, as an array if there are several, and set their ids and logs."""
+    root = str(Path(__file__).resolve().parents[2])  # jobs import this copy of the code, wherever they were submitted from
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     tasks = []
     for job in jobs:
@@ -183,15 +188,15 @@ def submit(jobs: list[Job], executor: submitit.SlurmExecutor) -> None:
         submitted = executor.submit_array(tasks)
     except FailedJobError as error:
         raise UserError(f"SLURM refused the jobs: {' '.join(str(error.__cause__ or error).split())}.") from None
-    for job, sent in zip(jobs, submitted, strict=True):
-        job.slurm_id, job.log = sent.job_id, sent.paths.stdout
+    for job, submission in zip(jobs, submitted, strict=True):
+        job.slurm_id, job.log = submission.job_id, submission.paths.stdout
 
 
-def announce(jobs: list[Job], sweep: Sweep) -> None:
-    """Say which jobs there are, where to look, and how to end them."""
+def print_jobs(jobs: list[Job], sweep: Sweep) -> None:
+    """Print jobs with their run folders, and how to view and cancel them."""
     ids = sorted({job.slurm_id.split("_")[0] for job in jobs})
-    print(f"SLURM jobs and their run folders (logs: {sweep.folder / LOGS}):")
+    print(f"SLURM jobs and their run folders (logs: {sweep.folder / SLURM_FOLDER}):")
     for job in jobs:
         print(f"  {job.slurm_id:>8}  {job.folder}")
-    print(f"Their table at any time: python launch.py task=sweep task.folder={sweep.folder}")
-    print(f"To end them all: scancel {' '.join(ids)}", flush=True)
+    print(f"To see their table at any time: python launch.py task=sweep task.folder={sweep.folder}")
+    print(f"To cancel them all: scancel {' '.join(ids)}", flush=True)

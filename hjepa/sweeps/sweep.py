@@ -1,10 +1,11 @@
-"""A sweep: its jobs, planned before anything starts, and what is known of them in the sweep folder.
+"""The folder of a sweep, from which its tables and plots are made.
 
-A launcher plans the jobs, runs them wherever it does, calls `write` whenever a job's state changes, and `end` at last. All
-results come from the run folders, so the table and the plot can be made anew at any time (`task=sweep`).
+A launcher plans the jobs, runs them, calls `Sweep.save` whenever the state of a job changes, and `Sweep.summarize` at the end.
+All results are read from the run folders, so table and plots can be made again at any time (`task=sweep`).
 
-    sweep.json   the jobs, their states and results        table.txt, sweep.png, progress.png   for people
-    N.log        what job N said
+    sweep.json                             jobs, their states and results, for programs
+    table.txt, sweep.png, progress.png     the same for people
+    N.log                                  output of job N
 """
 
 import json
@@ -20,41 +21,41 @@ from omegaconf import DictConfig
 from hjepa.config.errors import UserError
 from hjepa.config.identity import flatten
 from hjepa.sweeps.job import Job
-from hjepa.sweeps.tables import default_metric, groups, lookup, results, table
+from hjepa.sweeps.tables import Comparison, default_metric, lookup, results
 from hjepa.tracking.atomic import atomic_write
-from hjepa.tracking.provenance import SWEEP
+from hjepa.tracking.provenance import SWEEP_VARIABLE
 from hjepa.tracking.run_folder import check_writable, read_config, read_summary
 from hjepa.tracking.tracker import Artifacts, build_trackers
 
-KEPT = ("number", "overrides", "folder", "log", "state", "reason", "slurm_id")
+SAVED_FIELDS = ("number", "overrides", "folder", "log", "state", "reason", "slurm_id")
 
 
 class Sweep:
     """The folder of a sweep.
 
     Args:
-        folder: absolute.
+        folder: Absolute path.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / "sweep.json"
 
-    def write(self, jobs: list[Job]) -> None:
-        """Write sweep.json whole or not at all."""
-        rows = [{key: getattr(job, key) for key in KEPT} | {"results": results(job.summary)} for job in jobs]
+    def save(self, jobs: list[Job]) -> None:
+        """Write sweep.json."""
+        rows = [{key: getattr(job, key) for key in SAVED_FIELDS} | {"results": results(job.summary)} for job in jobs]
         atomic_write(self.file, json.dumps({"sweep": self.folder.name, "jobs": rows}, indent=2, default=str) + "\n")
 
-    def read(self) -> list[Job]:
-        """The jobs as they were written."""
+    def load(self) -> list[Job]:
+        """Return the jobs from sweep.json."""
         if not self.file.exists():
-            raise UserError(f"{self.folder} is no sweep folder: it has no sweep.json; give one of those that sweeps name.")
-        jobs = [Job(**{key: row[key] for key in KEPT}) for row in json.loads(self.file.read_text())["jobs"]]
+            raise UserError(f"{self.folder} is no sweep folder: it has no sweep.json; set a folder that a sweep has printed.")
+        jobs = [Job(**{key: row[key] for key in SAVED_FIELDS}) for row in json.loads(self.file.read_text())["jobs"]]
         for job in jobs:
             job.folder, job.log = (Path(path) if path else None for path in (job.folder, job.log))
         return jobs
 
     def refresh(self, jobs: list[Job]) -> None:
-        """Learn states and results from the run folders; a failure stays one until its run is continued."""
+        """Update states and results from the run folders; a failed job stays failed until its run is continued."""
         for job in jobs:
             file = job.folder / "summary.json" if job.folder else None
             if not file or not file.exists():
@@ -64,41 +65,43 @@ class Sweep:
                 continue
             job.update_from_summary(summary)
 
-    def end(self, jobs: list[Job], metric: str | None = None) -> None:
-        """Print the table, draw the plot, and give both to the runs' trackers.
+    def summarize(self, jobs: list[Job], metric: str | None = None) -> None:
+        """Print and save the table, plot the results, and log both to the trackers of the runs.
 
         Args:
-            metric: dotted key of summary.json to compare by; None takes the linear probe, or the speed of a benchmark.
+            jobs: All jobs of the sweep.
+            metric: Dotted key of summary.json to compare by. None: the linear probe, or the speed of a benchmark.
         """
-        self.write(jobs)
+        self.save(jobs)
         self.refresh(jobs)
-        self.write(jobs)
-        metric = metric or default_metric(jobs)
-        text = table(jobs, metric, f"Sweep {self.folder.name}", self.folder)
+        self.save(jobs)
+        title = f"Sweep {self.folder.name}"
+        comparison = Comparison(jobs, metric or default_metric(jobs))
+        text = comparison.to_text(title, self.folder)
         print(f"\n{text}", flush=True)
         files = [self.folder / "table.txt"]
         atomic_write(files[0], text + "\n")
-        if groups(jobs, metric)[1]:
-            from hjepa.sweeps.plots import plot, plot_progress
+        if comparison.values(comparison.metric):
+            from hjepa.sweeps.plots import plot_progress, plot_results
 
             files.append(self.folder / "sweep.png")
-            plot(jobs, metric, f"Sweep {self.folder.name}", files[1])
-            files += plot_progress(jobs, f"Sweep {self.folder.name}", self.folder / "progress.png")
+            plot_results(comparison, title, files[1])
+            files += plot_progress(comparison, title, self.folder / "progress.png")
             print(f"Plots: {', '.join(str(file) for file in files[1:])}")
         log_artifacts_of_jobs(jobs, files, "sweep", {"sweep": self.folder.name})
         print(f"Sweep folder: {self.folder}", flush=True)
 
-    def returns(self, jobs: list[Job]) -> list[JobReturn]:
-        """What Hydra's sweeper gets.
+    def job_returns(self, jobs: list[Job]) -> list[JobReturn]:
+        """Return what Hydra's sweeper expects of a launcher.
 
         Raises:
-            UserError: jobs failed or were stopped.
+            UserError: Jobs failed or were stopped.
         """
-        failed = [str(job.number) for job in jobs if not job.is_complete]
-        if failed:
+        incomplete = [str(job.number) for job in jobs if not job.is_complete]
+        if incomplete:
             raise UserError(
-                f"{len(failed)} of {len(jobs)} jobs did not finish (number {', '.join(failed)}): the table says why; "
-                "the same command does what is missing."
+                f"{len(incomplete)} of {len(jobs)} jobs did not finish (number {', '.join(incomplete)}): the table shows the "
+                "reasons; run the same command again to do what is missing."
             )
         metric = default_metric(jobs)
         values = [lookup(job.summary, metric) for job in jobs]
@@ -106,7 +109,7 @@ class Sweep:
 
 
 class SweepStart(Callback):
-    """What every launcher needs before a sweep: a folder that can be written, and the sweep's name for its jobs' trackers."""
+    """Hydra callback that prepares a sweep for any launcher: checks its folder, and passes its name on to the jobs' trackers."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir).expanduser().absolute()
@@ -114,23 +117,30 @@ class SweepStart(Callback):
             check_writable(folder)
         except UserError as error:
             sys.exit(str(error))  # Hydra would only warn of any other exception here, and fail later
-        os.environ[SWEEP] = folder.name
+        os.environ[SWEEP_VARIABLE] = folder.name
 
 
 def log_artifacts_of_jobs(jobs: list[Job], files: list[Path], folder: str, tags: dict[str, str]) -> None:
-    """Give every tracked run the files, into a folder of its artifacts, and the tags; with tags also its number."""
+    """Log files and tags to every tracked run.
+
+    Args:
+        jobs: Jobs with their summaries.
+        files: Files to log.
+        folder: Folder among the artifacts of a run.
+        tags: Tags for every run. If there are any, each run is also tagged with the number of its job.
+    """
     trackers: dict[str, Any] = {}
     for job in jobs:
         if job.folder and job.summary.get("run_id"):
             options = read_config(job.folder)["tracking"]
             key = json.dumps(options)
             trackers[key] = trackers.get(key) or build_trackers(options)
-            own = tags | {"job": str(job.number)} if tags else {}
-            trackers[key].add_artifacts(job.summary["run_id"], Artifacts(files, folder, own))
+            job_tags = tags | {"job": str(job.number)} if tags else {}
+            trackers[key].add_artifacts(job.summary["run_id"], Artifacts(files, folder, job_tags))
 
 
 def check_metric(jobs: list[Job], metric: str | None) -> None:
-    """Refuse a metric that no job has."""
+    """Raise a UserError if no job has the metric."""
     if metric and all(lookup(job.summary, metric) is None for job in jobs):
-        numbers = ", ".join(sorted({key for job in jobs for key in flatten(job.summary) if lookup(job.summary, key) is not None}))
-        raise UserError(f"task.metric={metric}: none of the runs has it; expected one of {numbers or 'none yet'}.")
+        keys = ", ".join(sorted({key for job in jobs for key in flatten(job.summary) if lookup(job.summary, key) is not None}))
+        raise UserError(f"task.metric={metric}: none of the runs has it; expected one of {keys or 'none yet'}.")

@@ -1,15 +1,23 @@
-"""The table of a sweep or a comparison: what was varied, how each run ended, the mean over seeds, and the differences between
-runs of the same seed.
+"""Tables of a sweep or a comparison: results of every run, means over seeds, and differences between runs of the same seed.
+
+`Comparison` holds the results in a pandas data frame. The text table, compare.json, the report and the plots are all made from
+it. pandas is imported when a comparison is made, because every start of the program imports this module.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-from statistics import mean, stdev
-from typing import Any, NamedTuple
+from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import stdev
+from typing import TYPE_CHECKING, Any
+
+from hjepa.config.identity import flatten
 from hjepa.sweeps.job import Job
 
-RESULTS = {  # column -> dotted key of summary.json
+if TYPE_CHECKING:
+    import pandas as pd
+
+RESULTS = {  # column heading -> dotted key of summary.json
     "linear": "probe.linear",
     "untrained": "untrained.linear",
     "knn": "probe.knn",
@@ -23,181 +31,208 @@ RESULTS = {  # column -> dotted key of summary.json
     "memory MB": "peak_memory_mb",
 }
 
-SHARES = ("linear", "knn", "finetune", "utilization")  # ends of the keys of shares, which people read in per cent
+PERCENT_SUFFIXES = ("linear", "knn", "finetune", "utilization")  # keys that end so hold fractions and are printed in percent
 
 Group = tuple[str, ...]  # values of the varied options
 
-Groups = dict[Group, list[float]]
-
-
-class Difference(NamedTuple):
-    """Mean of the differences between runs of the same seed, its standard error (None for one pair), and the pairs."""
-
-    mean: float
-    error: float | None
-    pairs: int
-
 
 def lookup(summary: dict[str, Any], key: str) -> float | None:
-    """A number of a summary by its dotted key; None where there is none."""
+    """Return the number of a summary at a dotted key, or None if there is no such number."""
     value: Any = summary
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
     return float(value) if isinstance(value, int | float) else None
 
 
 def results(summary: dict[str, Any]) -> dict[str, float]:
-    """The columns of `RESULTS` that a summary has."""
-    return {column: value for column, key in RESULTS.items() if (value := lookup(summary, key)) is not None}
+    """Return the numbers of a summary that `RESULTS` lists, by column heading."""
+    return {heading: value for heading, key in RESULTS.items() if (value := lookup(summary, key)) is not None}
 
 
 def default_metric(jobs: Sequence[Job]) -> str:
-    """What jobs are compared by: the linear probe, or the speed where nothing was probed."""
+    """Return the key to compare jobs by: the linear probe, or the speed if no job was probed."""
     probed = any(lookup(job.summary, "probe.linear") is not None for job in jobs)
     return "probe.linear" if probed else "images_per_second"
 
 
-def columns(jobs: Sequence[Job], metric: str) -> dict[str, str]:
-    """The columns of results that any job has, with the keys of summary.json that they hold."""
-    wanted = RESULTS if metric in RESULTS.values() else RESULTS | {metric: metric}
-    return {column: key for column, key in wanted.items() if any(lookup(job.summary, key) is not None for job in jobs)}
-
-
 def options(job: Job) -> dict[str, str]:
-    """What a job's overrides set: option -> value."""
+    """Return the options that a job's overrides set, with their values."""
     return {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in job.overrides)}
 
 
 def varied(jobs: Sequence[Job]) -> list[str]:
-    """The options that differ between the jobs."""
-    chosen = [options(job) for job in jobs]
-    return [key for key in dict.fromkeys(k for c in chosen for k in c) if len({c.get(key) for c in chosen}) > 1]
+    """Return the options in which the jobs differ."""
+    settings = [options(job) for job in jobs]
+    return [key for key in dict.fromkeys(k for s in settings for k in s) if len({s.get(key) for s in settings}) > 1]
 
 
 def label_of(jobs: Sequence[Job], job: Job) -> str:
-    """What sets a job apart from the others, as it is typed."""
-    chosen = options(job)
-    return " ".join(f"{key}={chosen[key]}" for key in varied(jobs) if key in chosen)
+    """Return the overrides that distinguish a job from the other jobs."""
+    settings = options(job)
+    return " ".join(f"{key}={settings[key]}" for key in varied(jobs) if key in settings)
 
 
-def members(jobs: Sequence[Job]) -> tuple[list[str], dict[Group, list[Job]]]:
-    """The varied options but the seed, and all whole runs by the values of these options."""
-    axes = [key for key in varied(jobs) if key != "seed"]
-    found: dict[Group, list[Job]] = {}
-    for job in jobs:
-        if job.is_complete:
-            chosen = options(job)
-            found.setdefault(tuple(chosen.get(key, "") for key in axes), []).append(job)
-    return axes, found
-
-
-def groups(jobs: Sequence[Job], metric: str) -> tuple[list[str], Groups]:
-    """The varied options but the seed, and the metric's values of all whole runs by the values of these options."""
-    axes, found = members(jobs)
-    values = {chosen: numbers(runs, metric) for chosen, runs in found.items()}
-    return axes, {chosen: found for chosen, found in values.items() if found}
-
-
-def numbers(jobs: Sequence[Job], key: str) -> list[float]:
-    """The values of a key of summary.json, of the jobs that have one."""
-    return [value for job in jobs if (value := lookup(job.summary, key)) is not None]
-
-
-def difference(before: Sequence[Job], after: Sequence[Job], key: str) -> Difference | None:
-    """How a number differs between two groups of runs, pair by pair of runs with the same seed: what the seed alone does (the
-    data's order, the initial weights) is the same for both. None without such a pair.
-    """
-    old, new = ({seed(job): value for job in jobs if (value := lookup(job.summary, key)) is not None} for jobs in (before, after))
-    found = [new[number] - old[number] for number in old if number in new]
-    if not found:
-        return None
-    return Difference(mean(found), stdev(found) / len(found) ** 0.5 if len(found) > 1 else None, len(found))
-
-
-def seed(job: Job) -> str:
-    """The seed of a run, as it was asked for or as the run tells."""
+def seed_of(job: Job) -> str:
+    """Return the seed of a run, from its overrides or else from its summary."""
     return options(job).get("seed") or str(job.summary.get("seed"))
 
 
-def std(values: list[float]) -> float:
-    """Standard deviation of a sample, 0 for a single value."""
+def format_value(value: float | None, key: str) -> str:
+    """Format a result for people: fractions in percent."""
+    if value is None or value != value:  # NaN marks a missing result in a data frame
+        return ""
+    return f"{value:.1%}" if key.endswith(PERCENT_SUFFIXES) else f"{value:.4g}"
+
+
+def format_mean(mean: float, std: float, key: str) -> str:
+    """Format a mean and, if it is known, the standard deviation."""
+    if std != std:
+        return format_value(mean, key)
+    return f"{format_value(mean, key)} +- {std:{'.1%' if key.endswith(PERCENT_SUFFIXES) else '.3g'}}"
+
+
+def format_difference(mean: float, error: float, key: str) -> str:
+    """Format a difference and, if it is known, its standard error; differences of fractions are in percentage points."""
+    if mean != mean:
+        return ""
+    scale, digits, unit = (100, ".1f", " points") if key.endswith(PERCENT_SUFFIXES) else (1, ".3g", "")
+    return f"{scale * mean:+{digits}}" + ("" if error != error else f" +- {scale * error:{digits}}") + unit
+
+
+class Comparison:
+    """Runs side by side, grouped by the options in which they differ; runs of one group differ in their seeds.
+
+    Args:
+        jobs: Jobs with their summaries. Only complete ones belong to a group.
+        metric: Dotted key of summary.json that becomes a column even if `RESULTS` does not list it.
+
+    Attributes:
+        columns: Column headings and keys of summary.json, as far as any job has the result.
+        options: Varied options without the seed.
+        levels: Index levels that identify a group: the options, or one nameless level if there are none.
+        groups: Complete jobs by their values of these levels.
+        frame: Every number of the summaries: a row per complete job, indexed by group and seed; a column per key.
+    """
+
+    def __init__(self, jobs: Sequence[Job], metric: str) -> None:
+        import pandas as pd
+
+        self.jobs, self.metric = list(jobs), metric
+        listed = RESULTS if metric in RESULTS.values() else RESULTS | {metric: metric}
+        self.columns = {h: key for h, key in listed.items() if any(lookup(job.summary, key) is not None for job in jobs)}
+        self.options = [key for key in varied(jobs) if key != "seed"]
+        self.levels = self.options or [""]
+        self.groups: dict[Group, list[Job]] = {}
+        for job in jobs:
+            if job.is_complete:
+                self.groups.setdefault(tuple(options(job).get(key, "") for key in self.levels), []).append(job)
+        rows = [(*group, seed_of(job)) for group, members in self.groups.items() for job in members]
+        index = pd.MultiIndex.from_frame(pd.DataFrame(rows, columns=[*self.levels, "seed"]))
+        complete = [flatten(job.summary) for members in self.groups.values() for job in members]
+        numbers = [{key: value for key, value in summary.items() if isinstance(value, int | float)} for summary in complete]
+        frame = pd.DataFrame(numbers, index=index, dtype=float)
+        self.frame = frame.reindex(columns=[*dict.fromkeys([*frame.columns, *self.columns.values(), metric])])
+
+    def values(self, key: str) -> dict[Group, list[float]]:
+        """Return the results of a key of summary.json by group, without groups and runs that lack it."""
+        results = {g: [v for job in jobs if (v := lookup(job.summary, key)) is not None] for g, jobs in self.groups.items()}
+        return {group: values for group, values in results.items() if values}
+
+    @property
+    def has_repeats(self) -> bool:
+        """Whether any group has several runs."""
+        return any(len(members) > 1 for members in self.groups.values())
+
+    def means(self) -> pd.DataFrame:
+        """Return the mean, sample standard deviation (NaN for one run) and count over seeds; a row per group."""
+        return self.frame.groupby(level=self.levels, sort=False).agg(["mean", "std", "count"])
+
+    def differences(self) -> pd.DataFrame:
+        """Return how every other group differs from the first: the mean, its standard error, and the number of pairs.
+
+        Runs of the same seed are compared, since the effects of the seed alone (order of the data, initial weights) are the
+        same in both.
+        """
+        by_seed = self.frame.groupby(level=[*self.levels, "seed"], sort=False).last()
+        first = by_seed.iloc[: len({seed_of(job) for job in next(iter(self.groups.values()))})].droplevel([*self.levels])
+        differences = by_seed - first.reindex(by_seed.index.get_level_values("seed")).to_numpy()
+        return differences.iloc[len(first) :].groupby(level=self.levels, sort=False).agg(["mean", "sem", "count"])
+
+    def job_table(self) -> pd.DataFrame:
+        """Return a row per job as text: options, state and results."""
+        import pandas as pd
+
+        keys = varied(self.jobs)
+        rows = [
+            {"job": str(job.number), **{key: options(job).get(key, "") for key in keys}, "state": job.state}
+            | {heading: format_value(lookup(job.summary, key), key) for heading, key in self.columns.items()}
+            for job in self.jobs
+        ]
+        return pd.DataFrame(rows).set_index(["job", *keys])
+
+    def mean_table(self) -> pd.DataFrame:
+        """Return a row per group as text: options, mean and standard deviation of every result, and the number of runs."""
+        table = format_columns(self.means(), self.columns, "std", format_mean)
+        return table.assign(runs=[str(len(members)) for members in self.groups.values()])
+
+    def difference_table(self) -> pd.DataFrame:
+        """Return a row per group but the first as text: options, differences from the first, and the number of pairs."""
+        differences = self.differences()
+        table = format_columns(differences, self.columns, "sem", format_difference)
+        counts = differences[[(key, "count") for key in self.columns.values()]].to_numpy()
+        return table.assign(pairs=[f"{max(row, default=0):.0f}" for row in counts])
+
+    def to_text(self, title: str, folder: Path) -> str:
+        """Return all tables as text; logs or, without any, runs are named relative to the folder."""
+        location = "log" if any(job.log for job in self.jobs) else "run"
+        paths = [job.log if location == "log" else job.folder for job in self.jobs]
+        names = [str(path.relative_to(folder) if path and path.is_relative_to(folder) else path or "") for path in paths]
+        reasons = [job.reason.splitlines()[0] if job.reason else "" for job in self.jobs]
+        width = max(map(len, reasons))
+        jobs = self.job_table().assign(**{location: names, "": [reason.ljust(width) for reason in reasons]})
+        blocks = [f"{title}:\n{align(jobs)}"]
+        if self.has_repeats:
+            blocks.append(f"Mean and standard deviation over seeds:\n{align(self.mean_table())}")
+        return "\n\n".join([*blocks, *self.difference_text()])
+
+    def difference_text(self) -> list[str]:
+        """Return the block on differences, if there are two groups or any difference is over several seeds."""
+        if len(self.groups) < 2:
+            return []
+        table, first = self.difference_table(), next(iter(self.groups))
+        pairs = table["pairs"].astype(int).max()
+        if pairs == 0 or (pairs == 1 and len(self.groups) > 2):
+            return []
+        named = ", ".join(f"{key}={value or '(none)'}" for key, value in zip(self.levels, first, strict=True))
+        reference = named if len(self.levels) <= 3 else f"the group of job {self.groups[first][0].number}"
+        text = f"Difference from {reference} between runs of the same seed (mean and its standard error):\n{align(table)}"
+        if pairs == 1 and any(key.startswith("probe.") for key in self.columns.values()):
+            text += "\nOne seed proves nothing: runs that differ only in the seed differ as well. Sweep seed=0,1,2 of both."
+        return [text]
+
+
+def format_columns(
+    statistics: pd.DataFrame, columns: dict[str, str], error: str, form: Callable[[float, float, str], str]
+) -> pd.DataFrame:
+    """Return a table of text from the mean and the `error` statistic of every column."""
+    import pandas as pd
+
+    pairs = {heading: statistics[key][["mean", error]].to_numpy() for heading, key in columns.items()}
+    cells = {heading: [form(mean, spread, columns[heading]) for mean, spread in rows] for heading, rows in pairs.items()}
+    return pd.DataFrame(cells, index=statistics.index)
+
+
+def align(table: pd.DataFrame) -> str:
+    """Return a table as lines without trailing spaces."""
+    return "\n".join(line.rstrip() for line in table.to_string(sparsify=False).splitlines())
+
+
+def std(values: Sequence[float]) -> float:
+    """Return the standard deviation of a sample, 0 for a single value."""
     return stdev(values) if len(values) > 1 else 0.0
 
 
-def figure(value: float | None, key: str) -> str:
-    """A result as people read it: shares in per cent."""
-    if value is None:
-        return ""
-    return f"{value:.1%}" if key.endswith(SHARES) else f"{value:.4g}"
-
-
-def table(jobs: Sequence[Job], metric: str, title: str, folder: Path) -> str:
-    """One line per job, then one per combination of options where there are several seeds, then the differences between these.
-
-    Args:
-        metric: dotted key of summary.json, which becomes a column; folder: that what jobs said, or their runs, is named from.
-    """
-    shown = columns(jobs, metric)
-    lines = [f"{title}:", *job_lines(jobs, shown, folder)]
-    axes, found = members(jobs)
-    if any(len(runs) > 1 for runs in found.values()):
-        over = [["", *axes, *shown, "runs"]]
-        for chosen, runs in found.items():
-            over.append(["", *chosen, *(average(numbers(runs, key), key) for key in shown.values()), str(len(runs))])
-        lines += ["", "Mean and standard deviation over seeds:", *aligned(over)]
-    return "\n".join([*lines, *paired_lines(axes, found, shown)])
-
-
-def job_lines(jobs: Sequence[Job], shown: dict[str, str], folder: Path) -> list[str]:
-    """One line per job: its options, its end, its results, and where to look."""
-    keys, logged = varied(jobs), any(job.log for job in jobs)
-    rows = [["job", *keys, "state", *shown, "log" if logged else "run", ""]]
-    for job in jobs:
-        chosen, place = options(job), job.log if logged else job.folder
-        near = "" if place is None else str(place.relative_to(folder) if place.is_relative_to(folder) else place)
-        cells = [figure(lookup(job.summary, key), key) for key in shown.values()]
-        reason = job.reason.splitlines()[0] if job.reason else ""
-        rows.append([str(job.number), *(chosen.get(key, "") for key in keys), job.state, *cells, near, reason])
-    return aligned(rows)
-
-
-def average(values: list[float], key: str) -> str:
-    """Mean and standard deviation as people read them."""
-    if not values:
-        return ""
-    deviation = f"{std(values):.1%}" if key.endswith(SHARES) else f"{std(values):.3g}"
-    return figure(mean(values), key) + (f" +- {deviation}" if len(values) > 1 else "")
-
-
-def paired_lines(axes: list[str], found: dict[Group, list[Job]], shown: dict[str, str]) -> list[str]:
-    """How every combination of options differs from the first, where that is one comparison or there are several seeds."""
-    (first, *others), one_comparison = list(found) or [()], len(found) == 2
-    rows, pairs = [["", *axes, *shown, "pairs"]], 0
-    for chosen in others:
-        differences = {key: difference(found[first], found[chosen], key) for key in shown.values()}
-        count = max((d.pairs for d in differences.values() if d), default=0)
-        rows.append(["", *chosen, *(difference_cell(d, key) for key, d in differences.items()), str(count)])
-        pairs = max(pairs, count)
-    if not pairs or not (one_comparison or pairs > 1):
-        return []
-    named = ", ".join(f"{key}={value or '(none)'}" for key, value in zip(axes, first, strict=True))
-    against = named if len(axes) <= 3 else f"job {found[first][0].number} and its like"
-    lines = ["", f"Difference from {against}, seed by seed (mean and its standard error):", *aligned(rows)]
-    if pairs == 1 and any(key.startswith("probe.") for key in shown.values()):
-        lines.append("One seed proves nothing: two runs that differ in the seed alone differ as well. Sweep seed=0,1,2 of both.")
-    return lines
-
-
-def difference_cell(found: Difference | None, key: str) -> str:
-    """A difference as people read it, that of shares in points."""
-    if found is None:
-        return ""
-    scale, form = (100, ".1f") if key.endswith(SHARES) else (1, ".3g")
-    error = "" if found.error is None else f" +- {scale * found.error:{form}}"
-    return f"{scale * found.mean:+{form}}{error}" + (" points" if scale == 100 else "")
-
-
 def aligned(rows: list[list[str]]) -> list[str]:
-    """Rows of cells as lines with columns of even width."""
+    """Return rows of cells as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,16 +1,16 @@
-"""`task=compare`: any runs side by side, by the options in which their configs differ.
+"""`task=compare`: compare any runs by the options in which their configs differ.
 
-Runs become the jobs of a sweep that was never started, so that table, plot and differences between runs of the same seed are
+The runs are treated as the jobs of a sweep, so that the table, the plots and the differences between runs of the same seed are
 those of a sweep.
 
-    table.txt, compare.png, progress.png   for people        compare.json   for machines
+    table.txt, compare.png, progress.png   for people
+    compare.json                           for programs
 """
 
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from hjepa.config.errors import UserError
@@ -18,7 +18,7 @@ from hjepa.config.identity import BENCHMARK, flatten, identity, short_hash
 from hjepa.config.schema import Config
 from hjepa.sweeps.job import Job
 from hjepa.sweeps.sweep import Sweep, check_metric, log_artifacts_of_jobs
-from hjepa.sweeps.tables import columns, default_metric, difference, lookup, members, numbers, options, std, table
+from hjepa.sweeps.tables import Comparison, default_metric, lookup, options
 from hjepa.tracking.atomic import atomic_write
 from hjepa.tracking.run_folder import check_writable, read_config, read_summary
 
@@ -26,20 +26,23 @@ MISSING = object()
 
 
 def compare_runs(config: Config, path: Path, runs: list[str], sweep: str | None, metric: str | None) -> None:
-    """Print, draw and save a comparison, and give it to the runs' trackers.
+    """Print, plot and save a comparison, and log it to the trackers of the runs.
 
     Args:
-        runs: run folders, or folders of such; sweep: instead, the folder of a sweep.
-        metric: dotted key of summary.json to compare by; None takes the linear probe, or the speed of benchmarks.
+        config: The resolved config.
+        path: Unused; a comparison makes no run.
+        runs: Run folders, or folders that contain run folders.
+        sweep: Sweep folder, instead of runs.
+        metric: Dotted key of summary.json to compare by. None: the linear probe, or the speed of benchmarks.
 
     Raises:
-        UserError: a folder holds no run, fewer than two runs have come to their ends, or they differ in nothing.
+        UserError: A folder contains no run, fewer than two runs are complete, or the runs do not differ.
     """
     if bool(runs) == bool(sweep):
         raise UserError(
             "task=compare needs what to compare: 'task.runs=[outputs/default/A,outputs/default/B]' or task.sweep=FOLDER."
         )
-    jobs, notes = swept(sweep) if sweep else opened(runs)
+    jobs, notes = jobs_of_sweep(sweep) if sweep else jobs_of_runs(runs)
     for job in jobs:
         add_evaluation(job)
     check_metric(jobs, metric)
@@ -48,50 +51,51 @@ def compare_runs(config: Config, path: Path, runs: list[str], sweep: str | None,
     folder = Path(config["output_root"]).expanduser().absolute() / "comparisons" / name
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files = write(folder, jobs, metric or default_metric(jobs), notes)
+    files = save_comparison(folder, jobs, metric or default_metric(jobs), notes)
     if config["tracking"]:
         log_artifacts_of_jobs(jobs, files, "compare", {})
     print(f"Comparison folder: {folder}")
 
 
-def write(folder: Path, jobs: list[Job], metric: str, notes: list[str]) -> list[Path]:
-    """Table, picture and JSON; returns their files."""
-    from hjepa.sweeps.plots import plot, plot_progress
+def save_comparison(folder: Path, jobs: list[Job], metric: str, notes: list[str]) -> list[Path]:
+    """Print and save the table, the plots and the JSON file; return their paths."""
+    from hjepa.sweeps.plots import plot_progress, plot_results
 
-    near = Path(os.path.commonpath([job.folder.parent for job in jobs if job.folder]))
-    text = "\n".join([table(jobs, metric, f"Comparison of {len(jobs)} runs in {near}", near), *notes])
+    comparison = Comparison(jobs, metric)
+    root = Path(os.path.commonpath([job.folder.parent for job in jobs if job.folder]))
+    text = "\n".join([comparison.to_text(f"Comparison of {len(jobs)} runs in {root}", root), *notes])
     print(f"\n{text}", flush=True)
     files = [folder / name for name in ("table.txt", "compare.json", "compare.png")]
     atomic_write(files[0], text + "\n")
-    atomic_write(files[1], json.dumps(figures(jobs, metric), indent=2) + "\n")
-    plot(jobs, metric, f"Comparison of {len(jobs)} runs", files[2])
-    files += plot_progress(jobs, f"Comparison of {len(jobs)} runs", folder / "progress.png")
+    atomic_write(files[1], json.dumps(comparison_data(comparison), indent=2) + "\n")
+    plot_results(comparison, f"Comparison of {len(jobs)} runs", files[2])
+    files += plot_progress(comparison, f"Comparison of {len(jobs)} runs", folder / "progress.png")
     print(f"Plots: {', '.join(str(file) for file in files[2:])}")
     return files
 
 
-# -- which runs ----------------------------------------------------------------------------------------------------------
+# -- the runs --------------------------------------------------------------------------------------------------------------
 
 
-def swept(folder: str) -> tuple[list[Job], list[str]]:
-    """The jobs of a sweep, by what its overrides varied."""
+def jobs_of_sweep(folder: str) -> tuple[list[Job], list[str]]:
+    """Return the jobs of a sweep, which differ in their overrides."""
     sweep = Sweep(Path(folder).expanduser().absolute())
-    jobs = sweep.read()
+    jobs = sweep.load()
     sweep.refresh(jobs)
     return jobs, []
 
 
-def opened(runs: Sequence[str]) -> tuple[list[Job], list[str]]:
-    """Run folders as jobs, by what differs in their configs, and sentences about what differs along with that."""
+def jobs_of_runs(runs: Sequence[str]) -> tuple[list[Job], list[str]]:
+    """Return run folders as jobs whose overrides are the differences of their configs, and notes on these differences."""
     folders = list(dict.fromkeys(folder for run in runs for folder in run_folders(run)))
     if len(folders) < 2:
-        raise UserError(f"task.runs names one run, {folders[0]}; give at least two to compare.")
+        raise UserError(f"task.runs names one run, {folders[0]}; list at least two to compare.")
     configs = [read_config(folder) for folder in folders]
-    timed = [is_benchmark(config) for config in configs]
-    if len(set(timed)) > 1:
-        one, other = (folders[timed.index(kind)] for kind in (True, False))
+    benchmarks = [is_benchmark(config) for config in configs]
+    if len(set(benchmarks)) > 1:
+        one, other = (folders[benchmarks.index(kind)] for kind in (True, False))
         raise UserError(f"task.runs: {one} is a benchmark and {other} is none; compare one kind of runs at a time.")
-    overrides, notes = differing([flat_identity(*pair) for pair in zip(folders, configs, strict=True)])
+    overrides, notes = differing_options([flat_identity(*pair) for pair in zip(folders, configs, strict=True)])
     jobs = [Job(number, own, folder) for number, (folder, own) in enumerate(zip(folders, overrides, strict=True))]
     for job, folder in zip(jobs, folders, strict=True):
         summary = read_summary(folder)
@@ -100,110 +104,113 @@ def opened(runs: Sequence[str]) -> tuple[list[Job], list[str]]:
 
 
 def run_folders(run: str) -> list[Path]:
-    """The run folder of this path, or all that lie in it: trained runs or, without any, benchmarks."""
+    """Return the run folder at a path or all run folders in it: trained runs or, without any, benchmarks."""
     folder = Path(run).expanduser().absolute()
     if (folder / "config.yaml").exists():
         return [folder]
-    inside = sorted(file.parent for file in folder.glob("*/config.yaml"))
-    if not inside:
-        raise UserError(f"task.runs: {folder} is no run folder, and none lies in it (no config.yaml); give those of runs.")
-    return [trained for trained in inside if not is_benchmark(read_config(trained))] or inside
+    children = sorted(file.parent for file in folder.glob("*/config.yaml"))
+    if not children:
+        raise UserError(f"task.runs: {folder} is no run folder and contains none (no config.yaml); list run folders.")
+    return [child for child in children if not is_benchmark(read_config(child))] or children
 
 
 def is_benchmark(config: Config) -> bool:
-    """Whether a run folder's config is of a benchmark."""
-    task = config.get("task")  # nothing is known yet of what is in the folder
+    """Return whether a run folder's config is of a benchmark; the config may be of any version."""
+    task = config.get("task")
     return isinstance(task, dict) and task.get("_target_") == BENCHMARK
 
 
 def flat_identity(folder: Path, config: Config) -> Config:
-    """What can make the results of a run differ, by dotted key."""
+    """Return the options that can change the results of a run, by dotted key."""
     try:
         return {key: value for key, value in flatten(identity(config)).items() if not key.startswith("task.")}
     except (KeyError, TypeError):
         raise UserError(f"{folder}/config.yaml is of another version of hjepa, or was changed; leave this run out.") from None
 
 
-def differing(configs: Sequence[Config]) -> tuple[list[list[str]], list[str]]:
-    """What differs between flat configs, as overrides of each.
+def differing_options(configs: Sequence[Config]) -> tuple[list[list[str]], list[str]]:
+    """Return what differs between flat configs as overrides of each, and notes on options that are left out.
 
-    Options of one group that tell the runs apart alike are one: the kind of the part (its `_target_`), or else the one with
-    the shortest values, stands for the others; a sentence names those that all runs have.
+    If several options of one group distinguish the runs in the same way, only one is reported: the class (`_target_`) or else
+    the option with the shortest values. A note lists the others, as far as all runs have them.
     """
-    alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    equivalent: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for key in dict.fromkeys(key for config in configs for key in config):
         values = [config.get(key, MISSING) for config in configs]
         pattern = tuple(values.index(value) for value in values)
         if any(pattern):
-            alike.setdefault((key.partition(".")[0], pattern), []).append(key)
-    if not alike:
-        raise UserError("These runs differ in nothing that changes a result; give runs of different options or seeds.")
-    chosen: dict[str, list[str]] = {}
-    for keys in alike.values():
+            equivalent.setdefault((key.partition(".")[0], pattern), []).append(key)
+    if not equivalent:
+        raise UserError("These runs do not differ in any option that changes a result; list runs of different options or seeds.")
+    reported: dict[str, list[str]] = {}
+    for keys in equivalent.values():
         lengths = {key: sum(len(str(config.get(key, ""))) for config in configs) for key in keys}
-        chosen[min(keys, key=lambda key: (not key.endswith("_target_"), key.count("."), lengths[key]))] = keys
-    overrides = [[shown(key, config[key]) for key in chosen if key in config] for config in configs]
+        reported[min(keys, key=lambda key: (not key.endswith("_target_"), key.count("."), lengths[key]))] = keys
+    overrides = [[format_override(key, config[key]) for key in reported if key in config] for config in configs]
     notes = []
-    for key, keys in chosen.items():
-        along = [k for k in keys if k != key and all(k in config for config in configs)]
-        if along:
-            notes.append(f"Along with {typed(key)} differ: {', '.join(along)}.")
+    for key, keys in reported.items():
+        others = [k for k in keys if k != key and all(k in config for config in configs)]
+        if others:
+            notes.append(f"Along with {key.removesuffix('._target_')} differ: {', '.join(others)}.")
     return overrides, ["", *notes] if notes else []
 
 
-def typed(key: str) -> str:
-    """An option as it is named: the kind of a part by the part."""
-    return key.removesuffix("._target_")
-
-
-def shown(key: str, value: Any) -> str:
-    """An override: the kind of a part by the name of its class."""
-    return f"{typed(key)}={str(value).rpartition('.')[2] if key.endswith('_target_') else value}"
+def format_override(key: str, value: Any) -> str:
+    """Format an override; a class is written as `group=ClassName`."""
+    if key.endswith("_target_"):
+        value = str(value).rpartition(".")[2]
+    return f"{key.removesuffix('._target_')}={value}"
 
 
 def add_evaluation(job: Job) -> None:
-    """Put what `task=evaluate` found last, if anything, beside the results of the run: for each protocol, the trained encoder's
-    deepest features and the main label.
+    """Add the last results of `task=evaluate`, if any, to the summary of a job.
+
+    Of each protocol, these are the results of the trained encoder's deepest features on the main label.
     """
     evaluation = read_summary(job.folder / "evaluate") if job.folder else {}
     if not evaluation.get("checkpoints"):
         return
-    found = {}
+    scores = {}
     for protocol, result in evaluation["checkpoints"][evaluation["checkpoint"]]["results"].items():
         trained = [columns for source, columns in result["rows"].items() if source.startswith("trained")]
         if trained and trained[-1]:
-            found[protocol] = next(iter(trained[-1].values()))
-    job.summary = job.summary | {"evaluate": found}
+            scores[protocol] = next(iter(trained[-1].values()))
+    job.summary = job.summary | {"evaluate": scores}
 
 
 def check_enough_runs(jobs: Sequence[Job]) -> None:
-    """Refuse a comparison of runs that have not come to their ends."""
-    whole = [job for job in jobs if job.is_complete]
-    if len(whole) < 2:
+    """Raise a UserError unless at least two runs are complete."""
+    count = sum(job.is_complete for job in jobs)
+    if count < 2:
         others = ", ".join(f"{job.folder or f'job {job.number}'} ({job.state})" for job in jobs if not job.is_complete)
         raise UserError(
-            f"{len(whole)} of {len(jobs)} runs have come to their ends, and a comparison needs two: {others}; the command that "
-            "started a run continues it."
+            f"{count} of {len(jobs)} runs are complete, and a comparison needs two: {others}; run the command that started a run "
+            "again to continue it."
         )
 
 
-# -- for machines --------------------------------------------------------------------------------------------------------
+# -- compare.json ----------------------------------------------------------------------------------------------------------
 
 
-def figures(jobs: Sequence[Job], metric: str) -> dict[str, Any]:
-    """Everything that the table says, as numbers: runs, groups with mean and standard deviation, differences by seed."""
-    keys = columns(jobs, metric).values()
-    axes, found = members(jobs)
-    first = next(iter(found.values()))
-    rows = [
-        {
-            "options": dict(zip(axes, chosen, strict=True)),
-            "runs": [job.number for job in runs],
-            **{key: {"mean": mean(values), "deviation": std(values)} for key in keys if (values := numbers(runs, key))},
-            "difference": {key: d._asdict() for key in keys if runs is not first and (d := difference(first, runs, key))},
-        }
-        for chosen, runs in found.items()
+def comparison_data(comparison: Comparison) -> dict[str, Any]:
+    """Return the numbers of the table: runs, groups with mean and standard deviation, and differences between same seeds."""
+    keys = list(comparison.columns.values())
+    means = comparison.means()
+    differences = comparison.differences()
+    groups: list[dict[str, Any]] = [
+        {"options": dict(zip(comparison.options, group, strict=False)), "runs": [job.number for job in jobs]}
+        for group, jobs in comparison.groups.items()
     ]
+    for number, group in enumerate(groups):
+        for key in keys:
+            mean, std, count = means[key].iloc[number]
+            if count:
+                group[key] = {"mean": mean, "deviation": std if count > 1 else 0.0}
+        group["difference"] = {}
+        for key in keys if number else ():
+            mean, error, pairs = differences[key].iloc[number - 1]
+            if pairs:
+                group["difference"][key] = {"mean": mean, "error": error if pairs > 1 else None, "pairs": int(pairs)}
     runs = [
         {
             "number": job.number,
@@ -212,6 +219,6 @@ def figures(jobs: Sequence[Job], metric: str) -> dict[str, Any]:
             "state": job.state,
             **{key: value for key in keys if (value := lookup(job.summary, key)) is not None},
         }
-        for job in jobs
+        for job in comparison.jobs
     ]
-    return {"metric": metric, "runs": runs, "groups": rows}
+    return {"metric": comparison.metric, "runs": runs, "groups": groups}

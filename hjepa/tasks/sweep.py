@@ -1,11 +1,4 @@
-"""A sweep: its jobs, planned before anything starts, and what is known of them in the sweep folder.
-
-A launcher plans the jobs, runs them wherever it does, calls `write` whenever a job's state changes, and `end` at last. All
-results come from the run folders, so the table and the plot can be made anew at any time (`task=sweep`).
-
-    sweep.json   the jobs, their states and results        table.txt, sweep.png, progress.png   for people
-    N.log        what job N said
-"""
+"""`task=sweep`: make the table and the plots of a sweep again, from its run folders as they are now."""
 
 from pathlib import Path
 
@@ -15,14 +8,17 @@ from hjepa.tracking.run_folder import check_writable
 
 
 def show_sweep(config: Config, path: Path, folder: str, metric: str | None) -> None:
-    """`task=sweep`: table and plot of a sweep anew, from its run folders as they are now.
+    """Print, plot and save the results of a sweep, and log them to the trackers of its runs.
 
     Args:
-        folder: of the sweep; metric: see `Sweep.end`.
+        config: The resolved config.
+        path: Unused; the task makes no run.
+        folder: Sweep folder.
+        metric: Dotted key of summary.json to compare by. None: the linear probe, or the speed of benchmarks.
     """
     sweep = Sweep(Path(folder).expanduser().absolute())
     check_writable(sweep.folder)
-    jobs = sweep.read()
+    jobs = sweep.load()
     sweep.refresh(jobs)
     check_metric(jobs, metric)
-    sweep.end(jobs, metric)
+    sweep.summarize(jobs, metric)

@@ -1,30 +1,34 @@
-"""`task=sync run=...`: send runs to trackers from what they left in their folders, for a server that was away or is new.
+"""`task=sync run=...`: send finished runs to trackers, for a server that was unreachable during the run or is new.
 
-What a tracker has already it does not get again, so the command can be repeated.
+Only what a tracker lacks is sent, so the command can be repeated.
 """
 
 from pathlib import Path
 
 from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
-from hjepa.tracking.resend import send
-from hjepa.tracking.run_folder import runs_below
+from hjepa.tracking.resend import send_run
+from hjepa.tracking.run_folder import find_runs
 
 
 def sync_runs(config: Config, path: Path) -> None:
-    """Send the run folder that `run` names, or every one below it, to the trackers of this config.
+    """Send the run folder that `run` names, or all run folders below it, to the trackers of this config.
+
+    Args:
+        config: The resolved config.
+        path: Unused; the task makes no run.
 
     Raises:
-        UserError: there is no run, nothing to send to, or a tracker could not be reached.
+        UserError: `run` contains no run, no tracker is configured, or a tracker could not be reached.
     """
     if not config["run"]:
-        raise UserError("task=sync needs a run folder, or a folder of such: run=outputs/default/NAME.")
+        raise UserError("task=sync needs a run folder, or a folder that contains run folders: run=outputs/default/NAME.")
     if not config["tracking"]:
         raise UserError("task=sync with tracking=none has nothing to send to; choose trackers, as in tracking=mlflow.")
     root = Path(config["run"]).expanduser().absolute()
-    folders = runs_below(root)
+    folders = find_runs(root)
     if not folders:
-        raise UserError(f"run={root} holds no run (no metrics.jsonl in it or below it); give the folder of a run.")
-    failed = [str(folder) for folder in folders if not send(config, folder)]
+        raise UserError(f"run={root} holds no run (no metrics.jsonl in it or below it); set run to the folder of a run.")
+    failed = [str(folder) for folder in folders if not send_run(config, folder)]
     if failed:
         raise UserError(f"{len(failed)} of {len(folders)} runs could not be sent: {', '.join(failed)}; see the warnings above.")

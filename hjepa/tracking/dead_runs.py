@@ -1,7 +1,7 @@
-"""Runs that MLflow believes to be running although nobody works on them: a killed process cannot say that it ended.
+"""Detection of runs that MLflow lists as running although they are dead, since a killed process cannot report its end.
 
-Whoever holds the lock of a run's folder works on it. A run is called dead only where that lock is free and can be relied on:
-on the machine that the run was on, or on a file system whose locks are the same on every machine.
+A process that works on a run holds the lock of the run folder. A run is considered dead if this lock is free and can be relied
+on: on the machine where the run was started, or on a file system that shares locks between machines.
 """
 
 import platform
@@ -12,23 +12,23 @@ from typing import Any
 from hjepa.tracking.run_folder import read_summary, try_lock
 from hjepa.tracking.tracker import TRACKER_STATUS
 
-BOOT, MOUNTS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/mounts")
+BOOT_ID, MOUNTS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/mounts")
 
-SHARED = {"nfs", "nfs4", "ceph", "gpfs", "lustre"}  # their locks reach across machines, unless an option says otherwise
+SHARED_FILE_SYSTEMS = {"nfs", "nfs4", "ceph", "gpfs", "lustre"}  # share locks between machines, except with these options:
 
-LOCAL_LOCKS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "noflock"}
+LOCAL_LOCK_OPTIONS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "noflock"}
 
 
 def machine_tags() -> dict[str, str]:
-    """What tells this machine from others: its name and, as containers have names of their own, its boot."""
-    return {"host": platform.node()} | ({"boot": BOOT.read_text().strip()} if BOOT.exists() else {})
+    """Return tags that identify this machine: its name and, because containers have their own names, the id of its boot."""
+    return {"host": platform.node()} | ({"boot": BOOT_ID.read_text().strip()} if BOOT_ID.exists() else {})
 
 
 def close_dead_runs(client: Any) -> None:
-    """Give every dead run that MLflow calls running, and whose folder is here, the end that it came to.
+    """Set the final status of all dead runs whose folders are on this machine.
 
     Args:
-        client: an MlflowClient.
+        client: An MlflowClient.
     """
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     for run in client.search_runs(experiments, "attributes.status = 'RUNNING' and tags.run_folder LIKE '/%'"):
@@ -36,35 +36,36 @@ def close_dead_runs(client: Any) -> None:
 
 
 def close_if_dead(client: Any, run: Any) -> None:
-    """Close one run, if that can be decided here."""
+    """Set the final status of a run if it is known to be dead."""
     tags, folder = run.data.tags, Path(run.data.tags["run_folder"])
-    file = folder / "run_id"
-    holds = file.read_text() if file.exists() else None  # the id of the run that the folder holds now
-    is_its = holds in (run.info.run_id, tags.get("copy_of"))
-    here = any(tags.get(key) == value for key, value in machine_tags().items())
-    if not (folder / ".lock").exists() or not (here or (is_its and locks_reach(folder))):
+    id_file = folder / "run_id"
+    current_id = id_file.read_text() if id_file.exists() else None  # of the run that the folder holds now
+    is_current = current_id in (run.info.run_id, tags.get("copy_of"))
+    same_machine = any(tags.get(key) == value for key, value in machine_tags().items())
+    if not (folder / ".lock").exists() or not (same_machine or (is_current and shares_locks(folder))):
         return
-    if holds and not is_its:  # another run has taken its place
+    if current_id and not is_current:  # another run has replaced it
         end_run(client, run.info.run_id, folder, "KILLED")
         return
-    with try_lock(folder) as free:
-        if free:
+    with try_lock(folder) as is_free:
+        if is_free:
             end_run(client, run.info.run_id, folder, TRACKER_STATUS.get(read_summary(folder).get("status", ""), "KILLED"))
 
 
 def end_run(client: Any, run_id: str, folder: Path, status: str) -> None:
-    """Set a run's final status; it ended when the last was written of what tells its story."""
-    story = [folder / name for name in ("config.yaml", "metrics.jsonl", "summary.json")]
-    last = max((file.stat().st_mtime for file in story if file.exists()), default=time.time())
-    client.set_terminated(run_id, status, end_time=int(1000 * last))
+    """Set the final status of a run, and as its end the time when its folder was last written."""
+    files = [folder / name for name in ("config.yaml", "metrics.jsonl", "summary.json")]
+    last_written = max((file.stat().st_mtime for file in files if file.exists()), default=time.time())
+    client.set_terminated(run_id, status, end_time=int(1000 * last_written))
 
 
-def locks_reach(folder: Path, mounts: Path = MOUNTS) -> bool:
-    """Whether a lock in this folder is seen on every machine that has the folder, by the table of mounted file systems."""
-    best, reach = -1, False
+def shares_locks(folder: Path, mounts: Path = MOUNTS) -> bool:
+    """Return whether all machines with access to a folder see the same locks, according to the table of mounts."""
+    longest, shared = -1, False
     for line in mounts.read_text().splitlines() if mounts.exists() else ():
         _, point, kind, options = line.split()[:4]
-        if folder.is_relative_to(point) and len(point) >= best:
+        if folder.is_relative_to(point) and len(point) >= longest:
             flags = set(options.split(","))
-            best, reach = len(point), kind in SHARED and not flags & LOCAL_LOCKS and (kind != "lustre" or "flock" in flags)
-    return reach
+            longest = len(point)
+            shared = kind in SHARED_FILE_SYSTEMS and not flags & LOCAL_LOCK_OPTIONS and (kind != "lustre" or "flock" in flags)
+    return shared

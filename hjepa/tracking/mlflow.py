@@ -1,7 +1,8 @@
-"""MLflow: a database in the output root, or a server.
+"""MLflow: a database in the output root, or a tracking server.
 
-Everything is sent from a thread of its own. When the server fails, the run says so once and goes on; from time to time, and at
-the end, what the server lacks is looked up and sent from metrics.jsonl, so nothing is lost and no point is there twice.
+A thread of its own sends everything, so that training never waits. If the server fails, the run logs one warning and goes on.
+It tries again from time to time and at its end: it asks the server for the points that it has, and sends the missing ones from
+metrics.jsonl, so that nothing is lost or duplicated.
 """
 
 import contextlib
@@ -12,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,81 +24,83 @@ from hjepa.tracking.tracker import Artifacts, Tracker
 
 log = logging.getLogger(__name__)
 
-BATCH = 500  # metrics per request; MLflow allows 1000
+METRICS_PER_REQUEST = 500  # MLflow allows 1000
+
+PARAMS_PER_REQUEST = 100  # as many as MLflow allows
 
 RETRY_SECONDS = 60.0  # between attempts to reach a server that failed
 
-PLACES = {"config.yaml": None, "summary.json": None, "plots/*.png": "plots"}  # files of a run folder, and where they go
+ARTIFACT_FOLDERS = {"config.yaml": None, "summary.json": None, "plots/*.png": "plots"}  # by pattern in the run folder
 
-QUIET = {
+ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the usual 7 and 120 hold a run up for minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the defaults, 7 retries and 120 seconds, delay the end of a run by minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
 
-Pair = tuple[str, int]  # a metric's name and step
+Point = tuple[str, int]  # name and step of a metric
 
 
 class MLflow(Tracker):
-    """MLflow on a database, by default `mlflow.db` in the output root, or the server that MLFLOW_TRACKING_URI names.
+    """MLflow on the server that MLFLOW_TRACKING_URI names, or on the database `mlflow.db` in the output root.
 
     Args:
-        uri: tracking URI, or None for MLFLOW_TRACKING_URI or the database.
-        output_root: where the database and the artifacts go.
-        system_metrics: record CPU, memory and GPU use.
+        uri: Tracking URI. None: MLFLOW_TRACKING_URI or, if that is not set, the database.
+        output_root: Folder of the database and its artifacts.
+        system_metrics: Record the use of CPU, memory and GPU.
     """
 
     def __init__(self, uri: str | None, output_root: str, system_metrics: bool) -> None:
         self.root = Path(output_root).expanduser().absolute()
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root}/mlflow.db"
         self.system_metrics = system_metrics
-        for name, value in QUIET.items():
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self.mlflow = import_optional("mlflow", "tracking=mlflow", "use tracking=none")
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        for name in ("mlflow.system_metrics", "urllib3.connectionpool"):  # we say ourselves, once, that a server is gone
+        for name in ("mlflow.system_metrics", "urllib3.connectionpool"):  # `call_safely` reports a failed server, once
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self.thread = ThreadPoolExecutor(max_workers=1)
-        self.job: Future[bool] | None = None
-        self.client: Any = None  # its constructor already creates the database
-        self.opening: Callable[[], None] = lambda: None
+        self.last_task: Future[bool] | None = None
+        self.client: Any = None  # created in `open_run`, since its constructor already creates the database
+        self.description: tuple[str, dict[str, Any], dict[str, str]] = "", {}, {}  # experiment, params and tags of the run
         self.folder, self.run_id, self.experiment_id = Path(), "", ""
         self.monitor: Any = None
-        self.pending: list[tuple[int, Record]] = []
-        self.have: set[Pair] = set()  # what the server has of coming records
+        self.pending: list[tuple[int, Record]] = []  # records with their time in milliseconds
+        self.sent_points: set[Point] = set()  # points that the server already has of records that are yet to be sent
         self.last_step = 0
-        self.failed_at: float | None = None  # when the server failed; None while it works
-        self.warned = False
+        self.failed_at: float | None = None  # time at which the server failed; None while it works
+        self.has_warned = False
 
-    # -- the run's side ------------------------------------------------------------------------------------------------
+    # -- called by the run ---------------------------------------------------------------------------------------------
 
     def start(
         self, folder: Path, experiment: str, params: dict[str, Any], tags: dict[str, str], records: list[Record]
     ) -> str | None:
         self.folder = folder
         self.last_step = records[-1]["step"] if records else 0
-        self.opening = partial(self.open, experiment, params, tags)
-        if self.attempt("starting a run", self.opening):
+        self.description = experiment, params, tags
+        if self.call_safely("starting a run", self.open_run):
             self.submit("sending metrics", self.send_missing, records, self.last_step)
             self.submit("closing dead runs", lambda: close_dead_runs(self.client))
         return self.run_id or None
 
     def log(self, record: Record) -> None:
-        self.pending.append((now(), record))
+        self.pending.append((milliseconds(), record))
         self.last_step = record["step"]
-        if self.job is None or self.job.done():
+        if self.last_task is None or self.last_task.done():
             self.flush()
 
     def flush(self) -> None:
-        """Hand what is pending to the thread; while the server is away, leave it to metrics.jsonl."""
+        """Pass pending records to the thread; while the server is unreachable, they remain in metrics.jsonl only."""
         batch, self.pending = self.pending, []
         if self.failed_at is None:
             self.submit("sending metrics", self.send, batch)
         elif time.monotonic() - self.failed_at > RETRY_SECONDS:
-            self.job = self.thread.submit(self.recover)
+            self.last_task = self.thread.submit(self.recover)
 
-    def artifact(self, path: Path, folder: str | None = None) -> None:
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
         self.submit(f"sending {path.name}", self.send_file, path, folder)
 
     def finish(self, status: str) -> bool:
@@ -110,20 +112,20 @@ class MLflow(Tracker):
         self.thread.shutdown(wait=True)
         return self.failed_at is None
 
-    def add_artifacts(self, run_id: str, addition: Artifacts) -> None:
+    def add_artifacts(self, run_id: str, artifacts: Artifacts) -> None:
         client = self.mlflow.MlflowClient(self.uri)
-        for key, value in addition.tags.items():
+        for key, value in artifacts.tags.items():
             client.set_tag(run_id, key, value)
-        there = client.get_run(run_id).data.metrics if addition.metrics else {}
-        new = [
-            self.mlflow.entities.Metric(key, value, now(), addition.step)
-            for key, value in addition.metrics.items()
-            if there.get(key) != value
+        existing = client.get_run(run_id).data.metrics if artifacts.metrics else {}
+        metrics = [
+            self.mlflow.entities.Metric(key, value, milliseconds(), artifacts.step)
+            for key, value in artifacts.metrics.items()
+            if existing.get(key) != value
         ]
-        for i in range(0, len(new), BATCH):
-            client.log_batch(run_id, metrics=new[i : i + BATCH])
-        for file in addition.files:
-            client.log_artifact(run_id, str(file), addition.folder)
+        for batch in batches(metrics, METRICS_PER_REQUEST):
+            client.log_batch(run_id, metrics=batch)
+        for file in artifacts.files:
+            client.log_artifact(run_id, str(file), artifacts.folder)
 
     def view_command(self) -> str | None:
         if not self.uri.startswith("sqlite"):
@@ -134,75 +136,76 @@ class MLflow(Tracker):
             f"http://127.0.0.1:5000/#/experiments/{self.experiment_id}/runs?compareRunsMode=CHART&workflowType=machine_learning"
         )
 
-    # -- faults --------------------------------------------------------------------------------------------------------
+    # -- failures of the server ----------------------------------------------------------------------------------------
 
-    def submit(self, what: str, call: Callable[..., None], *args: Any) -> None:
-        """Call in the thread, in order."""
-        self.job = self.thread.submit(self.attempt, what, call, *args)
+    def submit(self, action: str, call: Callable[..., None], *args: Any) -> None:
+        """Call a function in the thread, after all functions that were submitted before."""
+        self.last_task = self.thread.submit(self.call_safely, action, call, *args)
 
-    def attempt(self, what: str, call: Callable[..., None], *args: Any) -> bool:
-        """Call, unless the server failed before; returns whether it worked."""
+    def call_safely(self, action: str, call: Callable[..., None], *args: Any) -> bool:
+        """Call a function unless the server has failed before, and return whether the server works."""
         if self.failed_at is None:
             try:
                 call(*args)
-            except Exception as error:  # whatever a server does, training goes on
+            except Exception as error:  # the client may raise anything, and training must go on
                 self.failed_at = time.monotonic()
-                if not self.warned:
+                if not self.has_warned:
                     log.warning(
-                        "MLflow at %s: %s failed (%s); the run goes on, metrics.jsonl keeps everything. What is missing in "
-                        "the end can be sent later: python launch.py task=sync run=%s tracking.mlflow.uri=%s",
-                        *(self.uri, what, first_line(error), self.folder, self.uri),
+                        "MLflow at %s: %s failed (%s); the run goes on, and metrics.jsonl keeps everything. What is missing "
+                        "at the end of the run can be sent later: python launch.py task=sync run=%s tracking.mlflow.uri=%s",
+                        *(self.uri, action, first_line(error), self.folder, self.uri),
                     )
-                self.warned = True
+                self.has_warned = True
         return self.failed_at is None
 
     def recover(self, status: str | None = None) -> bool:
-        """After a fault, send what the server lacks; with a status, also end the run."""
+        """If the server has failed, send everything that it lacks; with a status, also end the run."""
         if self.failed_at is None:
             return True
         self.failed_at = None
-        return self.attempt("sending what was missed", self.catch_up, status)
+        return self.call_safely("sending what was missed", self.catch_up, status)
 
     def catch_up(self, status: str | None) -> None:
-        """Find out what the server lacks and send it."""
+        """Send everything that the server lacks; with a status, also end the run."""
         since = self.last_step
         if not self.run_id:
-            self.opening()
+            self.open_run()
         elif not status:
-            self.watch_system()
+            self.start_system_metrics()
         self.send_missing(read_records(self.folder), since)
-        for pattern, place in PLACES.items():
+        for pattern, folder in ARTIFACT_FOLDERS.items():
             for path in sorted(self.folder.glob(pattern)):
-                self.send_file(path, place)
+                self.send_file(path, folder)
         if status:
             self.end(status)
         log.info("MLflow at %s has everything now", self.uri)
 
-    # -- what is sent --------------------------------------------------------------------------------------------------
+    # -- requests ------------------------------------------------------------------------------------------------------
 
-    def open(self, experiment: str, params: dict[str, Any], tags: dict[str, str]) -> None:
-        """Find or create experiment and run."""
-        before = os.environ.get("MLFLOW_TRACKING_URI")
+    def open_run(self) -> None:
+        """Find or create the experiment and the run."""
+        experiment, params, tags = self.description
+        variable = os.environ.get("MLFLOW_TRACKING_URI")
         self.mlflow.set_tracking_uri(self.uri)  # for the system metrics
-        if before is None:  # MLflow writes it to the environment, where the next job of a sweep would find it
+        if variable is None:  # MLflow sets this variable, which the next job of a sweep would read
             os.environ.pop("MLFLOW_TRACKING_URI", None)
-        with self.first_use():
+        with self.database_lock():
             self.client = self.mlflow.MlflowClient(self.uri)
             self.experiment_id = self.find_experiment(experiment)
         tags = tags | machine_tags() | {"run_folder": str(self.folder)}
-        file = self.folder / "run_id"
-        known = file.read_text() if file.exists() else None
-        run = self.find_run(known, tags) or self.create_run(known, tags)
+        id_file = self.folder / "run_id"
+        known_id = id_file.read_text() if id_file.exists() else None
+        run = self.find_run(known_id, tags) or self.create_run(known_id, tags)
         self.run_id = str(run.info.run_id)
-        if not known:
-            atomic_write(file, self.run_id)
+        if not known_id:
+            atomic_write(id_file, self.run_id)
         if run.info.status != "RUNNING":
             self.client.update_run(self.run_id, status="RUNNING")
-        self.describe(params, tags, run.data.params)
-        self.watch_system()
+        self.send_description(params, tags, run.data.params)
+        self.start_system_metrics()
 
-    def watch_system(self) -> None:
-        """Begin to send system metrics; MLflow's monitor ends for good when the server fails."""
+    def start_system_metrics(self) -> None:
+        """Start to send system metrics; needed again after a failure of the server, which stops MLflow's monitor."""
         if self.system_metrics:
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -210,86 +213,89 @@ class MLflow(Tracker):
             self.monitor.start()
 
     @contextlib.contextmanager
-    def first_use(self) -> Iterator[None]:
-        """One at a time: two first users of a fresh database would break it. A server sees to this itself."""
+    def database_lock(self) -> Iterator[None]:
+        """Lock a database file, because two processes that create it at the same time corrupt it; servers need no lock."""
         if not self.uri.startswith("sqlite:///"):
             yield
             return
-        place = Path(self.uri.removeprefix("sqlite:///")).parent
-        place.mkdir(parents=True, exist_ok=True)
-        with (place / ".mlflow.lock").open("w") as lock:
+        folder = Path(self.uri.removeprefix("sqlite:///")).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".mlflow.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def find_experiment(self, name: str) -> str:
-        """The id of the experiment, created if it is not there."""
-        found = self.client.get_experiment_by_name(name)
-        if not found:
-            local = str(self.root / "mlartifacts") if self.uri.startswith("sqlite") else None
+        """Return the id of the experiment, which is created if it does not exist."""
+        experiment = self.client.get_experiment_by_name(name)
+        if not experiment:
+            location = str(self.root / "mlartifacts") if self.uri.startswith("sqlite") else None
             try:
-                return str(self.client.create_experiment(name, artifact_location=local))
-            except self.mlflow.MlflowException:  # on a server, another run may have been faster
-                found = self.client.get_experiment_by_name(name)
-                if not found:
+                return str(self.client.create_experiment(name, artifact_location=location))
+            except self.mlflow.MlflowException:  # another run may have created it on the server in the meantime
+                experiment = self.client.get_experiment_by_name(name)
+                if not experiment:
                     raise
-        return str(found.experiment_id)
+        return str(experiment.experiment_id)
 
-    def find_run(self, known: str | None, tags: dict[str, str]) -> Any:
-        """The run that an earlier sitting has left here, None if there is none.
+    def find_run(self, known_id: str | None, tags: dict[str, str]) -> Any:
+        """Return the tracked run of an earlier session, or None.
 
-        That is the known one, or the copy of it that another server has; without a known one (a crash may have come before its
-        id was kept) one of this folder and config that still counts as running.
+        This is the run with the id in the run folder, or this server's copy of a run on another server. Without an id (a crash
+        may have come before it was written) it is a run of this folder and config that the server lists as running.
         """
-        if known:
+        if known_id:
             try:
-                run = self.client.get_run(known)
+                run = self.client.get_run(known_id)
                 if run.info.lifecycle_stage == "active":
                     return run
             except self.mlflow.MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-            wanted = f"tags.copy_of = '{known}'"
+            query = f"tags.copy_of = '{known_id}'"
         else:
             same = [f"tags.{key} = '{tags[key]}'" for key in ("run_folder", "config") if key in tags]
-            wanted = " and ".join([*same, "attributes.status = 'RUNNING'"])
-        return next(iter(self.client.search_runs([self.experiment_id], wanted, max_results=1)), None)
+            query = " and ".join([*same, "attributes.status = 'RUNNING'"])
+        return next(iter(self.client.search_runs([self.experiment_id], query, max_results=1)), None)
 
-    def create_run(self, known: str | None, tags: dict[str, str]) -> Any:
-        """A new run; one that the folder knows under another id (of another server) is noted."""
+    def create_run(self, known_id: str | None, tags: dict[str, str]) -> Any:
+        """Create a run; a tag links a copy to the run on another server whose id the run folder holds."""
         from mlflow.tracking.context import registry
 
-        own = registry.resolve_tags(tags | ({"copy_of": known} if known else {}))
-        return self.client.create_run(self.experiment_id, tags=own, run_name=self.folder.name)
+        all_tags = registry.resolve_tags(tags | ({"copy_of": known_id} if known_id else {}))
+        return self.client.create_run(self.experiment_id, tags=all_tags, run_name=self.folder.name)
 
-    def describe(self, params: dict[str, Any], tags: dict[str, str], there: dict[str, str]) -> None:
-        """Send tags, and the parameters that are not there, 100 to a request as MLflow allows."""
+    def send_description(self, params: dict[str, Any], tags: dict[str, str], existing_params: dict[str, str]) -> None:
+        """Send the tags, and the parameters that the server lacks."""
         entities = self.mlflow.entities
-        new = [entities.Param(key, str(value)[:6000]) for key, value in params.items() if key not in there]
+        missing = [entities.Param(key, str(value)[:6000]) for key, value in params.items() if key not in existing_params]
         self.client.log_batch(self.run_id, tags=[entities.RunTag(key, value) for key, value in tags.items()])
-        for i in range(0, len(new), 100):
-            self.client.log_batch(self.run_id, params=new[i : i + 100])
+        for batch in batches(missing, PARAMS_PER_REQUEST):
+            self.client.log_batch(self.run_id, params=batch)
 
     def send_missing(self, records: list[Record], since: int) -> None:
-        """Send what the server lacks of the records; remember what it has from step `since` on, lest it comes again."""
-        keys = [key for key in self.client.get_run(self.run_id).data.metrics if not key.startswith("system/")]
-        self.have = {(key, m.step) for key in keys for m in self.client.get_metric_history(self.run_id, key)}
-        self.send([(now(), record) for record in records])
-        sent = {(key, record["step"]) for record in records for key in record}
-        self.have = {(key, step) for key, step in self.have | sent if step >= since}
+        """Send the points of the records that the server lacks.
 
-    def send(self, stamped: list[tuple[int, Record]]) -> None:
-        """Send (time in ms, record) pairs."""
+        Points from step `since` on are remembered, because records of these steps may also be pending.
+        """
+        keys = [key for key in self.client.get_run(self.run_id).data.metrics if not key.startswith("system/")]
+        self.sent_points = {(key, m.step) for key in keys for m in self.client.get_metric_history(self.run_id, key)}
+        self.send([(milliseconds(), record) for record in records])
+        sent_now = {(key, record["step"]) for record in records for key in record}
+        self.sent_points = {(key, step) for key, step in self.sent_points | sent_now if step >= since}
+
+    def send(self, timed_records: list[tuple[int, Record]]) -> None:
+        """Send pairs of a time in milliseconds and a record."""
         metrics = [
             self.mlflow.entities.Metric(key, value, time_ms, record["step"])
-            for time_ms, record in stamped
+            for time_ms, record in timed_records
             for key, value in record.items()
-            if key != "step" and (key, record["step"]) not in self.have
+            if key != "step" and (key, record["step"]) not in self.sent_points
         ]
-        for i in range(0, len(metrics), BATCH):
-            self.client.log_batch(self.run_id, metrics=metrics[i : i + BATCH])
+        for batch in batches(metrics, METRICS_PER_REQUEST):
+            self.client.log_batch(self.run_id, metrics=batch)
 
     def send_file(self, path: Path, folder: str | None) -> None:
-        """Send a file, if it is there."""
+        """Send a file if it exists."""
         if path.exists():
             self.client.log_artifact(self.run_id, str(path), folder)
 
@@ -298,6 +304,12 @@ class MLflow(Tracker):
         end_run(self.client, self.run_id, self.folder, status)
 
 
-def now() -> int:
-    """Milliseconds since 1970, as MLflow counts."""
+def batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+    """Yield consecutive slices of at most `size` items."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def milliseconds() -> int:
+    """Return the milliseconds since 1970, MLflow's unit of time."""
     return int(time.time() * 1000)

@@ -1,4 +1,4 @@
-"""Where a run comes from, for its summary and its trackers' tags: the code, the sweep and the SLURM job that it is part of."""
+"""Provenance of a run, for its summary and the tags of its trackers: the code, the sweep and the SLURM job."""
 
 import hashlib
 import json
@@ -12,19 +12,20 @@ from hjepa.config.identity import differences
 
 log = logging.getLogger(__name__)
 
-SWEEP = "HJEPA_SWEEP"  # environment variable: the sweep that a run is tagged with
+SWEEP_VARIABLE = "HJEPA_SWEEP"  # environment variable with the name of the sweep that a run belongs to
 
-SUBMITTED = "HJEPA_SUBMITTED"  # environment variable of a SLURM job: the code at its submission
+SUBMITTED_VARIABLE = "HJEPA_SUBMITTED"  # environment variable of a SLURM job with the state of the code at submission
 
 
-def origin() -> dict[str, str]:
-    """All tags that tell where a run comes from."""
-    return git_state() | ({"sweep": os.environ[SWEEP]} if SWEEP in os.environ else {}) | job_tags()
+def provenance_tags() -> dict[str, str]:
+    """Return all tags that describe the provenance of this run."""
+    sweep = {"sweep": os.environ[SWEEP_VARIABLE]} if SWEEP_VARIABLE in os.environ else {}
+    return git_state() | sweep | slurm_tags()
 
 
 @cache
 def git_state() -> dict[str, str]:
-    """Commit of the code, whether it has uncommitted changes, and 8 hexadecimal digits of them; empty outside a git checkout."""
+    """Return the commit of the code, whether it has uncommitted changes, and a hash of these; empty outside a git checkout."""
 
     def git(*command: str) -> str:
         return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
@@ -33,18 +34,18 @@ def git_state() -> dict[str, str]:
         commit, changes = git("rev-parse", "HEAD").strip(), git("diff", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return {}
-    digits = hashlib.sha256(changes.encode()).hexdigest()[:8] if changes else ""
-    return {"commit": commit, "dirty": str(bool(changes)), "changes": digits}
+    changes_hash = hashlib.sha256(changes.encode()).hexdigest()[:8] if changes else ""
+    return {"commit": commit, "dirty": str(bool(changes)), "changes": changes_hash}
 
 
-def job_tags() -> dict[str, str]:
-    """Tracker's tags of a run under SLURM: its job, and how the code has changed since the submission, which is also said."""
-    if SUBMITTED not in os.environ:
+def slurm_tags() -> dict[str, str]:
+    """Return the tags of a run under SLURM: its job id, and changes of the code since the submission, which are also logged."""
+    if SUBMITTED_VARIABLE not in os.environ:
         return {}
     import submitit
 
     tags = {"slurm_job": submitit.JobEnvironment().job_id}
-    changed = "; ".join(differences(json.loads(os.environ[SUBMITTED]), git_state()))
+    changed = "; ".join(differences(json.loads(os.environ[SUBMITTED_VARIABLE]), git_state()))
     if changed:
         log.warning("THE CODE HAS CHANGED between submission and start of this job, which runs it as it is now: %s", changed)
         tags["code_changed"] = changed

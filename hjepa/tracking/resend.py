@@ -1,7 +1,4 @@
-"""`task=sync run=...`: send runs to trackers from what they left in their folders, for a server that was away or is new.
-
-What a tracker has already it does not get again, so the command can be repeated.
-"""
+"""Sending finished runs to trackers from their run folders; used by `task=sync`."""
 
 import json
 from pathlib import Path
@@ -13,38 +10,31 @@ from hjepa.tracking.run_folder import UNSENT_MARKER, read_config, read_records, 
 from hjepa.tracking.tracker import TRACKER_STATUS, build_trackers
 
 
-def send(config: Config, folder: Path) -> bool:
-    """Send one run; returns whether everything arrived. A run that is being worked on sends for itself."""
-    with try_lock(folder) as free:
-        if not free:
-            print(f"{folder} is running and sends for itself.")
+def send_run(config: Config, folder: Path) -> bool:
+    """Send a run folder to the trackers of the config, and return whether everything arrived; running runs are skipped."""
+    with try_lock(folder) as is_free:
+        if not is_free:
+            print(f"{folder} is still running and sends its metrics itself.")
             return True
-        arrived = deliver(config, folder)
+        arrived = send_idle_run(config, folder)
     if arrived:
-        print(f"{folder} is sent: {len(read_records(folder))} records.")
+        print(f"{folder} was sent: {len(read_records(folder))} records.")
     return arrived
 
 
-def deliver(config: Config, folder: Path) -> bool:
-    """Send what is in a run folder that nobody works in; returns whether everything arrived. A summary that names no tracked
-    run names it from then on.
-    """
+def send_idle_run(config: Config, folder: Path) -> bool:
+    """Send a locked run folder, and return whether everything arrived; its summary then names the tracked run."""
     run, summary, records = read_config(folder), read_summary(folder), read_records(folder)
     tracker = build_trackers({name: without_system_metrics(node) for name, node in config["tracking"].items()})
     tags = {key: str(summary[key]) for key in ("commit", "dirty") if summary.get(key) is not None}
-    run_id = tracker.start(
-        folder,
-        run["experiment_name"],
-        flatten(run) | flatten(summary.get("parameters", {}), "parameters"),
-        tags | {"config": config_hash(run)},
-        records,
-    )
+    params = flatten(run) | flatten(summary.get("parameters", {}), "parameters")
+    run_id = tracker.start(folder, run["experiment_name"], params, tags | {"config": config_hash(run)}, records)
     if run_id and summary and not summary.get("run_id"):
         atomic_write(folder / "summary.json", json.dumps(summary | {"run_id": run_id}, indent=2) + "\n")
-    tracker.artifact(folder / "config.yaml")
-    tracker.artifact(folder / "summary.json")
+    tracker.log_artifact(folder / "config.yaml")
+    tracker.log_artifact(folder / "summary.json")
     for plot in sorted((folder / "plots").glob("*.png")):
-        tracker.artifact(plot, "plots")
+        tracker.log_artifact(plot, "plots")
     arrived = tracker.finish(TRACKER_STATUS.get(summary.get("status", ""), "KILLED"))
     if arrived:
         (folder / UNSENT_MARKER).unlink(missing_ok=True)
@@ -52,5 +42,5 @@ def deliver(config: Config, folder: Path) -> bool:
 
 
 def without_system_metrics(node: Config) -> Config:
-    """A tracker's options such that it does not measure this process, which is not the run's."""
+    """Return a tracker's options without system metrics, because this process is not the run's."""
     return node | ({"system_metrics": False} if "system_metrics" in node else {})

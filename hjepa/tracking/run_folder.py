@@ -1,8 +1,11 @@
-"""The run folder: what a run leaves behind, and the guard that one folder holds one run.
+"""The run folder: everything that a run writes, and the lock that keeps a second process out of it.
 
-config.yaml   the resolved config        metrics.jsonl   every metric by step, the truth that trackers copy
-summary.json  the machine-readable end   run.log         what was said
-run_id        the tracker's run          checkpoints/    plots/
+config.yaml     the resolved config
+metrics.jsonl   every metric by step; trackers hold copies of it
+summary.json    how the run ended and its results, for programs
+run.log         everything that was logged
+run_id          id of the run in its tracker
+checkpoints/    plots/
 """
 
 import contextlib
@@ -25,46 +28,46 @@ from hjepa.tracking.atomic import atomic_write
 
 Record = dict[str, Any]
 
-PREDECESSOR_SECONDS = 120.0  # a job that SLURM started again waits so long for its predecessor, which may still be dying
+UNSENT_MARKER = ".unsent"  # this file exists while trackers may lack something of the run
 
-UNSENT_MARKER = ".unsent"  # is there while trackers may lack something of a run
+LOCK_SECONDS = 2.0  # how long to wait for the lock, which `try_lock` of another process takes for a moment
 
-LOCK_SECONDS = 2.0  # a look at whether a folder is in use takes its lock, but never so long
+PREDECESSOR_SECONDS = 120.0  # the same for a job that SLURM has restarted, whose predecessor may still be ending
 
 
 def read_records(folder: Path) -> list[Record]:
-    """All whole records of a run folder; a line that a crash cut short is left out."""
+    """Return all records of a run folder, without a last line that a crash has cut off."""
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def read_summary(folder: Path) -> Record:
-    """The contents of summary.json; empty when there is none."""
+    """Return the contents of summary.json; empty if it does not exist."""
     file = folder / "summary.json"
     return upgrade_summary(json.loads(file.read_text())) if file.exists() else {}
 
 
-def runs_below(folder: Path) -> list[Path]:
-    """The folder, if it is a run's, and all run folders in it, in order; runs that have recorded nothing are none."""
+def find_runs(folder: Path) -> list[Path]:
+    """Return all run folders with records in this folder, including itself, in order."""
     return sorted(file.parent for file in folder.rglob("metrics.jsonl"))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config of a run folder as plain data; nothing in it is resolved or instantiated."""
+    """Return the config of a run folder as plain data, without resolving or instantiating any of it."""
     file = folder / "config.yaml"
     try:
-        config = OmegaConf.to_container(OmegaConf.load(file))
+        config: Any = OmegaConf.to_container(OmegaConf.load(file))
     except Exception as error:  # YAML and OmegaConf raise many kinds
-        raise UserError(f"{file} cannot be read as a config ({type(error).__name__}); give the folder of a run.") from error
+        raise UserError(f"{file} cannot be read as a config ({type(error).__name__}); choose the folder of a run.") from error
     if not isinstance(config, dict):
-        raise UserError(f"{file} holds no config; give the folder of a run.")
+        raise UserError(f"{file} holds no config; choose the folder of a run.")
     return upgrade_config(config)
 
 
 @contextlib.contextmanager
 def try_lock(folder: Path) -> Iterator[bool]:
-    """Whether nobody works in a run folder; until the context ends, nobody can begin to."""
+    """Try to lock a run folder until the context ends; yield False if another process has locked it."""
     with (folder / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,32 +78,31 @@ def try_lock(folder: Path) -> Iterator[bool]:
 
 
 class LogFile(logging.FileHandler):
-    """run.log; on a full disk it stays behind in silence, for the run itself then stops with the reason."""
+    """Handler of run.log that ignores a full disk, because the run itself then stops with that message."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Nothing."""
+        pass
 
     def close(self) -> None:
-        """Close, whether or not what is left can be written."""
         with contextlib.suppress(OSError):
             super().close()
 
 
-def check_writable(path: Path, mend: str = "set output_root to a folder that can") -> None:
-    """Refuse a place where nothing can be written, before any work; `mend` says what to do."""
-    there = path
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise UserError(f"The folder {path} cannot be written ({there} is in the way); {mend}.")
+def check_writable(path: Path, remedy: str = "set output_root to a writable folder") -> None:
+    """Raise a UserError with a remedy if files cannot be written to a folder, which need not exist yet."""
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise UserError(f"The folder {path} cannot be written ({existing} is in the way); {remedy}.")
 
 
 class RunFolder:
-    """A run's folder; nothing is written before `claim`.
+    """The folder of a run; nothing is written to it before `claim`.
 
     Args:
-        path: absolute.
-        config: the resolved config.
+        path: Absolute path.
+        config: The resolved config of the run.
     """
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
@@ -109,22 +111,22 @@ class RunFolder:
         check_writable(path)
 
     def check_same_config(self) -> None:
-        """Refuse a folder that holds a run of another config, naming what differs."""
+        """Raise a UserError that lists the differences if the folder holds a run with another config."""
         if not (self.path / "config.yaml").exists():
             return
         changed = differences(identity(read_config(self.path)), identity(self.config))
         if changed:
             raise UserError(
                 f"{self.path} holds a run with another config ({'; '.join(changed)}); "
-                "give another name, or overwrite=true to replace it."
+                "choose another name, or overwrite=true to replace it."
             )
 
     def summary(self) -> Record:
-        """The contents of summary.json; empty when there is none."""
+        """Return the contents of summary.json; empty if it does not exist."""
         return read_summary(self.path)
 
-    def result(self) -> Record:
-        """The summary of the run if it is finished and not to be replaced; empty else. Refuses a run of another config."""
+    def finished_summary(self) -> Record:
+        """Return the summary of a finished run of the same config; empty if the run has yet to be finished or replaced."""
         if self.config["overwrite"]:
             return {}
         self.check_same_config()
@@ -132,15 +134,17 @@ class RunFolder:
         return summary if summary.get("status") == "finished" else {}
 
     def claim(self, overwrite: bool) -> None:
-        """Create the folder, lock it against a second process, and write the config; `overwrite` empties it first."""
+        """Create the folder, lock it against other processes, and write the config; `overwrite` empties it first."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.take_lock()
+            self.acquire_lock()
         except BlockingIOError:
-            raise UserError(f"Another process is working in {self.path}; wait for it, or give this run another name.") from None
+            raise UserError(
+                f"Another process is working in {self.path}; wait for it, or choose another name for this run."
+            ) from None
         except OSError as error:
             raise UserError(
-                f"The run folder {self.path} cannot be written ({error.strerror}); set output_root to a folder that can."
+                f"The run folder {self.path} cannot be written ({error.strerror}); set output_root to a writable folder."
             ) from error
         if overwrite:
             for child in self.path.iterdir():
@@ -148,13 +152,13 @@ class RunFolder:
                     shutil.rmtree(child) if child.is_dir() else child.unlink()
         self.check_same_config()
         (self.path / "plots").mkdir(exist_ok=True)
-        (self.path / "summary.json").unlink(missing_ok=True)  # the end of an earlier sitting
+        (self.path / "summary.json").unlink(missing_ok=True)  # of an earlier session
         self.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.config)))
 
-    def take_lock(self) -> None:
-        """Lock the folder; raises BlockingIOError when another process keeps it."""
+    def acquire_lock(self) -> None:
+        """Lock the folder, or raise BlockingIOError if another process keeps it locked."""
         self.lock = (self.path / ".lock").open("w")
-        os.register_at_fork(after_in_child=self.release)  # else a worker would keep it after this process is killed
+        os.register_at_fork(after_in_child=self.release)  # otherwise a worker would keep it after this process is killed
         requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
         deadline = time.monotonic() + (PREDECESSOR_SECONDS if requeued else LOCK_SECONDS)
         while True:
@@ -166,21 +170,21 @@ class RunFolder:
             time.sleep(0.05)
 
     def release(self) -> None:
-        """Let others have the folder."""
+        """Unlock the folder."""
         if self.lock:
             self.lock.close()
             self.lock = None
 
     def mark_unsent(self) -> None:
-        """Note that trackers may lack something from now on."""
+        """Record that trackers may lack something from now on."""
         self.write(UNSENT_MARKER, "")
 
     def mark_sent(self) -> None:
-        """Note that trackers have everything."""
+        """Record that trackers have everything."""
         (self.path / UNSENT_MARKER).unlink(missing_ok=True)
 
     def write(self, name: str, text: str) -> None:
-        """Write a file whole or not at all."""
+        """Write a text file atomically."""
         atomic_write(self.path / name, text)
 
     def write_summary(self, summary: Record) -> None:
@@ -188,18 +192,18 @@ class RunFolder:
         self.write("summary.json", json.dumps(summary, indent=2) + "\n")
 
     def log_handler(self) -> logging.Handler:
-        """A handler that appends to run.log."""
+        """Return a logging handler that appends to run.log."""
         handler = LogFile(self.path / "run.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         return handler
 
     def append(self, record: Record) -> None:
-        """Add a record with its `step` to metrics.jsonl."""
+        """Append a record, which has a `step`, to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def rewind(self, step: int) -> list[Record]:
-        """Drop the records after `step`, which a resumed run will write again; returns the rest."""
+        """Remove the records after a step, which a resumed run will write again, and return the remaining ones."""
         kept = [record for record in read_records(self.path) if record["step"] <= step]
         self.write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
         return kept

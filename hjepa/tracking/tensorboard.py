@@ -1,4 +1,7 @@
-"""TensorBoard: event files in the run folder's `tensorboard/`, written anew by every sitting, so that no point is there twice."""
+"""TensorBoard: event files in the run folder's `tensorboard/`.
+
+Every session of a run writes the event files from the start, so that no point is duplicated.
+"""
 
 import shutil
 import sys
@@ -11,7 +14,7 @@ from hjepa.tracking.tracker import Tracker
 
 
 class TensorBoard(Tracker):
-    """TensorBoard's event files; nothing is sent anywhere."""
+    """TensorBoard event files in the run folder."""
 
     def __init__(self) -> None:
         import_optional("tensorboard", "tracking=tensorboard", "use tracking=none")

@@ -1,7 +1,9 @@
-"""Trackers: a run's parameters, metrics and files where they can be looked at, copied from the run folder.
+"""The interface of trackers, which copy a run's parameters, metrics and files from its run folder to where they can be viewed.
 
-metrics.jsonl is the truth: a tracker is given every record once, and what it already has (of an earlier sitting) it does not
-take twice. A tracking fault never stops training: the user is told once. A tracker's package is imported on use.
+metrics.jsonl in the run folder is the reference. A tracker receives every record once, and must not duplicate what it already
+has from an earlier session of the run. A failing tracker never stops training; it is reported once. To add a tracker, write a
+subclass of `Tracker`, list it in this package's `__init__.pyi`, and add a YAML file to conf/tracking. Import the package of the
+tracker in the constructor (`import_optional`), so that only its users need it.
 """
 
 import logging
@@ -16,7 +18,7 @@ from hjepa.tracking.run_folder import Record, read_config, read_summary
 
 log = logging.getLogger(__name__)
 
-# What a tracker calls the end of a run whose summary.json has this status; without one it was killed.
+# Status of a tracked run by the status in summary.json; a run without a summary was killed.
 TRACKER_STATUS = {
     "finished": "FINISHED",
     "collapsed": "FINISHED",
@@ -28,7 +30,15 @@ TRACKER_STATUS = {
 
 @dataclass(frozen=True)
 class Artifacts:
-    """What a run is given after its end: files, for a folder of its artifacts, tags, and metrics of one of its steps."""
+    """Additions to a finished run.
+
+    Attributes:
+        files: Files to add.
+        folder: Folder among the run's artifacts that receives the files.
+        tags: Tags to set.
+        metrics: Metrics to log.
+        step: Training step of these metrics.
+    """
 
     files: list[Path]
     folder: str
@@ -38,53 +48,60 @@ class Artifacts:
 
 
 class Tracker:
-    """The interface; this one keeps nothing."""
+    """The interface of all trackers; this base class does nothing."""
 
     def start(
         self, folder: Path, experiment: str, params: dict[str, Any], tags: dict[str, str], records: list[Record]
     ) -> str | None:
-        """Start or resume the tracked run of a run folder, which has these records so far.
+        """Start or resume the tracked run of a run folder.
+
+        Args:
+            folder: Run folder.
+            experiment: Name of the experiment, which groups runs.
+            params: Flattened config.
+            tags: Tags of the run, such as the commit of the code.
+            records: All records of the run so far.
 
         Returns:
-            The run's id, where the tracker has one that the summary should name.
+            The id of the tracked run if summary.json should name it.
         """
         return None
 
     def log(self, record: Record) -> None:
-        """Send a record {"step": int, name: number, ...} that metrics.jsonl already holds."""
+        """Send a record `{"step": int, name: number, ...}` that metrics.jsonl already holds."""
 
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Send a file."""
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Send a file, into a folder of the run's artifacts."""
 
     def finish(self, status: str) -> bool:
-        """End the run as one of `TRACKER_STATUS` after everything was sent; returns whether it was."""
+        """Send everything that is pending, set one of `TRACKER_STATUS`, and return whether everything was sent."""
         return True
 
-    def add_artifacts(self, run_id: str, addition: Artifacts) -> None:
-        """Give something to a run that has ended; what it has already is not there twice."""
+    def add_artifacts(self, run_id: str, artifacts: Artifacts) -> None:
+        """Add artifacts, tags and metrics to a finished run; repeated calls must not duplicate anything."""
 
     def view_command(self) -> str | None:
-        """The command that shows the run, or None."""
+        """Return the command that shows the run, if there is one."""
         return None
 
 
 class Trackers(Tracker):
-    """Several trackers (or none) as one; one that fails is left out from then on.
+    """Any number of trackers as one; a tracker that fails is left out from then on.
 
     Args:
-        members: by the name of their option.
+        members: Trackers by the name of their option.
     """
 
     def __init__(self, members: dict[str, Tracker]) -> None:
         self.members = members
 
-    def each(self, call: Callable[[Tracker], Any]) -> list[Any]:
-        """The results of a call of every tracker that works."""
+    def call_each(self, call: Callable[[Tracker], Any]) -> list[Any]:
+        """Call every working tracker and return the results, None for one that fails."""
         results = []
         for name, tracker in list(self.members.items()):
             try:
                 results.append(call(tracker))
-            except Exception as error:  # whatever a tracker does, training goes on
+            except Exception as error:  # a tracker may raise anything, and training must go on
                 del self.members[name]
                 results.append(None)
                 log.warning("tracking=%s failed (%s) and is left out; metrics.jsonl keeps everything", name, error)
@@ -93,36 +110,39 @@ class Trackers(Tracker):
     def start(
         self, folder: Path, experiment: str, params: dict[str, Any], tags: dict[str, str], records: list[Record]
     ) -> str | None:
-        ids = self.each(lambda tracker: tracker.start(folder, experiment, params, tags, records))
+        ids = self.call_each(lambda tracker: tracker.start(folder, experiment, params, tags, records))
         return next((run_id for run_id in ids if run_id), None)
 
     def log(self, record: Record) -> None:
-        self.each(lambda tracker: tracker.log(record))
+        self.call_each(lambda tracker: tracker.log(record))
 
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        self.each(lambda tracker: tracker.artifact(path, folder))
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        self.call_each(lambda tracker: tracker.log_artifact(path, folder))
 
     def finish(self, status: str) -> bool:
-        return all(self.each(lambda tracker: tracker.finish(status)))
+        return all(self.call_each(lambda tracker: tracker.finish(status)))
 
-    def add_artifacts(self, run_id: str, addition: Artifacts) -> None:
-        self.each(lambda tracker: tracker.add_artifacts(run_id, addition))
+    def add_artifacts(self, run_id: str, artifacts: Artifacts) -> None:
+        self.call_each(lambda tracker: tracker.add_artifacts(run_id, artifacts))
 
     def view_command(self) -> str | None:
-        return "\n  or ".join(command for command in self.each(lambda tracker: tracker.view_command()) if command) or None
+        commands = self.call_each(lambda tracker: tracker.view_command())
+        return "\n  or ".join(command for command in commands if command) or None
 
 
 def build_trackers(options: Config) -> Trackers:
-    """The trackers of the config's `tracking` node, one per option chosen."""
+    """Build the trackers of a config's `tracking` node."""
     return Trackers({name: build(node) for name, node in options.items()})
 
 
-def log_artifacts(config: Config, run: Path, addition: Artifacts) -> None:
-    """Give something to the run's own trackers; nothing where either the run or this command has none.
+def log_artifacts(config: Config, folder: Path, artifacts: Artifacts) -> None:
+    """Log artifacts of a finished run to its trackers, unless the run or the current command has none.
 
     Args:
-        config: of this command; run: the run's folder.
+        config: Config of the current command.
+        folder: Run folder.
+        artifacts: Additions to the run.
     """
-    run_id = read_summary(run).get("run_id")
+    run_id = read_summary(folder).get("run_id")
     if run_id and config["tracking"]:
-        build_trackers(read_config(run)["tracking"]).add_artifacts(run_id, addition)
+        build_trackers(read_config(folder)["tracking"]).add_artifacts(run_id, artifacts)

@@ -1,4 +1,4 @@
-"""Weights & Biases: online, or offline into the run folder's `wandb/`, to be sent with `wandb sync`."""
+"""Weights & Biases: online, or offline in the run folder's `wandb/`, to be uploaded with `wandb sync`."""
 
 import shutil
 import uuid
@@ -12,12 +12,12 @@ from hjepa.tracking.tracker import Tracker
 
 
 class Wandb(Tracker):
-    """A run of Weights & Biases that resumes under the same id.
+    """A run of Weights & Biases, which is resumed under the same id.
 
     Args:
-        mode: "online" (needs `wandb login`) or "offline". Offline, every sitting writes the whole run anew.
-        project: None takes the experiment's name.
-        system_metrics: record CPU, memory and GPU use.
+        mode: "online" (needs `wandb login`) or "offline". Offline, every session writes the run from the start.
+        project: Name of the project. None: the name of the experiment.
+        system_metrics: Record the use of CPU, memory and GPU.
     """
 
     def __init__(self, mode: Literal["online", "offline"], project: str | None, system_metrics: bool) -> None:
@@ -25,21 +25,21 @@ class Wandb(Tracker):
         self.wandb = import_optional("wandb", "tracking=wandb", "use tracking=none")
         self.run: Any = None
         self.folder = Path()
-        self.first = 0  # records before this step are there already
+        self.first_step = 0  # the resumed run already has the records before this step
 
     def start(
         self, folder: Path, experiment: str, params: dict[str, Any], tags: dict[str, str], records: list[Record]
     ) -> str | None:
         self.folder = folder / "wandb"
-        for before in self.folder.glob("offline-run-*"):
-            shutil.rmtree(before)
+        for earlier_session in self.folder.glob("offline-run-*"):
+            shutil.rmtree(earlier_session)
         self.folder.mkdir(exist_ok=True)
-        file = self.folder / "id"
-        if not file.exists():
-            atomic_write(file, uuid.uuid4().hex)
+        id_file = self.folder / "id"
+        if not id_file.exists():
+            atomic_write(id_file, uuid.uuid4().hex)
         self.run = self.wandb.init(
             project=self.project or experiment,
-            id=file.read_text(),
+            id=id_file.read_text(),
             name=folder.name,
             dir=str(folder),
             config=params | tags,
@@ -47,13 +47,13 @@ class Wandb(Tracker):
             resume=None if self.mode == "offline" else "allow",
             settings=self.wandb.Settings(console="off", silent=True, x_disable_stats=not self.system_metrics),
         )
-        self.first = self.run.step
+        self.first_step = self.run.step
         for record in records:
             self.log(record)
         return None
 
     def log(self, record: Record) -> None:
-        if record["step"] >= self.first:
+        if record["step"] >= self.first_step:
             self.run.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
 
     def finish(self, status: str) -> bool:
@@ -61,6 +61,6 @@ class Wandb(Tracker):
         return True
 
     def view_command(self) -> str | None:
-        return (
-            f"wandb sync {self.folder}/offline-run-*" if self.mode == "offline" else f"the address {self.run.url} into a browser"
-        )
+        if self.mode == "offline":
+            return f"wandb sync {self.folder}/offline-run-*"
+        return f"the address {self.run.url} into a browser"

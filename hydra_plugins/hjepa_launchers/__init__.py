@@ -1,1 +1,1 @@
-"""How Hydra starts the jobs of a sweep. Hydra imports these modules at every start: they are light, the work is in hjepa."""
+"""Hydra launchers for sweeps. Hydra imports them at every start, so they import hjepa only when a sweep is launched."""

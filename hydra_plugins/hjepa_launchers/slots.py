@@ -1,4 +1,4 @@
-"""`hydra/launcher=slots`, the default: the jobs of a sweep on this machine. Hydra imports this at every start: keep it light."""
+"""The launcher `hydra/launcher=slots`, the default, which runs the jobs of a sweep on this machine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ from omegaconf import DictConfig
 
 @dataclass
 class SlotsConf:
+    """Config node of the launcher, which has no options."""
+
     _target_: str = "hydra_plugins.hjepa_launchers.slots.SlotsLauncher"
 
 
@@ -19,7 +21,7 @@ ConfigStore.instance().store(group="hydra/launcher", name="slots", node=SlotsCon
 
 
 class SlotsLauncher(Launcher):
-    """See `hjepa.sweeps.local`."""
+    """Calls `hjepa.sweeps.local.launch`."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.config = hydra_context, config

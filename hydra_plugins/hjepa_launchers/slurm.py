@@ -1,4 +1,4 @@
-"""`hydra/launcher=slurm`, chosen by hardware=slurm_*. Hydra imports this at every start: keep it light."""
+"""The launcher `hydra/launcher=slurm`, which the options hardware=slurm_* select."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class SlurmLauncher(Launcher):
-    """See `hjepa.sweeps.slurm`; the options are those of `hjepa.sweeps.slurm.SlurmOptions`."""
+    """Calls `hjepa.sweeps.slurm.launch` with the options of `hjepa.sweeps.slurm.SlurmOptions`."""
 
     def __init__(self, **options: Any) -> None:
         self.options = OmegaConf.to_container(OmegaConf.create(options), resolve=True)

@@ -1,7 +1,8 @@
-"""A real SLURM for the tests: slurmctld and three virtual nodes of this machine, for the time of a test session.
+"""A real SLURM cluster for the tests: slurmctld and three virtual nodes on this machine, which run during the test session.
 
-Partitions: `lab` (node1, node2, two pretended GPUs each), and on node3 `scavenge`, whose jobs are requeued after a grace time
-when `urgent` needs the node. Ports are free ones, so several clusters can be up side by side.
+The partition `lab` consists of node1 and node2, with two fake GPUs each. On node3, jobs of the partition `scavenge` are requeued
+after a grace period when a job of the partition `urgent` needs the node. All ports are free ones, so that several clusters can
+run at the same time.
 """
 
 import getpass
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 NODES = ("node1", "node2", "node3")
-GRACE = 5  # seconds that a preempted job has
+GRACE_SECONDS = 5  # between the signal to a preempted job and its end
 CONFIG = """
 ClusterName=lab
 SlurmctldHost={host}(127.0.0.1)
@@ -26,7 +27,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/none
 CredType=cred/none
-# A requeue waits until the old credential has expired, two minutes by default.
+# A job is requeued after its credential has expired, by default after two minutes.
 AuthInfo=cred_expire=5
 SlurmctldPort={port}
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -58,10 +59,10 @@ NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below those that outgoing connections take."""
+    """Return unused ports below the range of outgoing connections."""
     with ExitStack() as stack:
         ports: list[int] = []
-        for port in range(10000 + 20 * (os.getpid() % 1000), 32000):  # far from those of a process that starts at the same time
+        for port in range(10000 + 20 * (os.getpid() % 1000), 32000):  # different for test sessions that start at the same time
             connection = stack.enter_context(socket.socket())
             if connection.connect_ex(("127.0.0.1", port)):
                 ports.append(port)
@@ -71,7 +72,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def poll(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Until the condition holds; fails after a deadline."""
+    """Wait until a condition holds, and fail after a deadline."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -80,42 +81,42 @@ def poll(condition: Callable[[], object], seconds: float, what: str) -> None:
 
 
 def slurm(*command: str, check: bool = True) -> str:
-    """The output of a SLURM command."""
+    """Return the output of a SLURM command."""
     return subprocess.run(command, capture_output=True, text=True, check=check, timeout=60).stdout.strip()
 
 
 def job_fields(job: str) -> dict[str, str]:
-    """What the controller knows of a job: `scontrol show job`."""
+    """Return the fields that `scontrol show job` prints."""
     return dict(field.partition("=")[::2] for field in slurm("scontrol", "show", "job", "-o", job).split())
 
 
 def process_of(job: str) -> int:
-    """The process id of the (only) task of a job, 0 if there is none."""
+    """Return the process id of the only task of a job, or 0 if no such process exists."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
-        except OSError:  # it has ended, or is somebody else's
+        except OSError:  # the process has ended, or belongs to another user
             continue
-        ours = f"SLURM_JOB_ID={job}\0".encode()
-        if b"submitit.core._submit" in command and b"SLURM_STEP_ID=0" in environment and ours in environment:
+        variable = f"SLURM_JOB_ID={job}\0".encode()
+        if b"submitit.core._submit" in command and b"SLURM_STEP_ID=0" in environment and variable in environment:
             return int(folder.name)
     return 0
 
 
 def write_config(folder: Path) -> Path:
-    """slurm.conf and gres.conf in the folder."""
-    host = socket.gethostname().split(".")[0]
+    """Write slurm.conf and gres.conf to a folder, and return the path of slurm.conf."""
+    host, user = socket.gethostname().split(".")[0], getpass.getuser()
     port, *ports = free_ports(1 + len(NODES))
     nodes = "\n".join(NODE.format(name=name, host=host, port=port) for name, port in zip(NODES, ports, strict=True))
     config = folder / "slurm.conf"
-    config.write_text(CONFIG.format(host=host, user=getpass.getuser(), port=port, folder=folder, nodes=nodes, grace=GRACE))
-    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")  # not opened  # pretended GPUs
+    config.write_text(CONFIG.format(host=host, user=user, port=port, folder=folder, nodes=nodes, grace=GRACE_SECONDS))
+    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")  # fake GPUs, which are never opened
     (folder / "state").mkdir()
     return config
 
 
 def stop(folder: Path) -> None:
-    """End all jobs and the daemons, the controller last."""
+    """Cancel all jobs and stop the daemons, the controller last."""
     slurm("scancel", "--user", getpass.getuser(), check=False)
     poll(lambda: not slurm("squeue", "-h", check=False), 60, "end of all jobs")
     for file in sorted(folder.glob("*.pid"), reverse=True):
@@ -126,7 +127,7 @@ def stop(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A running cluster; the commands of this process and its children talk to it. Gives the folder of its logs."""
+    """Start a cluster for the SLURM commands of this process and its children; return the folder of its logs."""
     missing = [
         command for command in ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol") if not shutil.which(command)
     ]

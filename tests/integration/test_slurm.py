@@ -1,4 +1,4 @@
-"""Runs on a real SLURM: disturbed ones end with the same bits, failures show, what was submitted is what runs."""
+"""The SLURM launcher on a real SLURM: interrupted runs are bitwise equal, failures are reported, submitted configs are fixed."""
 
 import json
 import os
@@ -30,8 +30,8 @@ SUBMIT = (
     "experiment_name=e",
 )
 LONG = ("train.epochs=6", "train.log_every=3", "probe.every=3", "model.encoder.drop_path=0.1", "checkpoint.every_seconds=1000")
-HELD = "+hydra.launcher.sbatch.hold=true"
-DISTURBANCES = ("time_limit", "usr2", "requeue", "preempted")
+ON_HOLD = "+hydra.launcher.sbatch.hold=true"
+INTERRUPTIONS = ("time_limit", "usr2", "requeue", "preempted")
 
 
 def start(*overrides: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
@@ -45,7 +45,7 @@ def start(*overrides: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
 
 
 def jobs_of(root: Path) -> list[dict]:
-    """The jobs of the only sweep under an output root, empty before it is submitted."""
+    """Return the jobs of the only sweep under an output root; empty before it is submitted."""
     files = list(root.glob("sweeps/*/sweep.json"))
     return json.loads(files[0].read_text())["jobs"] if files else []
 
@@ -58,25 +58,25 @@ def summary(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
-# -- disturbances ----------------------------------------------------------------------------------------------------------
+# -- interruptions ----------------------------------------------------------------------------------------------------------
 
 
-def hold_in_the_middle(folder: Path, job: str) -> int:
-    """Stop the process of a job in the middle of its run, so that what happens next happens there."""
+def suspend_in_the_middle(folder: Path, job: str) -> int:
+    """Suspend the process of a job in the middle of its run, so that an interruption happens there, and return its id."""
     file = folder / "metrics.jsonl"
     poll(lambda: file.exists() and len(file.read_text().splitlines()) >= 5, 120, f"training in {folder.name}")
     pid = process_of(job_fields(job)["JobId"])
     os.kill(pid, signal.SIGSTOP)
-    while not unlocked(folder.parents[1] / "mlflow.db"):  # it would hold up the others
+    while not is_unlocked(folder.parents[1] / "mlflow.db"):  # it would block the other jobs
         os.kill(pid, signal.SIGCONT)
-        time.sleep(0.01)  # somewhere else in its work
+        time.sleep(0.01)  # continue to another point of its work
         os.kill(pid, signal.SIGSTOP)
     assert not (folder / "summary.json").exists(), "still in the middle"
     return pid
 
 
-def unlocked(database: Path) -> bool:
-    """Whether nobody keeps the database for longer than a write takes."""
+def is_unlocked(database: Path) -> bool:
+    """Return whether a write to the database is possible within a second."""
     connection = sqlite3.connect(database, timeout=1)
     try:
         connection.execute("BEGIN IMMEDIATE")
@@ -87,9 +87,9 @@ def unlocked(database: Path) -> bool:
         connection.close()
 
 
-def disturb(kind: str, job: str, folder: Path) -> None:
-    """Let SLURM do it to a job in the middle of its run; SLURM lets a held process go on when it sends its signal."""
-    pid = hold_in_the_middle(folder, job)
+def interrupt(kind: str, job: str, folder: Path) -> None:
+    """Let SLURM interrupt a job in the middle of its run; a suspended process continues when SLURM sends its signal."""
+    pid = suspend_in_the_middle(folder, job)
     if kind == "time_limit":
         slurm("scontrol", "update", f"jobid={job}", "timelimit=3")  # less than hydra.launcher.signal_delay_s from now
         poll(lambda: job_fields(job)["Restarts"] == "1", 60, "back in the queue")
@@ -107,12 +107,12 @@ def disturb(kind: str, job: str, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def disturbed(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, str]]]:
-    """One undisturbed run and one for each disturbance, all of the same config: their root, and what SLURM says of each."""
-    root = tmp_path_factory.mktemp("disturbed")
+def interrupted(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, str]]]:
+    """Run one config without and with each interruption; return the output root, and SLURM's fields of each job."""
+    root = tmp_path_factory.mktemp("interrupted")
     command = ("--multirun", *SUBMIT, *LONG, "tracking=mlflow", f"output_root={root}")
     submits = [
-        start(*command, "name=whole,time_limit,usr2,requeue", f"hydra.sweep.dir={root}/sweeps/lab"),
+        start(*command, "name=reference,time_limit,usr2,requeue", f"hydra.sweep.dir={root}/sweeps/lab"),
         start(*command, "name=preempted", "hydra.launcher.partition=scavenge", f"hydra.sweep.dir={root}/sweeps/scavenge"),
     ]
     poll(lambda: len(list(root.glob("sweeps/*/sweep.json"))) == 2, 60, "submission")
@@ -120,8 +120,8 @@ def disturbed(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     for file in root.glob("sweeps/*/sweep.json"):
         for job in json.loads(file.read_text())["jobs"]:
             ids[Path(job["folder"]).name] = job["slurm_id"]
-    with ThreadPoolExecutor() as together:
-        list(together.map(lambda kind: disturb(kind, ids[kind], root / "e" / kind), DISTURBANCES))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda kind: interrupt(kind, ids[kind], root / "e" / kind), INTERRUPTIONS))
     for process in submits:
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0, output
@@ -129,41 +129,41 @@ def disturbed(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return root, {kind: job_fields(job) for kind, job in ids.items()}
 
 
-@pytest.mark.parametrize("kind", DISTURBANCES)
-def test_a_disturbed_run_ends_with_the_same_bits(disturbed: tuple[Path, dict[str, dict[str, str]]], kind: str) -> None:
-    root, jobs = disturbed
+@pytest.mark.parametrize("kind", INTERRUPTIONS)
+def test_an_interrupted_run_is_bitwise_equal(interrupted: tuple[Path, dict[str, dict[str, str]]], kind: str) -> None:
+    root, jobs = interrupted
     assert jobs[kind]["Restarts"] == "1"
     assert jobs[kind]["JobState"] == "COMPLETED"
     assert summary(root / "e" / kind)["status"] == "finished"
-    said = (root / "e" / kind / "run.log").read_text()
-    assert said.count("resuming at step") == 1, "it went on from where it was"
-    a, b = weights(root / "e" / "whole"), weights(root / "e" / kind)
+    log = (root / "e" / kind / "run.log").read_text()
+    assert log.count("resuming at step") == 1, "it continued from its checkpoint"
+    a, b = weights(root / "e" / "reference"), weights(root / "e" / kind)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
-    assert metrics(root / "e" / "whole") == metrics(root / "e" / kind), "no step repeated, missing or different"
+    assert metrics(root / "e" / "reference") == metrics(root / "e" / kind), "no step is repeated, missing or different"
 
 
-def test_disturbed_runs_are_one_finished_run_each_in_mlflow(disturbed: tuple[Path, dict[str, dict[str, str]]]) -> None:
-    check_mlflow(disturbed[0], ("whole", *DISTURBANCES))
+def test_interrupted_runs_are_one_finished_run_each_in_mlflow(interrupted: tuple[Path, dict[str, dict[str, str]]]) -> None:
+    check_mlflow(interrupted[0], ("reference", *INTERRUPTIONS))
 
 
 # -- failures --------------------------------------------------------------------------------------------------------------
 
 
 def rows(output: str) -> dict[str, str]:
-    """The lines of the table by the number of their job."""
+    """Return the lines of the table by job number."""
     table = re.split(r"^Sweep \S+:$", output, flags=re.MULTILINE)[-1]
-    return {line.split()[0]: line for line in table.splitlines() if line[:3].strip().isdigit()}
+    return {line.split()[0]: line for line in table.splitlines() if line[:1].isdigit()}
 
 
-def test_failures_show_and_stop_nothing(tmp_path: Path) -> None:
-    """Of five jobs one finishes, one is wrong, one fails in its work, one is killed and one is cancelled."""
+def test_failures_are_reported_and_stop_no_other_job(tmp_path: Path) -> None:
+    """One job of five finishes; the others have a wrong config, fail in training, are killed, and are cancelled."""
     (tmp_path / "elsewhere").mkdir()
     process = start(
         "--multirun",
         *SUBMIT,
         *LONG,
-        "train.epochs=12",  # the last job is still in its middle when the one before has been killed
+        "train.epochs=12",  # the last job is still running when the one before has been killed
         "tracking=mlflow",
         "output_root=out",
         "optimizer.lr=1e-3,x,1e30,2e-3,3e-3",
@@ -172,8 +172,8 @@ def test_failures_show_and_stop_nothing(tmp_path: Path) -> None:
     root = tmp_path / "elsewhere" / "out"
     poll(lambda: jobs_of(root), 60, "submission")
     fine, wrong, failing, killed, cancelled = jobs_of(root)
-    os.kill(hold_in_the_middle(Path(killed["folder"]), killed["slurm_id"]), signal.SIGKILL)
-    hold_in_the_middle(Path(cancelled["folder"]), cancelled["slurm_id"])
+    os.kill(suspend_in_the_middle(Path(killed["folder"]), killed["slurm_id"]), signal.SIGKILL)
+    suspend_in_the_middle(Path(cancelled["folder"]), cancelled["slurm_id"])
     slurm("scancel", cancelled["slurm_id"])
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 1, output
@@ -186,10 +186,10 @@ def test_failures_show_and_stop_nothing(tmp_path: Path) -> None:
         (cancelled, "FAILED", "ended by SLURM as CANCELLED"),
     ):
         row = rows(output)[str(job["number"])]
-        assert f"  {state}" in row, output
+        assert f" {state} " in f"{row} ", output
         assert reason in row, output
     assert all(Path(job["log"]).read_text() for job in (fine, failing, killed, cancelled))
-    poll(lambda: job_fields(failing["slurm_id"])["JobState"] == "FAILED", 30, "SLURM counts the job as failed")
+    poll(lambda: job_fields(failing["slurm_id"])["JobState"] == "FAILED", 30, "SLURM lists the job as failed")
     assert summary(Path(cancelled["folder"]))["status"] == "stopped"
 
     client = MlflowClient(f"sqlite:///{root}/mlflow.db")
@@ -198,7 +198,7 @@ def test_failures_show_and_stop_nothing(tmp_path: Path) -> None:
     assert [states[Path(job["folder"]).name] for job in (fine, failing, cancelled)] == ["FINISHED", "FAILED", "KILLED"]
 
 
-def test_any_rank_that_dies_fails_the_job(tmp_path: Path) -> None:
+def test_the_death_of_any_rank_fails_the_job(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('SLURM_PROCID') == '1':\n    os._exit(3)\n")
     options = ("tracking=none", f"output_root={tmp_path}", "hydra.launcher.tasks_per_node=2", "hardware.processes=2")
     result = launch(*SUBMIT, *options, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
@@ -206,7 +206,7 @@ def test_any_rank_that_dies_fails_the_job(tmp_path: Path) -> None:
     assert "ended by SLURM as FAILED" in rows(result.stdout)["0"]
 
 
-def test_tasks_of_a_job_are_the_processes_of_a_run(tmp_path: Path) -> None:
+def test_the_tasks_of_a_job_are_the_processes_of_a_run(tmp_path: Path) -> None:
     options = ("tracking=none", f"output_root={tmp_path}", "name=r", "hydra.launcher.tasks_per_node=2", "hardware.processes=2")
     result = launch(*SUBMIT, *options)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -216,8 +216,8 @@ def test_tasks_of_a_job_are_the_processes_of_a_run(tmp_path: Path) -> None:
 # -- submission ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_submitted_is_what_runs(tmp_path: Path) -> None:
-    """Config and code are edited while a job waits: the config is the submitted one, the changed code is told."""
+def test_a_submitted_job_keeps_its_config_and_reports_changed_code(tmp_path: Path) -> None:
+    """Edit config and code while a job waits: it uses the submitted config, and logs and tags the change of the code."""
     source = tmp_path / "source"
     for name in ("launch.py", "conf", "hjepa", "hydra_plugins"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -231,9 +231,9 @@ def test_what_was_submitted_is_what_runs(tmp_path: Path) -> None:
         line = [sys.executable, str(source / "launch.py"), *command, "hydra.launcher.wait=false", *overrides]
         return subprocess.run(line, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
 
-    said, (job,) = submit(HELD), jobs_of(tmp_path / "out")
-    assert all(str(word) in said for word in (job["slurm_id"], job["folder"], "scancel", "task=sweep"))
-    optimizer, code = source / "conf" / "optimizer" / "adamw.yaml", source / "hjepa" / "rng.py"
+    output, (job,) = submit(ON_HOLD), jobs_of(tmp_path / "out")
+    assert all(str(word) in output for word in (job["slurm_id"], job["folder"], "scancel", "task=sweep"))
+    optimizer, code = source / "conf" / "optimizer" / "adamw.yaml", source / "hjepa" / "losses.py"
     assert "lr: 1.5e-3" in optimizer.read_text()
     optimizer.write_text(optimizer.read_text().replace("lr: 1.5e-3", "lr: 9.0"))
     code.write_text(code.read_text() + "# changed\n")
@@ -254,7 +254,7 @@ def test_what_was_submitted_is_what_runs(tmp_path: Path) -> None:
     assert not slurm("squeue", "-h")
 
 
-def test_resources_come_from_the_config(tmp_path: Path) -> None:
+def test_resources_are_set_by_the_config(tmp_path: Path) -> None:
     options = {
         "partition": "lab",
         "account": "vision",
@@ -267,14 +267,13 @@ def test_resources_come_from_the_config(tmp_path: Path) -> None:
     }
     gpus = [o for o in SUBMIT if not o.startswith(("hardware", "hydra.launcher.mem_gb"))] + ["hardware=slurm_gpu_ddp"]
     launcher = [f"hydra.launcher.{key}={value}" for key, value in options.items()]
-    assert launch("--multirun", *gpus, *launcher, HELD, f"output_root={tmp_path}", "seed=0,1,2,3").returncode == 0
+    assert launch("--multirun", *gpus, *launcher, ON_HOLD, f"output_root={tmp_path}", "seed=0,1,2,3").returncode == 0
     jobs = jobs_of(tmp_path)
     array = jobs[0]["slurm_id"].split("_")[0]
     assert [job["slurm_id"] for job in jobs] == [f"{array}_{index}" for index in range(4)], "one array"
     fields = job_fields(array)
-    asked = ("Partition", "Account", "Features", "TimeLimit", "MinMemoryNode", "ArrayTaskThrottle", "TresPerNode", "Requeue")
-    told = [fields[key] for key in asked]
-    assert told == ["lab", "vision", "virtual", "01:30:00", "3.50G", "3", "gres:gpu:2", "1"]
+    names = ("Partition", "Account", "Features", "TimeLimit", "MinMemoryNode", "ArrayTaskThrottle", "TresPerNode", "Requeue")
+    assert [fields[name] for name in names] == ["lab", "vision", "virtual", "01:30:00", "3.50G", "3", "gres:gpu:2", "1"]
     assert (fields["NumTasks"], fields["CPUs/Task"]) == ("2", "8")
     script = next((tmp_path / "sweeps").glob("*/slurm/*_submission.sh")).read_text()
     assert "\nexport GREETING=hello\n" in script
@@ -282,49 +281,49 @@ def test_resources_come_from_the_config(tmp_path: Path) -> None:
     cancel(tmp_path)
 
 
-def test_ctrl_c_leaves_the_jobs_and_names_them(tmp_path: Path) -> None:
-    process = start("--multirun", *SUBMIT, "tracking=none", HELD, f"output_root={tmp_path}", "seed=0,1")
+def test_ctrl_c_lists_the_jobs_and_leaves_them_running(tmp_path: Path) -> None:
+    process = start("--multirun", *SUBMIT, "tracking=none", ON_HOLD, f"output_root={tmp_path}", "seed=0,1")
     poll(lambda: jobs_of(tmp_path), 60, "submission")
     ids = [job["slurm_id"] for job in jobs_of(tmp_path)]
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 130
-    said = output[output.index("Interrupted") :]
-    assert all(job in said for job in ids)
-    assert f"scancel {ids[0].split('_')[0]}" in said
-    assert len(slurm("squeue", "-h", "-r").splitlines()) == 2, "they wait on"
+    last_lines = output[output.index("Interrupted") :]
+    assert all(job in last_lines for job in ids)
+    assert f"scancel {ids[0].split('_')[0]}" in last_lines
+    assert len(slurm("squeue", "-h", "-r").splitlines()) == 2, "they are still waiting"
     cancel(tmp_path)
 
 
 def queued() -> set[str]:
-    """The ids of the jobs in the queue."""
+    """Return the ids of the jobs in the queue."""
     return set(slurm("squeue", "-h", "-r", "-o", "%i").split())
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "message"),
     [
         (["hydra.launcher.partition=nowhere"], "invalid partition"),
-        (["hydra.launcher.timeout_min=long"], "hydra.launcher.timeout_min='long': expected int"),
-        (["hydra.launcher.nodes=0"], "hydra.launcher.nodes=0: expected more than 0"),
+        (["hydra.launcher.timeout_min=long"], "hydra.launcher.timeout_min='long': expected PositiveInt"),
+        (["hydra.launcher.nodes=0"], "hydra.launcher.nodes=0: expected PositiveInt"),
         (["hydra.launcher.timeout_min=5"], "signal_delay_s=300 is more than half"),
         (["hardware.processes=2"], "but a job has 1 tasks"),
         (["hydra.launcher.tasks_per_node=2"], "but a job has 2 tasks"),
         (["--multirun", "hardware=slurm_cpu,slurm_gpu"], "cannot be chosen for a part of its jobs"),
     ],
 )
-def test_mistakes_are_said_in_one_sentence(tmp_path: Path, overrides: list[str], words: str) -> None:
-    own = [o for o in SUBMIT if not ("--multirun" in overrides and o.startswith(("hardware=", "hydra.")))]
-    before = queued()  # jobs of an earlier test may still be leaving
-    result = launch(*overrides, *own, "tracking=none", f"output_root={tmp_path}")
+def test_mistakes_are_reported_in_one_sentence(tmp_path: Path, overrides: list[str], message: str) -> None:
+    options = [o for o in SUBMIT if not ("--multirun" in overrides and o.startswith(("hardware=", "hydra.")))]
+    before = queued()  # jobs of an earlier test may still be ending
+    result = launch(*overrides, *options, "tracking=none", f"output_root={tmp_path}")
     assert result.returncode == 1
-    assert words in result.stderr + result.stdout
+    assert message in result.stderr + result.stdout
     assert "Traceback" not in result.stderr
     assert queued() <= before
     assert not (tmp_path / "e").exists()
 
 
-def test_without_slurm_one_sentence_says_so(tmp_path: Path) -> None:
+def test_missing_slurm_is_reported_in_one_sentence(tmp_path: Path) -> None:
     result = launch(*SUBMIT, "tracking=none", f"output_root={tmp_path}", PATH=str(tmp_path))
     assert result.returncode == 1
     assert "there is no SLURM here" in result.stderr

@@ -1,4 +1,4 @@
-"""A sweep's jobs are the same runs as alone, and its table, plot and tracked runs can be compared, also later."""
+"""Sweeps: jobs equal single runs, and table, plots and tracked runs can be made and compared at any time."""
 
 import itertools
 import json
@@ -14,28 +14,27 @@ from hjepa.config.run import prepare, run
 from hjepa.distributed.resources import num_cores
 from hjepa.sweeps.job import Job
 from hjepa.sweeps.sweep import Sweep
-from hjepa.sweeps.tables import groups, table, varied
 from tests.helpers.runs import ROOT, TINY, compose, launch
 
-READY = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml"))
-SHOWN = ("table.txt", "sweep.png", "progress.png")
+SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml"))
+FILES = ("table.txt", "sweep.png", "progress.png")
 
 
-def state(folder: Path) -> dict[str, torch.Tensor]:
+def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)["model"]
 
 
-def test_jobs_of_a_sweep_equal_the_same_jobs_alone_bit_for_bit_and_are_tracked(tmp_path: Path) -> None:
+def test_jobs_of_a_sweep_are_bitwise_equal_to_single_runs_and_are_tracked(tmp_path: Path) -> None:
     options = [*TINY, "tracking=mlflow", "experiment_name=e", "model.encoder.drop_path=0.2"]
     small = ["hydra.sweeper.params.levels='flat,pyramid'", "hydra.sweeper.params.seed='0,1'"]
-    ready = ["+sweeps=levels", *small, f"hardware.slots={min(2, num_cores())}"]
-    swept = launch(*ready, *options, f"output_root={tmp_path}/sweep")
+    sweep_options = ["+sweeps=levels", *small, f"hardware.slots={min(2, num_cores())}"]
+    swept = launch(*sweep_options, *options, f"output_root={tmp_path}/sweep")
     assert swept.returncode == 0, swept.stderr
     folders = sorted((tmp_path / "sweep" / "e").iterdir())
     assert len(folders) == 4
     last = next(f for f in folders if "pyramid" in f.name and "-s1-" in f.name)
     run(compose(*options, f"output_root={tmp_path}/alone", "levels=pyramid", "seed=1"))
-    a, b = state(last), state(tmp_path / "alone" / "e" / last.name)
+    a, b = weights(last), weights(tmp_path / "alone" / "e" / last.name)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
     import mlflow
@@ -47,51 +46,47 @@ def test_jobs_of_a_sweep_equal_the_same_jobs_alone_bit_for_bit_and_are_tracked(t
     for r in runs:
         assert r.info.status == "FINISHED"
         assert "mlflow.parentRunId" not in r.data.tags
-        assert len(client.get_metric_history(r.info.run_id, "train/loss")) == 9, "no metric of another job"
+        assert len(client.get_metric_history(r.info.run_id, "train/loss")) == 9, "no metrics of another job"
         assert r.data.params["seed"] == r.info.run_name.split("-s")[-1][0]
-        assert {a.path for a in client.list_artifacts(r.info.run_id, "sweep")} == {f"sweep/{name}" for name in SHOWN}
-    check_shown_anew(sweep)
+        assert {a.path for a in client.list_artifacts(r.info.run_id, "sweep")} == {f"sweep/{name}" for name in FILES}
+    check_files_can_be_made_again(sweep)
 
 
-def check_shown_anew(sweep: Path) -> None:
-    """Table and plot are made from the run folders, whatever is left in the sweep folder besides sweep.json."""
+def check_files_can_be_made_again(sweep: Path) -> None:
+    """Check that `task=sweep` makes the table and the plots from sweep.json and the run folders."""
     before = (sweep / "table.txt").read_text()
     assert before.count("finished") == 4
-    assert all(f"{levels}  " in before for levels in ("flat", "pyramid"))
-    for name in SHOWN:
+    assert all(levels in before for levels in ("flat", "pyramid"))
+    for name in FILES:
         (sweep / name).unlink()
-    show("task=sweep", f"task.folder={sweep}")
+    run(compose("task=sweep", f"task.folder={sweep}"))
     assert (sweep / "table.txt").read_text() == before
     assert all((sweep / name).stat().st_size > 5000 for name in ("sweep.png", "progress.png"))
-    show("task=sweep", f"task.folder={sweep}", "task.metric=steps")
-    assert "  steps  " in (sweep / "table.txt").read_text()
+    run(compose("task=sweep", f"task.folder={sweep}", "task.metric=steps"))
+    assert "steps" in (sweep / "table.txt").read_text()
     with pytest.raises(UserError, match=r"task\.metric=probe\.knnn: none of the runs has it; expected one of .*probe\.knn,"):
-        show("task=sweep", f"task.folder={sweep}", "task.metric=probe.knnn")
+        run(compose("task=sweep", f"task.folder={sweep}", "task.metric=probe.knnn"))
 
 
-def show(*overrides: str) -> None:
-    run(compose(*overrides))
-
-
-def test_a_folder_that_is_no_sweep_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no sweep folder: it has no sweep\.json"):
-        show("task=sweep", f"task.folder={tmp_path}")
+        run(compose("task=sweep", f"task.folder={tmp_path}"))
 
 
-def test_jobs_that_are_one_run_are_refused_and_a_mistyped_option_starts_nothing(tmp_path: Path) -> None:
+def test_duplicate_jobs_are_refused_and_a_mistyped_option_starts_nothing(tmp_path: Path) -> None:
     same = launch("--multirun", *TINY, f"output_root={tmp_path}", "train.epochs=1", "hardware.threads=1,2", "seed=0")
     assert same.returncode == 1
     assert "This is the run of job 0 again" in same.stdout
     assert "1 of 2 jobs did not finish (number 1)" in same.stderr
     typo = launch("--multirun", *TINY, f"output_root={tmp_path}/typo", "levels=flat,piramid")
     assert typo.returncode == 1
-    assert "levels=piramid is no option" in typo.stderr
+    assert "levels=piramid is not an option" in typo.stderr
     assert "Traceback" not in typo.stderr
     assert not list((tmp_path / "typo").glob("default/*"))
 
 
 def job(number: int, folder: Path, status: str = "finished", linear: float = 0.5, **options: str) -> Job:
-    """A job with a summary in its run folder."""
+    """Return a job with a summary in its run folder."""
     path = folder / "runs" / str(number)
     path.mkdir(parents=True)
     summary = {"status": status, "reason": None, "probe": {"linear": linear}, "untrained": {"linear": 0.1}, "run_id": None}
@@ -99,36 +94,22 @@ def job(number: int, folder: Path, status: str = "finished", linear: float = 0.5
     return Job(number, [f"{key}={value}" for key, value in options.items()], path, folder / f"{number}.log")
 
 
-def test_seeds_are_the_spread_and_never_an_axis(tmp_path: Path) -> None:
-    scores = {("a", "0"): 0.2, ("a", "1"): 0.4, ("b", "0"): 0.6, ("b", "1"): 0.6}
-    jobs = [
-        job(n, tmp_path, linear=score, loss=loss, seed=seed, same="1") for n, ((loss, seed), score) in enumerate(scores.items())
-    ]
-    Sweep(tmp_path).refresh(jobs)
-    assert varied(jobs) == ["loss", "seed"]
-    assert groups(jobs, "probe.linear") == (["loss"], {("a",): [0.2, 0.4], ("b",): [0.6, 0.6]})
-    text = table(jobs, "probe.linear", "Sweep", tmp_path)
-    assert "30.0%" in text, "mean of a"
-    assert "+- 14.1%" in text, "its sample deviation"
-    assert "same" not in text
-
-
-def test_a_failure_stays_one_until_its_run_is_continued(tmp_path: Path) -> None:
+def test_a_failed_job_stays_failed_until_its_run_is_continued(tmp_path: Path) -> None:
     sweep, failed = Sweep(tmp_path), job(0, tmp_path, seed="0")
     failed.state = "FAILED"
-    sweep.write([failed])
+    sweep.save([failed])
     os.utime(tmp_path / "runs" / "0" / "summary.json", (0, 0))
     sweep.refresh([failed])
-    assert failed.state == "FAILED", "what is in the folder is older"
+    assert failed.state == "FAILED", "the summary is older than the failure"
     os.utime(tmp_path / "sweep.json", (0, 0))
     os.utime(tmp_path / "runs" / "0" / "summary.json", (1, 1))
     sweep.refresh([failed])
     assert failed.state == "finished"
-    assert sweep.read()[0].folder == failed.folder
+    assert sweep.load()[0].folder == failed.folder
 
 
-@pytest.mark.parametrize("name", READY)
-def test_ready_sweep(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", SWEEPS)
+def test_prepared_sweep(name: str, tmp_path: Path) -> None:
     small = ["debug=small", "dataset.train=160", "dataset.test=10", "hardware=cpu", "hardware.threads=1", "tracking=none"]
     small += [f"output_root={tmp_path}", f"+sweeps={name}"]
     compose(*small)
@@ -136,7 +117,7 @@ def test_ready_sweep(name: str, tmp_path: Path) -> None:
     jobs = [
         [f"{key}={value}" for key, value in zip(choices, chosen, strict=True)] for chosen in itertools.product(*choices.values())
     ]
-    assert len({prepare(compose(*small, *overrides))[1] for overrides in jobs}) == len(jobs), "every job is a run of its own"
+    assert len({prepare(compose(*small, *overrides))[1] for overrides in jobs}) == len(jobs), "no two jobs are the same run"
     one = compose(*small, *jobs[0], *(["task.steps=2"] if name.startswith("speed") else []))
     run(one)
     _, folder = prepare(one)

@@ -1,4 +1,4 @@
-"""Trackers for real: resumed without repeats, right about how a run ended, and never in the way of training."""
+"""Trackers: no duplicates after a resume, the right final status, and no failure of training because of a tracker."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ import pytest
 
 from hjepa.config.errors import UserError
 from hjepa.tracking import mlflow as track_mlflow
-from hjepa.tracking.dead_runs import locks_reach, machine_tags
+from hjepa.tracking.dead_runs import machine_tags, shares_locks
 from hjepa.tracking.mlflow import MLflow
 from hjepa.tracking.run_folder import RunFolder, read_records, try_lock
 from tests.helpers.children import begin, run_config
@@ -45,7 +45,7 @@ def history(client: mlflow.MlflowClient, run_id: str, key: str) -> list[int]:
 
 
 def check_complete(client: mlflow.MlflowClient, folder: Path) -> None:
-    """The one run of the folder is finished and has every metric once per step of metrics.jsonl."""
+    """Check that the folder has one tracked run, which is finished and has every metric of metrics.jsonl once."""
     experiments = [e.experiment_id for e in client.search_experiments()]
     (run,) = client.search_runs(experiments, f"tags.run_folder = '{folder}'")
     assert run.info.status == "FINISHED"
@@ -53,7 +53,7 @@ def check_complete(client: mlflow.MlflowClient, folder: Path) -> None:
     assert records
     for key in {key for record in records for key in record} - {"step"}:
         assert history(client, run.info.run_id, key) == [r["step"] for r in records if key in r], key
-    files = {f.path for place in (None, "plots") for f in client.list_artifacts(run.info.run_id, place)}
+    files = {f.path for folder in (None, "plots") for f in client.list_artifacts(run.info.run_id, folder)}
     assert {"config.yaml", "summary.json", "plots/curves.png", "plots/masks.png"} <= files
 
 
@@ -70,15 +70,15 @@ def test_everything_arrives_once(tracker, tmp_path: Path) -> None:
     assert history(client(tmp_path), t.run_id, "loss") == list(range(1200))
 
 
-@pytest.mark.parametrize("remembered", [True, False])
-def test_resume_sends_only_what_is_missing(tracker, tmp_path: Path, remembered: bool) -> None:
+@pytest.mark.parametrize("id_is_known", [True, False])
+def test_a_resumed_run_sends_only_what_is_missing(tracker, tmp_path: Path, id_is_known: bool) -> None:
     first = tracker()
     for step in range(10):
         first.log({"step": step, "loss": 0.0})
     first.flush()
-    first.thread.shutdown()  # and then the process dies: the run still counts as running
-    if not remembered:
-        (tmp_path / "run" / "run_id").unlink()  # it died before it could keep the id
+    first.thread.shutdown()  # as if the process died: the run is still listed as running
+    if not id_is_known:
+        (tmp_path / "run" / "run_id").unlink()  # as if it died before it wrote the id
     second = tracker([{"step": step, "loss": 0.0, "late": 1.0} for step in range(7)])  # rewound to the last checkpoint
     assert second.run_id == first.run_id
     for step in range(7, 15):
@@ -88,7 +88,7 @@ def test_resume_sends_only_what_is_missing(tracker, tmp_path: Path, remembered: 
     assert history(client(tmp_path), first.run_id, "late") == list(range(15))
 
 
-def test_a_dead_server_is_said_once_and_stops_nothing(run, tmp_path: Path, monkeypatch, caplog) -> None:
+def test_an_unreachable_server_is_reported_once_and_stops_nothing(run, tmp_path: Path, monkeypatch, caplog) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with caplog.at_level(logging.WARNING):
         run("tracking=mlflow", "tracking.mlflow.uri=http://127.0.0.1:9", "name=r")
@@ -101,7 +101,7 @@ def test_a_dead_server_is_said_once_and_stops_nothing(run, tmp_path: Path, monke
 
 
 def use_database(root: Path, name: str) -> None:
-    """A whole tracked run, in a process of its own."""
+    """Track a run from start to end; called in a process of its own."""
     t = MLflow(uri=None, output_root=str(root), system_metrics=False)
     (root / name).mkdir(parents=True)
     t.start(root / name, "e", {"a": 1}, {}, [])
@@ -110,7 +110,7 @@ def use_database(root: Path, name: str) -> None:
     assert t.finish("FINISHED")
 
 
-def test_eight_jobs_starting_at_once_on_a_fresh_database(tmp_path: Path, monkeypatch) -> None:
+def test_eight_jobs_can_create_a_database_at_the_same_time(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     processes = [begin(use_database, tmp_path, f"run{i}") for i in range(8)]
     for process in processes:
@@ -125,7 +125,7 @@ def test_eight_jobs_starting_at_once_on_a_fresh_database(tmp_path: Path, monkeyp
 
 
 class Server:
-    """`mlflow server` on a free loopback port, which can be killed and started again."""
+    """An `mlflow server` on a free port of the loopback interface that can be killed and restarted."""
 
     def __init__(self, root: Path) -> None:
         with socket.socket() as probe:
@@ -135,7 +135,7 @@ class Server:
         self.client = mlflow.MlflowClient(self.uri)
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start the server and wait until it answers."""
         store = ["--backend-store-uri", f"sqlite:///{self.root}/server.db", "--artifacts-destination", str(self.root / "files")]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "server", *store, "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"],
@@ -154,7 +154,7 @@ class Server:
         raise AssertionError("the server does not answer")
 
     def kill(self) -> None:
-        """As if its machine had gone away."""
+        """Kill the server without a shutdown."""
         os.killpg(self.process.pid, 9)
         self.process.wait()
 
@@ -168,11 +168,11 @@ def server(tmp_path: Path, monkeypatch) -> Iterator[Server]:
     server.kill()
 
 
-def test_a_server_that_goes_away_and_comes_back(server: Server, run, tmp_path: Path, monkeypatch, caplog) -> None:
-    """A run that ends meanwhile is sent by task=sync, twice without repeats; one that goes on sends what it missed itself."""
+def test_a_server_that_fails_and_returns(server: Server, run, tmp_path: Path, monkeypatch, caplog) -> None:
+    """A run that ends in the meantime is sent by task=sync, also twice; a run that goes on sends what is missing itself."""
     folder, other = tmp_path / "default" / "r", tmp_path / "other"
-    for place in (folder / "plots", other / "plots"):
-        place.mkdir(parents=True)
+    for run_folder in (folder, other):
+        (run_folder / "plots").mkdir(parents=True)
     survivor = MLflow(server.uri, str(tmp_path), system_metrics=False)
     survivor.start(other, "default", {"a": 1}, {}, [])
 
@@ -194,7 +194,7 @@ def test_a_server_that_goes_away_and_comes_back(server: Server, run, tmp_path: P
     with caplog.at_level(logging.WARNING):
         run(*tracking, "name=r", "train.epochs=4", "train.log_every=1")
     killer.join()
-    assert ["task=sync run=" in r.getMessage() for r in caplog.records] == [True], "said once"
+    assert ["task=sync run=" in r.getMessage() for r in caplog.records] == [True], "reported once"
     for step in range(5, 10):
         record(step)
     server.start()
@@ -208,7 +208,7 @@ def test_a_server_that_goes_away_and_comes_back(server: Server, run, tmp_path: P
         check_complete(server.client, folder)
 
 
-def test_a_run_that_was_killed_at_the_very_end_is_sent_by_the_same_command(run, tmp_path: Path, monkeypatch) -> None:
+def test_the_same_command_sends_a_run_that_was_killed_at_its_end(run, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(MLflow, "finish", lambda self, status: self.thread.shutdown() or False)
     run("tracking=mlflow", "name=r")
     monkeypatch.undo()
@@ -227,22 +227,22 @@ def test_sync_copies_a_run_to_another_database(run, tmp_path: Path, capsys) -> N
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "message"),
     [
         (["tracking=mlflow"], "needs a run folder"),
         (["tracking=none", "run=x"], "nothing to send to"),
         (["tracking=mlflow", "run=/nowhere"], "holds no run"),
     ],
 )
-def test_sync_refuses_what_it_cannot_do(run, overrides: list[str], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_sync_explains_what_it_lacks(run, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         run("task=sync", *overrides)
 
 
 # -- statuses ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_next_start_closes_dead_runs_and_no_others(tracker, tmp_path: Path) -> None:
+def test_the_start_of_a_run_closes_dead_runs_and_no_others(tracker, tmp_path: Path) -> None:
     t = tracker()
     t.finish("FINISHED")
     c, experiment = client(tmp_path), t.experiment_id
@@ -264,7 +264,7 @@ def test_the_next_start_closes_dead_runs_and_no_others(tracker, tmp_path: Path) 
             (folder / ".lock").touch()
             (folder / "run_id").write_text("another" if name == "replaced" else ids[name])
     (tmp_path / "failed" / "summary.json").write_text('{"status": "failed"}')
-    with try_lock(tmp_path / "alive"):  # takes the lock
+    with try_lock(tmp_path / "alive"):
         second = MLflow(uri=None, output_root=str(tmp_path), system_metrics=False)
         (tmp_path / "second").mkdir()
         second.start(tmp_path / "second", "another experiment", {}, {}, [])
@@ -283,25 +283,25 @@ MOUNT_TABLES = {
 }
 
 
-@pytest.mark.parametrize(("table", "reach"), MOUNT_TABLES.items())
-def test_which_locks_are_the_same_on_every_machine(tmp_path: Path, table: str, reach: bool) -> None:
+@pytest.mark.parametrize(("table", "shared"), MOUNT_TABLES.items())
+def test_file_systems_that_share_locks_between_machines(tmp_path: Path, table: str, shared: bool) -> None:
     (tmp_path / "mounts").write_text(f"/dev/root / ext4 rw 0 0\n{table}\n")
-    assert locks_reach(Path("/home/user/outputs/e/r"), tmp_path / "mounts") is reach
+    assert shares_locks(Path("/home/user/outputs/e/r"), tmp_path / "mounts") is shared
 
 
-def work_with_a_child(folder: Path) -> None:
-    """Claim a folder, fork a worker that lives on, die."""
+def claim_and_fork(folder: Path) -> None:
+    """Claim a folder, fork a worker that continues to run, and exit."""
     RunFolder(folder, {}).claim(overwrite=True)
     if os.fork() == 0:
         time.sleep(20)
     os._exit(0)
 
 
-def test_an_orphaned_worker_does_not_keep_the_folder(tmp_path: Path) -> None:
-    process = begin(work_with_a_child, tmp_path / "r")
+def test_an_orphaned_worker_does_not_keep_the_lock(tmp_path: Path) -> None:
+    process = begin(claim_and_fork, tmp_path / "r")
     process.join(60)
-    with try_lock(tmp_path / "r") as free:
-        assert free
+    with try_lock(tmp_path / "r") as is_free:
+        assert is_free
 
 
 # -- other trackers ----------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def test_several_trackers_at_once(run, tmp_path: Path) -> None:
     folder = tmp_path / "default" / "r"
     check_complete(client(tmp_path), folder)
     (folder / "summary.json").unlink()
-    run("tracking=[mlflow,tensorboard]", "name=r")  # a second sitting
+    run("tracking=[mlflow,tensorboard]", "name=r")  # a second session
     check_complete(client(tmp_path), folder)
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     records = read_records(folder)
@@ -322,18 +322,18 @@ def test_several_trackers_at_once(run, tmp_path: Path) -> None:
         assert [e.step for e in events.Scalars(key)] == [r["step"] for r in records if key in r], key
 
 
-def test_wandb_offline_keeps_one_run_in_the_folder(tmp_path: Path) -> None:
+def test_offline_wandb_keeps_one_run_in_the_folder(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed: pip install -e '.[wandb]' to test it")
     folder = tmp_path / "default" / "r"
     for _ in range(2):
         process = begin(
             run_config,
             [*tiny("tracking=wandb", "tracking.wandb.mode=offline"), f"output_root={tmp_path}", "name=r"],
-            tmp_path / "said",
+            tmp_path / "output",
         )
         process.join(300)
-        assert process.exitcode == 0, (tmp_path / "said").read_text()
-        assert "left out" not in (tmp_path / "said").read_text()
+        assert process.exitcode == 0, (tmp_path / "output").read_text()
+        assert "left out" not in (tmp_path / "output").read_text()
         (written,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
         assert written.stat().st_size > 1000
         assert (folder / "wandb" / "id").read_text() in written.name
@@ -341,14 +341,14 @@ def test_wandb_offline_keeps_one_run_in_the_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("package", ["mlflow", "tensorboard", "wandb"])
-def test_a_missing_package_is_named_before_the_work(run, tmp_path: Path, monkeypatch, package: str) -> None:
+def test_a_missing_package_is_reported_before_training(run, tmp_path: Path, monkeypatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"tracking={package} needs the package {package}; pip install {package}"):
         run(f"tracking={package}")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tracker_that_breaks_is_left_out(run, tmp_path: Path, monkeypatch, caplog) -> None:
+def test_a_failing_tracker_is_left_out(run, tmp_path: Path, monkeypatch, caplog) -> None:
     from hjepa.tracking.tensorboard import TensorBoard
 
     def broken(self: TensorBoard, record: dict) -> None:
@@ -361,7 +361,7 @@ def test_a_tracker_that_breaks_is_left_out(run, tmp_path: Path, monkeypatch, cap
     check_complete(client(tmp_path), tmp_path / "default" / "r")
 
 
-def test_the_server_that_a_run_offers_is_on_loopback(tracker) -> None:
+def test_the_suggested_server_listens_on_the_loopback_interface(tracker) -> None:
     t = tracker()
     assert "--host 127.0.0.1" in (t.view_command() or "")
     t.finish("FINISHED")

@@ -49,7 +49,7 @@ def run_path(config: Config) -> Path:
 
     The default name consists of the chosen options, the seed and the hash of the config.
     """
-    words = [config["choices"][group] for group in NAME_GROUPS]
+    words = [config["choices"][group] for group in NAME_GROUPS if group in config["choices"]]
     if config["task"]["_target_"] == BENCHMARK:
         name = "benchmark-" + (config["name"] or "-".join([*words, config_hash(config)]))
     else:

@@ -60,5 +60,9 @@ def record_command() -> None:
     if not HydraConfig.initialized():  # the run was started by `hjepa.train`
         os.environ.pop(COMMAND, None)
         return
-    overrides = [override for override in HydraConfig.get().overrides.task if not override.startswith("+sweeps=")]
-    os.environ[COMMAND] = f"{PROGRAM} {shlex.join(overrides)}".rstrip()
+    hydra = HydraConfig.get()
+    folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    words = [word for folder in folders for word in ("--config-dir", folder)]
+    words += [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
+    words += [override for override in hydra.overrides.task if not override.startswith("+sweeps=")]
+    os.environ[COMMAND] = f"{PROGRAM} {shlex.join(words)}".rstrip()

@@ -52,7 +52,7 @@ def resolve(cfg: DictConfig) -> Config:
     if missing:
         raise UserError(f"{missing[0]} has no value; set it with {missing[0]}=... on the command line.")
     config: Config = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    chosen = {group: option for group, option in config["choices"].items() if option and not group.startswith("hydra/")}
+    chosen = {group: option for group, option in config.get("choices", {}).items() if option and not group.startswith("hydra/")}
     return config | {"choices": dict(sorted(chosen.items()))}
 
 

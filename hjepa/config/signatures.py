@@ -53,7 +53,7 @@ def class_signature(module: str, definition: ast.ClassDef) -> Signature:
         path = find_definition(module, name)
         if path is not None:
             inherited |= signature_of(path)
-        elif name not in NO_OPTIONS:
+        elif name not in NO_OPTIONS and not module.startswith("hjepa."):
             inherited[ANY_OPTION] = None
     for statement in definition.body:
         if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":

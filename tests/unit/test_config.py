@@ -1,0 +1,70 @@
+"""Choices, names and identities of configs, and configs of earlier versions."""
+
+import os
+from copy import deepcopy
+from typing import Any
+
+import pytest
+
+from hjepa.config.errors import UserError
+from hjepa.config.identity import config_hash, identity, run_path
+from hjepa.config.run import COMMAND, record_command
+from hjepa.config.schema import check, check_node, resolve
+from hjepa.config.targets import allowed_targets
+from hjepa.config.upgrade import RENAMED_TARGETS, upgrade_config, upgrade_names
+from tests.helpers.runs import compose
+
+
+@pytest.fixture(scope="module")
+def config() -> dict[str, Any]:
+    return resolve(compose("masking=block", "+sweeps=levels", "name=null", "output_root=/o"))
+
+
+def test_choices_name_the_option_of_every_group(config: dict[str, Any]) -> None:
+    choices = config["choices"]
+    assert choices["masking"] == "block"
+    assert choices["model"] == "vit_nano"
+    assert not any(group.startswith("hydra/") for group in choices)
+    assert "experiment" not in choices, "no recipe was chosen"
+
+
+def test_choices_name_the_run_but_do_not_identify_it(config: dict[str, Any]) -> None:
+    changed = deepcopy(config)
+    changed["choices"]["masking"] = "mine"
+    assert config_hash(changed) == config_hash(config)
+    digits = config_hash(config)
+    assert str(run_path(config)) == f"/o/default/shapes-vit_nano-pyramid_summary-block-smooth_l1-s0-{digits}"
+    assert run_path(changed).name == run_path(config).name.replace("block", "mine")
+
+
+def test_the_precision_is_all_of_the_hardware_that_identifies_a_run(config: dict[str, Any]) -> None:
+    changed = deepcopy(config)
+    changed["hardware"] |= {"threads": 7, "processes": 2, "slots": 3}
+    assert identity(changed) == identity(config)
+    changed["hardware"]["precision"] = "float32"
+    assert identity(changed) != identity(config)
+
+
+def test_the_recorded_command_can_be_typed_again() -> None:
+    compose("masking=block", "optimizer.betas=[0.9,0.95]")
+    record_command()
+    assert os.environ[COMMAND].endswith("launch.py masking=block 'optimizer.betas=[0.9,0.95]'")
+
+
+@pytest.mark.parametrize("option", ["threads", "processes", "slots"])
+def test_counts_of_the_hardware_are_positive(option: str, config: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"hardware.{option}=0: expected PositiveInt.*greater than 0"):
+        check_node("hardware", config["hardware"] | {option: 0})
+
+
+def test_renamed_targets_lead_to_targets_of_this_version() -> None:
+    assert set(RENAMED_TARGETS.values()) <= allowed_targets()
+
+
+def test_the_config_of_an_earlier_version_is_upgraded(config: dict[str, Any]) -> None:
+    old = deepcopy({key: value for key, value in config.items() if key != "choices"})
+    old["masking"]["_target_"] = "hjepa.masks.Block"
+    old["probe"]["neighbours"] = old["probe"].pop("neighbors")
+    check(upgrade_config(old))
+    assert identity(upgrade_config(old)) == identity(config)
+    assert upgrade_names(identity(old)) == identity(config)

@@ -18,16 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from hjepa.config.cli_errors import format_hydra_error
+from hjepa.config.compose import compose_config, environment
 from hjepa.config.errors import UserError
 from hjepa.config.identity import run_path
-from hjepa.config.paths import CONF, FILES, path_variables
+from hjepa.config.paths import path_variables
 from hjepa.config.run import import_from_working_directory, perform
 from hjepa.config.schema import Config, check, resolve
 from hjepa.config.targets import USER_TARGETS, allow_targets_of_command_line
@@ -68,20 +65,12 @@ def compose(*overrides: str, config_dir: str | os.PathLike[str] | None = None) -
         >>> config.optimizer.lr = 1e-3
     """
     import_from_working_directory()
-    folders = [FILES, *([Path(config_dir).expanduser().absolute()] if config_dir is not None else [])]
-    if not folders[-1].is_dir():
-        raise UserError(f"config_dir={config_dir} is not a folder.")
-    searchpath = ",".join(quote(f"file://{folder}") for folder in folders)
+    config = compose_config(overrides, config_dir)
     current = HydraConfig.instance().cfg
     try:
-        with environment(path_variables()), initialize_config_dir(str(CONF), job_name="hjepa", version_base="1.3"):
-            config = hydra_compose("config", [*overrides, f"hydra.searchpath=[{searchpath}]"], return_hydra_config=True)
-            HydraConfig.instance().set_config(config)
+        HydraConfig.instance().set_config(config)  # `choices` refers to it
+        with environment(path_variables()):
             return finish(config)
-    except UserError:
-        raise
-    except CompactHydraException as error:
-        raise UserError(format_hydra_error(error)) from None
     finally:
         HydraConfig.instance().cfg = current
 
@@ -109,23 +98,6 @@ def replace_external(raw: Any, resolved: Any) -> Any:
     if isinstance(raw, list):
         return [replace_external(*pair) for pair in zip(raw, resolved, strict=True)]
     return resolved if isinstance(raw, str) and any(start in raw for start in EXTERNAL) else raw
-
-
-def quote(text: str) -> str:
-    """Quote a string for Hydra's override grammar."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-@contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables while the context lasts."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ |= variables
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
 def train(config: DictConfig | Mapping[str, Any]) -> "Run":

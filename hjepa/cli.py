@@ -4,10 +4,8 @@ Hydra composes the config from conf/ and the arguments; `hjepa.config.run` check
 functions: first the handler for Ctrl-C is installed, and torch is imported only after the config has been checked.
 """
 
-import contextlib
-import io
+import argparse
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -17,7 +15,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-INTERNAL_OPTION = re.compile(r"(?<=: |, )_\w+, ")  # files that other files include, such as dataset/_common.yaml
+HELP = """\
+Train, evaluate and visualize hierarchical JEPAs on images.
+
+Usage: {program} [group=option] [key=value] ...
+
+== Options: choose one of each group with group=option ==
+
+{groups}
+
+== Config: change any value with key=value, as in train.epochs=10 ==
+
+{config}
+Flags, such as --multirun, --cfg job and --config-dir: {program} --hydra-help"""
 
 
 def main(home: Path | None = None) -> None:
@@ -40,7 +50,11 @@ def main(home: Path | None = None) -> None:
     elif {"--help", "-h"} & set(sys.argv):
         print_help()
     else:
-        run_hydra()
+        try:
+            run_hydra()
+        except KeyboardInterrupt:  # outside of a task, which handles it by itself
+            print("Interrupted.", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
 
 
 def exit_before_start(number: int, frame: FrameType | None) -> None:
@@ -79,10 +93,21 @@ def run_task(cfg: "DictConfig") -> float | None:
 
 
 def print_help() -> None:
-    """Print Hydra's help without the options that only other files include."""
-    text = io.StringIO()
+    """Print the options of all groups and the config of the command; Hydra's own help takes several times as long."""
+    from omegaconf import OmegaConf, open_dict
+
+    from hjepa.config.compose import compose_config, list_options
+    from hjepa.config.errors import UserError
+    from hjepa.config.paths import PROGRAM
+
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config-dir", "-cd")
+    known, others = parser.parse_known_args()
     try:
-        with contextlib.redirect_stdout(text):
-            run_hydra()
-    finally:
-        print(INTERNAL_OPTION.sub("", text.getvalue()), end="")
+        config = compose_config([argument for argument in others if not argument.startswith("-")], known.config_dir)
+    except UserError as error:
+        sys.exit(str(error))
+    with open_dict(config):
+        del config["hydra"], config["choices"]
+    groups = "\n".join(f"{group}: {', '.join(options)}" for group, options in list_options(known.config_dir).items())
+    print(HELP.format(program=PROGRAM, groups=groups, config=OmegaConf.to_yaml(config)))

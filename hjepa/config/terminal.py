@@ -41,7 +41,11 @@ def survive_closed_pipes() -> None:
     """Let a run continue and save its result when the reader of its output ends early, as in `... | head`."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        stream.flush()
-        output = io.BufferedWriter(PipeOutput(stream.fileno(), "w", closefd=False))
+        try:
+            stream.flush()
+            pipe = PipeOutput(stream.fileno(), "w", closefd=False)
+        except (AttributeError, OSError, ValueError):  # a replaced or closed stream
+            continue
+        output: Any = pipe if stream.write_through else io.BufferedWriter(pipe)  # PYTHONUNBUFFERED asks for no buffer
         options = {"encoding": stream.encoding, "errors": stream.errors, "line_buffering": stream.line_buffering}
         setattr(sys, name, io.TextIOWrapper(output, write_through=stream.write_through, **options))

@@ -10,6 +10,7 @@ All results are read from the run folders, so table and plots can be made again 
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ class SweepStart(Callback):
         except UserError as error:
             sys.exit(str(error))  # Hydra would only warn of any other exception here, and fail later
         os.environ[SWEEP_VARIABLE] = folder.name
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # until here, Ctrl-C ends the process, see `hjepa.cli`
 
 
 def log_artifacts_of_jobs(jobs: list[Job], files: list[Path], folder: str, tags: dict[str, str]) -> None:

@@ -95,7 +95,8 @@ class ImageFiles:
 
             def map_in_threads(read: Callable[[int], Any], positions: list[int]) -> Iterable[Any]:
                 results = pool.map(read, positions, chunksize=64)
-                return progress_bar(results, total=len(positions), desc="decoding images", unit="image")
+                is_main = os.environ.get("RANK", "0") == "0"  # every process of a distributed run decodes the same images
+                return progress_bar(results, total=len(positions), desc="decoding images", unit="image", disable=not is_main)
 
             images, errors = self.decode(positions, map_in_threads)
         self.corrupt.report(errors)

@@ -1,4 +1,4 @@
-"""Numbers computed from features: probes, collapse, spectra."""
+"""Metrics of features: probes, collapse statistics, spectra."""
 
 import lazy_loader
 

@@ -35,7 +35,7 @@ from hjepa.training.signals import StopFlag, Stopped
 
 log = logging.getLogger(__name__)
 
-Record = Callable[[dict[str, Any]], None]
+Recorder = Callable[[dict[str, Any]], None]
 
 
 class Batch(NamedTuple):
@@ -154,14 +154,17 @@ class Trainer:
             The loss, its terms and the norm of the gradient as 0-d tensors on the device, by name.
         """
         c = self.components
+        # Schedules come before the update: a warm-up from 0 leaves the weights of step 0 unchanged.
         rates = {component: values[step] for component, values in self.learning_rates.items()}
         set_hyperparameters(c.optimizer, rates, self.weight_decay[step])
         seed_global(c.seed, "step", step, *([] if self.world.main else [self.world.rank]))
         sums: Terms = {}
         for number, micro_batch in enumerate(batch.split(self.accumulate), start=1):
+            # Only the last micro-batch averages the gradients over the processes.
             with nullcontext() if number == self.accumulate else c.strategy.no_sync(self.network):
                 with c.hardware.autocast():
-                    # The teacher encodes the crops, the student their contexts, and the predictor predicts the targets.
+                    # The teacher computes targets from complete crops; the student encodes their contexts, from which the
+                    # predictor predicts the targets.
                     output = self.network(*micro_batch, c.dataset.views)
                     loss, terms = c.objective(output)
                 self.scaler.scale(loss / self.accumulate).backward()
@@ -172,12 +175,13 @@ class Trainer:
         self.scaler.step(c.optimizer)
         self.scaler.update()
         c.optimizer.zero_grad()
+        # The teacher follows after the update, once per step.
         c.teacher_update.apply(self.model, step)
         return sums
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
-    def fit(self, monitor: Monitor, checkpointer: Checkpointer, record: Record, stop: StopFlag) -> None:
+    def fit(self, monitor: Monitor, checkpointer: Checkpointer, record: Recorder, stop: StopFlag) -> None:
         """Train from the current state to the last step, and measure, record and save along the way.
 
         Args:
@@ -200,7 +204,7 @@ class Trainer:
             with progress_bar(**steps, disable=not self.world.main) as bar:
                 self.run_steps(monitor, checkpointer, record, stop, bar)
 
-    def run_steps(self, monitor: Monitor, checkpointer: Checkpointer, record: Record, stop: StopFlag, bar: Any) -> None:
+    def run_steps(self, monitor: Monitor, checkpointer: Checkpointer, record: Recorder, stop: StopFlag, bar: Any) -> None:
         """Take the remaining steps; see `fit`."""
         consensus, logged_seconds = AsyncConsensus(self.world), self.seconds
         while self.completed_steps < self.num_steps:
@@ -227,7 +231,7 @@ class Trainer:
                 raise Stopped(f"stopped by signal {stop.number} at step {self.completed_steps} of {self.num_steps}")
         consensus.settle()
 
-    def log_metrics(self, losses: Scores, seconds: float, record: Record, bar: Any) -> None:
+    def log_metrics(self, losses: Scores, seconds: float, record: Recorder, bar: Any) -> None:
         """Record the mean losses of a log interval, the hyperparameters of its last step, and the speed."""
         step, first = self.completed_steps - 1, max(0, self.completed_steps - self.log_every)
         speed = (self.plan.images_seen(self.completed_steps) - self.plan.images_seen(first)) / max(seconds, 1e-9)
@@ -243,7 +247,7 @@ class Trainer:
         if bar.disable and self.completed_steps % (10 * self.log_every) == 0:
             log.info("step %d of %d: loss %.4f, %.0f images/s", self.completed_steps, self.num_steps, losses["loss"], speed)
 
-    def end_epoch(self, monitor: Monitor, checkpointer: Checkpointer, record: Record) -> None:
+    def end_epoch(self, monitor: Monitor, checkpointer: Checkpointer, record: Recorder) -> None:
         """Measure, record and save at the end of an epoch or of the run."""
         self.check_finite()
         epoch, last = math.ceil(self.plan.epochs_done(self.completed_steps)), self.completed_steps == self.num_steps

@@ -156,7 +156,7 @@ def test_a_dead_process_ends_the_run_and_another_number_goes_on(undisturbed: Pat
     assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
     alone = launch(*OPTIONS, f"output_root={tmp_path}", "name=r", "hardware.processes=1")
     assert alone.returncode == 0, alone.stderr
-    assert "was run by 2 processes, goes on with 1" in alone.stdout
+    assert "the run started with 2 processes and continues with 1" in alone.stdout
     a, b = weights(undisturbed), weights(folder)
     for key in a:
         torch.testing.assert_close(b[key], a[key], atol=1e-3, rtol=1e-2)

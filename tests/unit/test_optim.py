@@ -452,8 +452,8 @@ def test_invalid_options_are_refused(override: str, message: str) -> None:
 def test_every_optimizer_trains_and_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
     overrides = [f"optimizer={kind}", "optimizer.layer_decay=0.9", "model.encoder.drop_path=0.1"]
     overrides += ["optimizer.frequency=2"] if kind == "soap" else []
-    whole = trainer(*overrides)
-    whole.model.train()
+    uninterrupted = trainer(*overrides)
+    uninterrupted.model.train()
 
     def train(t: Any, steps: range) -> None:
         for i in steps:
@@ -461,17 +461,17 @@ def test_every_optimizer_trains_and_resumes_bit_for_bit(kind: str, tmp_path: Pat
             assert all(value.isfinite() for value in terms.values())
             t.completed_steps = i + 1
 
-    start = {name: p.detach().clone() for name, p in whole.model.named_parameters() if p.requires_grad}
-    train(whole, range(3))
-    torch.save(whole.state_dict(), tmp_path / "state.pt")
-    train(whole, range(3, 6))
-    moved = {name for name, p in whole.model.named_parameters() if name in start and not torch.equal(p, start[name])}
-    assert moved == start.keys()
+    start = {name: p.detach().clone() for name, p in uninterrupted.model.named_parameters() if p.requires_grad}
+    train(uninterrupted, range(3))
+    torch.save(uninterrupted.state_dict(), tmp_path / "state.pt")
+    train(uninterrupted, range(3, 6))
+    changed = {name for name, p in uninterrupted.model.named_parameters() if name in start and not torch.equal(p, start[name])}
+    assert changed == start.keys()
     resumed = trainer(*overrides)
     resumed.model.train()
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     train(resumed, range(3, 6))
-    pairs = zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True)
+    pairs = zip(uninterrupted.model.state_dict().items(), resumed.model.state_dict().values(), strict=True)
     assert [name for (name, a), b in pairs if not torch.equal(a, b)] == []
 
 
@@ -485,5 +485,5 @@ def test_every_optimizer_lowers_the_loss(kind: str) -> None:
         "train.epochs=5",
     )
     batch = t.get_batch(0)
-    losses = [float(t.train_step(*batch, i)["loss"]) for i in range(40)]
+    losses = [float(t.train_step(batch, i)["loss"]) for i in range(40)]
     assert losses[-1] < 0.9 * losses[0]

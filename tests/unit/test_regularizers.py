@@ -120,8 +120,8 @@ def trained_rank(regularizer: str) -> float:
         *("teacher.momentum.start=0.5", "teacher.momentum.end=0.5", "train.batch_size=72", "train.epochs=60"),
     )
     for i in range(100):
-        t.train_step(*t.batch(i), i)
-    z = t.model.student.features(t.parts.dataset.normalize(t.images[:128])).detach()
+        t.train_step(t.get_batch(i), i)
+    z = t.model.student.features(t.components.dataset.normalize(t.images[:128])).detach()
     return effective_rank(z - z.mean(0))
 
 

@@ -57,10 +57,10 @@ def test_periodic_copy_copies_the_student_only_at_its_intervals(interval: tuple[
 
 
 def test_without_a_teacher_gradients_flow_through_both_sides() -> None:
-    parts = build_components("teacher=none", "levels=flat", "regularizer=none")
-    model = parts.model
+    components = build_components("teacher=none", "levels=flat", "regularizer=none")
+    model = components.model
     assert "teacher" not in model.parameter_counts()
-    images, masks = torch.randn(2, 3, 32, 32), parts.sampler(2, torch.Generator().manual_seed(0))
+    images, masks = torch.randn(2, 3, 32, 32), components.sampler(2, torch.Generator().manual_seed(0))
     assert model(images, masks).levels[0].target.requires_grad
     with_teacher = build_components("levels=flat", "regularizer=none").model
     assert not with_teacher(images, masks).levels[0].target.requires_grad

@@ -10,6 +10,7 @@ from hydra.errors import CompactHydraException, InstantiationException, MissingC
 from omegaconf.errors import OmegaConfBaseException
 
 from hjepa.config.errors import UserError
+from hjepa.config.paths import CONF
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # environment variable: if set, Hydra prints stack traces
 
@@ -38,9 +39,11 @@ def format_hydra_error(error: CompactHydraException) -> str:
     if isinstance(error, OverrideParseException):
         reason = error.message.splitlines()[0]
         return f"{error.override} cannot be parsed ({reason}); write key=value, in quotes for the shell: 'key=[1,2]'."
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        return f"{group}={option} is not an option{suggest(option, list(error.options))}"
+        # Hydra does not know the options of lists such as tracking=[mlflow]
+        options = error.options or [file.stem for file in (CONF / group).glob("[!_]*.yaml")]
+        return f"{group}={option} is not an option{suggest(option, list(options))}"
     if isinstance(cause, OmegaConfBaseException) and cause.parent_node is not None and "not in struct" in str(cause):
         path, key = str(cause.full_key), str(cause.key)
         return f"{path} is not an option{suggest(key, [str(name) for name in cause.parent_node])}"

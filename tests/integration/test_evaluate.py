@@ -14,7 +14,8 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from hjepa.config.errors import UserError, format_hydra_error
+from hjepa.config.cli_errors import format_hydra_error
+from hjepa.config.errors import UserError
 from hjepa.config.run import run as run_config
 from hjepa.tracking.run_folder import read_summary
 from tests.helpers.runs import compose, tiny
@@ -237,7 +238,7 @@ def unchanged(folder: Path) -> None:
     ("break_it", "options", "word"),
     [
         (unchanged, ("protocol=[]",), "contains no protocol"),
-        (unchanged, ("protocol=[dense]",), "dense is for runs on dataset=shapes"),
+        (unchanged, ("protocol=[dense]",), r"protocol=\[dense\] is for runs on dataset=shapes"),
         (unchanged, ("protocol=[transfer]",), r"dataset@protocol.transfer.dataset=cifar100"),
         (
             unchanged,
@@ -251,12 +252,12 @@ def unchanged(folder: Path) -> None:
         (unchanged, ("protocol=[fewshot]", "protocol.fewshot.shots=[]", "protocol.fewshot.shares=[]"), "at least one number"),
         (unchanged, ("protocol=[linear]", "protocol.linear.penalties=[]"), "at least one penalty"),
         (unchanged, ("protocol=[quality]", "protocol.quality.views=1"), "at least 2 of each"),
-        (unchanged, ("protocol=[fewshot]", "protocol.fewshot.shots=[17]"), "only 16 images to draw from"),
+        (unchanged, ("protocol=[fewshot]", "protocol.fewshot.shots=[17]"), "only 16 images to sample from"),
         (unchanged, ("protocol=[finetune]", "protocol.finetune.batch_size=49"), "at most 48"),
         (unchanged, ("task.checkpoint=epoch-00009",), "choose task.checkpoint among"),
         (lambda folder: shutil.rmtree(folder / "checkpoints"), (), "stopped before its first one"),
         (lambda folder: (folder / "config.yaml").write_text("seed: 0\n"), (), "another version of hjepa"),
-        (remove_class, (), "class1 in its train split only"),
+        (remove_class, (), "class1 only in its train split"),
         (remove_test, (), "task.split=validation"),
         (remove_labels, (), "have no labels"),
     ],
@@ -273,8 +274,8 @@ def test_unknown_protocols_are_refused_with_the_known_ones() -> None:
     with pytest.raises(MissingConfigException) as error:
         compose(*EVALUATE, "protocol=[lineer]")
     sentence = format_hydra_error(error.value)
-    assert sentence.startswith("protocol=lineer")
-    assert all(name in sentence for name in ("linear", "knn", "fewshot", "all"))
+    assert sentence.startswith("protocol=lineer is not an option; did you mean linear?")
+    assert all(name in sentence for name in ("knn", "fewshot", "all"))
 
 
 def test_only_evaluations_have_protocols() -> None:

@@ -2,15 +2,18 @@
 
 import os
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import hjepa
 from hjepa.config.errors import UserError
 from hjepa.config.identity import config_hash, identity, run_path
+from hjepa.config.paths import CONF
 from hjepa.config.run import COMMAND, record_command
 from hjepa.config.schema import check, check_node, resolve
-from hjepa.config.targets import allowed_targets
+from hjepa.config.targets import TARGET, USER_TARGETS, allowed_targets, iter_targets
 from hjepa.config.upgrade import RENAMED_TARGETS, upgrade_config, upgrade_names
 from tests.helpers.runs import compose
 
@@ -68,3 +71,25 @@ def test_the_config_of_an_earlier_version_is_upgraded(config: dict[str, Any]) ->
     check(upgrade_config(old))
     assert identity(upgrade_config(old)) == identity(config)
     assert upgrade_names(identity(old)) == identity(config)
+
+
+def test_every_group_takes_classes_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Subclasses of all targets of conf/, named by YAML files elsewhere, pass the checks like their bases."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(USER_TARGETS, "")
+    (tmp_path / "own").mkdir()
+    choices: dict[str, str] = resolve(compose("experiment=smoke", "levels=flat", "tracking=mlflow"))["choices"]
+    groups = {group: option for group, option in choices.items() if group not in ("experiment", "debug")}
+    for group, option in groups.items():
+        text = (CONF / group / f"{option}.yaml").read_text()
+        for target in TARGET.findall(text):
+            module, _, name = target.rpartition(".")
+            base = f"from {module} import {name}" + (f" as Base\nclass {name}(Base): ..." if name[0].isupper() else "")
+            (tmp_path / "own" / f"{name.lower()}.py").write_text(base)
+            text = text.replace(f"_target_: {target}\n", f"_target_: own.{name.lower()}.{name}\n")
+        (tmp_path / "conf" / group).mkdir(parents=True)
+        (tmp_path / "conf" / group / "mine.yaml").write_text(text)
+    config = resolve(hjepa.compose(*(f"{group}=mine" for group in groups), config_dir=tmp_path / "conf"))
+    named = {node["_target_"] for group in groups for _, node in iter_targets(config[group])}
+    assert len(named) > 15
+    assert {target for target in named if not target.startswith("own.")} <= {"hjepa.data.Augment"}

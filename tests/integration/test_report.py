@@ -102,16 +102,16 @@ def test_report_of_a_run_in_a_browser(trained: Path, browser: Any) -> None:
 
 def test_page_is_readable_in_light_and_dark_mode(trained: Path, browser: Any) -> None:
     report(f"run={trained}")
-    found = []
+    brightness = []
     for scheme in ("light", "dark"):
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
         browser.get((trained / "report.html").as_uri())
         style = "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
-        ink, paper = ([int(v) for v in color[4:-1].split(",")] for color in browser.execute_script(style))
-        assert abs(sum(ink) - sum(paper)) > 400
-        found.append(sum(paper))
-    assert found[0] > 600
-    assert found[1] < 150
+        color, background = ([int(v) for v in color[4:-1].split(",")] for color in browser.execute_script(style))
+        assert abs(sum(color) - sum(background)) > 400
+        brightness.append(sum(background))
+    assert brightness[0] > 600
+    assert brightness[1] < 150
 
 
 def test_report_of_a_sweep_in_a_browser(trained: Path, browser: Any, tmp_path: Path) -> None:
@@ -133,21 +133,21 @@ def test_report_of_a_sweep_in_a_browser(trained: Path, browser: Any, tmp_path: P
 
 
 def test_contents_of_a_folder_are_escaped(trained: Path, browser: Any, tmp_path: Path) -> None:
-    evil = "<script>document.title='owned'<!--\"'&{{ 7 * 7 }}<img src=http://example.invalid onerror=alert(1)>"
-    folder = tmp_path / evil.replace("/", "")
+    malicious = "<script>document.title='owned'<!--\"'&{{ 7 * 7 }}<img src=http://example.invalid onerror=alert(1)>"
+    folder = tmp_path / malicious.replace("/", "")
     shutil.copytree(trained, folder)
-    summary = read_summary(folder) | {"status": "failed", "reason": evil, "command": evil, "device": evil}
+    summary = read_summary(folder) | {"status": "failed", "reason": malicious, "command": malicious, "device": malicious}
     (folder / "summary.json").write_text(json.dumps(summary))
-    results = {evil: {"key": "0a", "about": evil, "rows": {evil: {evil: 0.5}}}}
+    results = {malicious: {"key": "0a", "about": malicious, "rows": {malicious: {malicious: 0.5}}}}
     (folder / "evaluate" / "summary.json").write_text(json.dumps(evaluation_summary(results)))
-    config = (folder / "config.yaml").read_text().replace("experiment_name: default", f"experiment_name: {json.dumps(evil)}")
+    config = (folder / "config.yaml").read_text().replace("experiment_name: default", f"experiment_name: {json.dumps(malicious)}")
     (folder / "config.yaml").write_text(config)
-    (folder / "visualize" / f"{evil.replace('/', '')}.png").write_bytes((folder / "visualize" / "pca.png").read_bytes())
+    (folder / "visualize" / f"{malicious.replace('/', '')}.png").write_bytes((folder / "visualize" / "pca.png").read_bytes())
     write_report({"run": str(folder), "tracking": {}}, folder, None)
     text = page_text(browser, folder / "report.html")
     assert text.count("{{ 7 * 7 }}") >= 5
     assert "FAILED" in text
-    assert evil in browser.title
+    assert malicious in browser.title
 
 
 @pytest.mark.parametrize("missing", [["summary.json"], ["summary.json", "metrics.jsonl", "plots", "visualize", "evaluate"]])

@@ -247,8 +247,8 @@ def test_names_of_pictures() -> None:
 
 
 def test_network_with_one_depth_has_one_layer() -> None:
-    parts = build_components("levels=flat")
-    network = LayerFeatures(parts.model.teacher, parts.model.upper, parts.model.layers)
+    components = build_components("levels=flat")
+    network = LayerFeatures(components.model.teacher, components.model.upper, components.model.layers)
     assert network.names() == ["block 2"]
 
 
@@ -258,10 +258,10 @@ def test_class_names_follow_the_labels(tmp_path: Path) -> None:
         for i in range(10):
             Image.new("RGB", (16, 16), "red" if name == "ant" else "blue").save(tmp_path / "train" / name / f"{i}.png")
     (tmp_path / "test").mkdir()
-    parts = build_components(
+    components = build_components(
         "dataset=image_folder", f"dataset.root={tmp_path}", "dataset.image_size=16", "masking=none", "levels=none"
     )
-    train_part, _ = parts.dataset.train_and_validation()
-    names = parts.dataset.class_names("class")
-    for image, label in zip(train_part.images, train_part.labels["class"], strict=True):
+    train_split, _ = components.dataset.train_and_validation()
+    names = components.dataset.class_names("class")
+    for image, label in zip(train_split.images, train_split.labels["class"], strict=True):
         assert names[label] == ("ant" if image[0, 0, 0] > 128 else "zebra")

@@ -111,7 +111,7 @@ def build_summary(by_process: list[StepMeasurements], batch_size: int, reference
         "phase_seconds": main.phase_seconds,
         "decoded_per_second": decoded_per_second,
         "bound": max(bound_seconds, key=lambda name: bound_seconds[name]),
-        "shares": {name: part / seconds for name, part in bound_seconds.items()},
+        "shares": {name: s / seconds for name, s in bound_seconds.items()},
         "gflop_per_image": gflop_per_image,
         "flops": flop / seconds,
         "matmul_flops": matmul_flops,

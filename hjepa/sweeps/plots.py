@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -11,7 +11,7 @@ from matplotlib.ticker import PercentFormatter
 
 from hjepa.plotting import COLORS, MARKERS, save_figure
 from hjepa.sweeps.job import Job
-from hjepa.sweeps.tables import PERCENT_SUFFIXES, Comparison, Group, std
+from hjepa.sweeps.tables import PERCENT_SUFFIXES, Comparison, Group
 from hjepa.tracking.run_folder import read_records
 
 METRIC_NAMES = {
@@ -109,7 +109,7 @@ def plot_line(axis: Axes, number: int, points: dict[float, list[float]], label: 
     axis.errorbar(
         list(points),
         [mean(values) for values in points.values()],
-        [std(values) for values in points.values()],
+        [stdev(values) if len(values) > 1 else 0.0 for values in points.values()],
         color=color,
         marker=marker,
         linestyle="-" if label else "none",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
 from hjepa.config.identity import flatten
@@ -225,14 +224,3 @@ def format_columns(
 def align(table: pd.DataFrame) -> str:
     """Return a table as lines without trailing spaces."""
     return "\n".join(line.rstrip() for line in table.to_string(sparsify=False).splitlines())
-
-
-def std(values: Sequence[float]) -> float:
-    """Return the standard deviation of a sample, 0 for a single value."""
-    return stdev(values) if len(values) > 1 else 0.0
-
-
-def aligned(rows: list[list[str]]) -> list[str]:
-    """Return rows of cells as lines with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,4 +1,4 @@
-"""Many runs: planned, launched on this machine or on SLURM, and compared in tables and plots."""
+"""Sweeps of many runs: planning, launching on this machine or on SLURM, and comparison in tables and plots."""
 
 import lazy_loader
 

@@ -7,6 +7,7 @@ it. pandas is imported when a comparison is made, because every start of the pro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ Group = tuple[str, ...]  # values of the varied options
 
 
 def lookup(summary: dict[str, Any], key: str) -> float | None:
-    """Return the number of a summary at a dotted key, or None if there is no such number."""
+    """Return the number of a summary at a dotted key, or None if it has none."""
     value: Any = summary
     for name in key.split("."):
         value = value.get(name) if isinstance(value, dict) else None
@@ -78,24 +79,24 @@ def seed_of(job: Job) -> str:
 
 def format_value(value: float | None, key: str) -> str:
     """Format a result for people: fractions in percent."""
-    if value is None or value != value:  # NaN marks a missing result in a data frame
+    if value is None or isnan(value):  # NaN: missing in a data frame
         return ""
     return f"{value:.1%}" if key.endswith(PERCENT_SUFFIXES) else f"{value:.4g}"
 
 
 def format_mean(mean: float, std: float, key: str) -> str:
     """Format a mean and, if it is known, the standard deviation."""
-    if std != std:
+    if isnan(std):
         return format_value(mean, key)
     return f"{format_value(mean, key)} +- {std:{'.1%' if key.endswith(PERCENT_SUFFIXES) else '.3g'}}"
 
 
 def format_difference(mean: float, error: float, key: str) -> str:
     """Format a difference and, if it is known, its standard error; differences of fractions are in percentage points."""
-    if mean != mean:
+    if isnan(mean):
         return ""
     scale, digits, unit = (100, ".1f", " points") if key.endswith(PERCENT_SUFFIXES) else (1, ".3g", "")
-    return f"{scale * mean:+{digits}}" + ("" if error != error else f" +- {scale * error:{digits}}") + unit
+    return f"{scale * mean:+{digits}}" + ("" if isnan(error) else f" +- {scale * error:{digits}}") + unit
 
 
 class Comparison:
@@ -195,7 +196,7 @@ class Comparison:
         return "\n\n".join([*blocks, *self.difference_text()])
 
     def difference_text(self) -> list[str]:
-        """Return the block on differences, if there are two groups or any difference is over several seeds."""
+        """Return the block of differences; empty if there are no pairs, or if more than two groups have one seed each."""
         if len(self.groups) < 2:
             return []
         table, first = self.difference_table(), next(iter(self.groups))

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, and the trackers (MLflow, TensorBoard, Weights & Biases) that copy it."""
+"""Run folders, and the trackers (MLflow, TensorBoard, Weights & Biases) to which they are copied."""
 
 import lazy_loader
 

@@ -109,7 +109,7 @@ def test_jobs_save_and_end_if_their_launcher_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hardware", "visible", "words"),
+    ("hardware", "visible", "message"),
     [
         ({"slots": 0}, "", "hardware.slots=0"),
         ({"slots": num_cores() + 1}, "", f"{num_cores()} cores of this machine"),
@@ -118,11 +118,11 @@ def test_jobs_save_and_end_if_their_launcher_is_killed(tmp_path: Path) -> None:
         ({"slots": 2, "device": "auto"}, "3", "every slot needs a GPU of its own, and this machine has 1"),
     ],
 )
-def test_more_slots_than_the_machine_supports_are_refused(monkeypatch, hardware: dict, visible: str, words: str) -> None:
+def test_more_slots_than_the_machine_supports_are_refused(monkeypatch, hardware: dict, visible: str, message: str) -> None:
     if hardware["slots"] == 2 and "device" in hardware and num_cores() < 2:
         pytest.skip("one core")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         gpu_shares([{"hardware": {"threads": None, "processes": 1, "device": "cpu"} | hardware}])
 
 

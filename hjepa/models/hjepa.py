@@ -223,5 +223,6 @@ def check_summary_tokens(encoder: Encoder, wanted: int) -> None:
     """Raise UserError if an encoder has no summary tokens although the levels require some."""
     if encoder.num_summary_tokens != wanted:
         raise UserError(
-            f"levels.summary_tokens={wanted}: {type(encoder).__name__} has no summary tokens; set levels.summary_tokens=0."
+            f"levels.summary_tokens={wanted}: {type(encoder).__name__} has no summary tokens; choose levels without them, such as "
+            "levels=flat or levels=pyramid."
         )

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from hjepa.config.errors import UserError
-from hjepa.models.pretrained import read_checkpoint
 from hjepa.distributed.process_group import World
+from hjepa.models.pretrained import read_checkpoint
 from hjepa.training.checkpoint import Checkpointer, best_rank
 from tests.helpers.runs import ROOT, TINY, launch
 

@@ -66,11 +66,17 @@ def compose(*overrides: str, config_dir: str | os.PathLike[str] | None = None) -
     """
     import_from_working_directory()
     config = compose_config(overrides, config_dir)
+    with hydra_config(config), environment(path_variables()):  # to which interpolations refer
+        return finish(config)
+
+
+@contextmanager
+def hydra_config(config: DictConfig | None) -> Iterator[None]:
+    """Set the config that Hydra considers the current one while the context lasts."""
     current = HydraConfig.instance().cfg
+    HydraConfig.instance().cfg = config and OmegaConf.masked_copy(config, "hydra")
     try:
-        HydraConfig.instance().set_config(config)  # `choices` refers to it
-        with environment(path_variables()):
-            return finish(config)
+        yield
     finally:
         HydraConfig.instance().cfg = current
 
@@ -124,7 +130,7 @@ def train(config: DictConfig | Mapping[str, Any]) -> "Run":
     if plain["task"]["_target_"] != "hjepa.tasks.train_model":
         raise UserError(f"task={plain['choices']['task']}: hjepa.train needs task=train; use the command line for other tasks.")
     folder = run_path(plain)
-    with messages():
+    with hydra_config(None), messages():
         try:
             perform(plain, folder)
         except SystemExit:  # the command line would end here

@@ -12,20 +12,8 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from hjepa.config.schema import check, resolve
+from tests.helpers.docs import EXTENDING, PAGES, commands, example_files
 from tests.helpers.runs import ROOT, compose
-
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """Return the code blocks of a language on a page."""
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
-
-
-def commands(page: Path) -> list[str]:
-    """Return the commands `python launch.py ...` in the shell blocks of a page."""
-    lines = [line.partition(" #")[0].strip() for block in blocks(page, "bash") for line in block.splitlines()]
-    return [line for line in lines if line.startswith(("python launch.py", "hjepa "))]
 
 
 def expand(overrides: list[str]) -> list[list[str]]:
@@ -52,24 +40,22 @@ def test_commands_are_found() -> None:
     assert len(COMMANDS) > 30
 
 
-def write_example(folder: Path) -> None:
-    """Write the files of docs/extending.md: every block begins with a comment that names its file."""
-    for language in ("python", "yaml"):
-        for block in blocks(ROOT / "docs" / "extending.md", language):
-            name = re.match(r"# (\S+)\n", block)
-            assert name, block
-            file = folder / name[1]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(block)
-
-
-@pytest.mark.parametrize("command", [c for c in commands(ROOT / "docs" / "extending.md") if "--config-dir" in c])
+@pytest.mark.parametrize("command", commands(EXTENDING))
 def test_every_example_of_extending_trains(command: str, tmp_path: Path) -> None:
-    """Run the command as it is typed, in a folder with the files of the page, for two steps."""
-    write_example(tmp_path)
+    """The command is typed in a folder with the files of the page, and runs for two steps."""
+    for name, text in example_files().items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
     words = shlex.split(command.replace("python launch.py", f"{sys.executable} {ROOT / 'launch.py'}", 1))
-    short = ["debug=small", "tracking=none", "probe=none", "hardware=cpu", "hardware.threads=1", "output_root=out", "name=r"]
-    done = subprocess.run([*words, *short], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    short = ["train.epochs=null", "train.steps=2", "train.batch_size=8", "tracking=none", "probe=none", "hardware=cpu"]
+    done = subprocess.run(
+        [*words, *short, "hardware.threads=1", "output_root=out"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "2 steps in" in done.stdout
 

@@ -1,155 +1,21 @@
-"""Classes and YAML files in folders of the user extend every part without a change in this repository."""
+"""Classes and YAML files in folders of the user, those of docs/extending.md, extend every part without a fork."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from tests.helpers.docs import example_files
 from tests.helpers.runs import launch
 
-MASKING = '''
-from collections.abc import Sequence
-
-import torch
-from torch import Generator
-
-from hjepa.masking import CellMaskSampler, Masks
-
-
-class Checkerboard(CellMaskSampler):
-    """Predict every other cell.
-
-    Args:
-        grid: Side of the patch grid.
-        pools: Pools of the levels.
-        offset: Which half is predicted, 0 or 1.
-    """
-
-    def __init__(self, grid: int, pools: Sequence[int], offset: int) -> None:
-        super().__init__(grid, pools)
-        self.offset = offset
-
-    def __call__(self, batch_size: int, generator: Generator) -> Masks:
-        side = self.grid // self.coarsest_pool
-        cell = torch.arange(self.num_cells)
-        half = (cell // side + cell + self.offset) % 2
-        context, targets = (cell[half == part].expand(batch_size, 1, -1) for part in (1, 0))
-        return self.build_masks(context, targets)
-'''
-
-LOSS = '''
-import torch.nn.functional as F
-from torch import Tensor
-
-from hjepa.config.types import PositiveFloat
-from hjepa.losses import PredictionLoss
-
-
-class Huber(PredictionLoss):
-    """Huber loss, quadratic up to a difference of delta."""
-
-    def __init__(self, delta: PositiveFloat) -> None:
-        self.delta = delta
-
-    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return F.huber_loss(prediction, target, delta=self.delta)
-'''
-
-DATA = '''
-from typing import Literal
-
-import torch
-
-from hjepa import data
-from hjepa.config.types import PositiveInt
-from hjepa.distributed.seeding import generator
-
-
-class Noise(data.DataModule):
-    """Random images with random labels."""
-
-    def __init__(self, num_images: PositiveInt, **common: object) -> None:
-        super().__init__(**common)
-        self.num_images = num_images
-
-    def load(self, split: Literal["train", "test"]) -> data.Split:
-        shape, rng = (self.num_images, 3, self.image_size, self.image_size), generator(0, split)
-        images = torch.randint(256, shape, generator=rng, dtype=torch.uint8)
-        return data.Split(images, {"class": torch.randint(10, (self.num_images,), generator=rng)})
-'''
-
-ENCODER = '''
-from collections.abc import Sequence
-
-from torch import Tensor, nn
-
-from hjepa.config.types import PositiveInt
-from hjepa.models import Encoder, Stage
-from hjepa.models.layers import gather_tokens, patchify
-
-
-class PatchMLP(Encoder):
-    """An MLP with residual blocks that encodes every patch by itself."""
-
-    def __init__(
-        self, image_size: int, patch_size: PositiveInt, num_summary_tokens: int, dim: PositiveInt, depth: PositiveInt
-    ) -> None:
-        super().__init__()
-        self.image_size, self.patch_size, self.num_summary_tokens = image_size, patch_size, 0
-        self.layer_dims = (dim,) * depth
-        self.embed = nn.Linear(3 * patch_size**2, dim)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim)) for _ in range(depth)
-        )
-
-    def forward(self, images: Tensor, keep: Tensor | None = None, layers: Sequence[int] | None = None) -> list[Stage]:
-        tokens = self.embed(patchify(images, self.patch_size))
-        if keep is not None:
-            tokens = gather_tokens(tokens, keep).flatten(0, 1)
-        stages = []
-        for number, block in enumerate(self.blocks, 1):
-            tokens = tokens + block(tokens)
-            if number in (layers or [self.num_layers]):
-                stages.append(Stage(tokens, images.shape[-1] // self.patch_size, 0))
-        return stages
-
-    def layer_ids(self) -> dict[str, int]:
-        return {name: 1 + int(name.split(".")[1]) if "blocks" in name else 0 for name, _ in self.named_parameters()}
-'''
-
-FILES = {
+FILES = example_files() | {
     "lab/__init__.py": "",
-    "lab/masks.py": MASKING,
-    "lab/losses.py": LOSS,
-    "lab/noise.py": DATA,
-    "lab/encoder.py": ENCODER,
     "lab/broken.py": "import a_package_that_is_not_installed\n\n\nclass Loss:\n    pass\n",
-    "conf/masking/checkerboard.yaml": "_target_: lab.masks.Checkerboard\noffset: 0\n",
-    "conf/loss/huber.yaml": "_target_: lab.losses.Huber\ndelta: 1.0\n",
     "conf/loss/missing.yaml": "_target_: labs.losses.Huber\n",
     "conf/loss/unnamed.yaml": "_target_: lab.losses.Hubert\n",
     "conf/loss/broken.yaml": "_target_: lab.broken.Loss\n",
-    "conf/dataset/noise.yaml": "defaults: [_common, _self_]\n_target_: lab.noise.Noise\nnum_images: 100\n",
-    "conf/model/patch_mlp.yaml": """
-_target_: hjepa.models.HJEPA
-image_size: ${dataset.image_size}
-patch_size: 4
-encoder:
-  _target_: lab.encoder.PatchMLP
-  _partial_: true
-  dim: 32
-  depth: 2
-predictor:
-  _target_: hjepa.models.Predictor
-  _partial_: true
-  dim: 24
-  depth: 1
-  heads: 2
-  attention: cross
-  joint: true
-pretrained: null
-""",
 }
 
 OWN = ("masking=checkerboard", "loss=huber", "dataset=noise", "model=patch_mlp", "levels=pyramid")
@@ -238,3 +104,11 @@ def test_mistakes_get_one_sentence(project: Path, tmp_path: Path, arguments: lis
     assert all(word in done.stderr for word in words), done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_slurm_job_finds_own_classes(project: Path, cluster: Path) -> None:
+    short = [option for option in SHORT if not option.startswith("hardware")]
+    slurm = ("hardware=slurm_cpu", "hardware.threads=1", "hydra.launcher.mem_gb=2", "hydra.launcher.poll_seconds=0.5")
+    done = launch("--config-dir", "conf", *OWN, *short, *slurm, "experiment_name=slurm", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(file.read_text())["status"] for file in (project / "out" / "slurm").glob("*/summary.json")] == ["finished"]

@@ -87,7 +87,7 @@ class EvalOptions:
     depths: list[int] | None
 
     def load_context(self, config: Config, folder: Path, features_folder: Path) -> EvalContext:
-        """Load a run, for a protocol without options.
+        """Load a run and return the context of its evaluation, with empty `options`.
 
         Args:
             config: Config of the command.

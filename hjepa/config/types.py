@@ -19,13 +19,13 @@ PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
 
-def ascending(most: float) -> Callable[[list[float]], list[float]]:
-    """Return a validator of `[smallest, largest]` pairs in (0, most]."""
+def ascending(bound: float) -> Callable[[list[float]], list[float]]:
+    """Return a validator of `[smallest, largest]` pairs in (0, bound]."""
 
     def validate(pair: list[float]) -> list[float]:
-        if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
-            bound = "" if most == float("inf") else f" <= {most:g}"
-            raise ValueError(f"expected [smallest, largest] with 0 < smallest <= largest{bound}")
+        if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= bound:
+            limit = "" if bound == float("inf") else f" <= {bound:g}"
+            raise ValueError(f"expected [smallest, largest] with 0 < smallest <= largest{limit}")
         return pair
 
     return validate

@@ -89,8 +89,8 @@ _PART_DISTANCES: dict[str, Callable[[Array, Array], Array]] = {
     "chevron": _chevron,
 }
 
-# Element centers in units of the spacing. Neighbors are about 1 apart, so that the parts of a figure never merge. There are three
-# to six elements; with more, the figure would not fit into the image at a readable part size.
+# Element centers in units of the spacing. Neighbors are about 1 apart, so that the parts of a figure never merge. A figure
+# has three to six elements; with more, it would not fit into the image at a readable part size.
 _ARRANGEMENTS: dict[str, tuple[tuple[float, float], ...]] = {
     "row": ((-1, 0), (0, 0), (1, 0)),
     "column": ((0, -1), (0, 0), (0, 1)),

@@ -102,5 +102,5 @@ def sample_uniform(low_high: Sequence[float], generator: Generator) -> float:
 
 
 def sample_log_uniform(low_high: Sequence[float], generator: Generator) -> float:
-    """Sample a number whose logarithm is uniform, so that a ratio and its inverse are equally likely."""
+    """Sample a number whose logarithm is uniform, as is usual for ratios."""
     return math.exp(sample_uniform([math.log(value) for value in low_high], generator))

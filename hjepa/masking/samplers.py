@@ -126,7 +126,7 @@ class BlockMaskSampler(MaskSampler):
     def sample_context(self, covered: Bool[Tensor, "b n"], generator: Generator) -> Int64[Tensor, "b 1 k"]:
         """Sample a context block and return a random choice of its patches that are not covered by targets.
 
-        Every image gets as many patches as the image with the fewest has. Images whose block is covered by targets fall back
+        All images get as many patches as the image with the fewest candidates has. Images whose block is covered by targets fall back
         on patches outside the block, so that a small count in one image does not starve the batch.
         """
         size = block_size(sample_uniform(self.context_scale, generator) * self.num_patches, 1.0, self.grid)
@@ -140,8 +140,8 @@ class BlockMaskSampler(MaskSampler):
 class MultiblockMasking(BlockMaskSampler):
     """Multi-block masking of I-JEPA (Assran et al. 2023): one large context block minus several target blocks.
 
-    As in I-JEPA, the size of the blocks is sampled once per batch and their positions per image. Unlike there, contexts are
-    cut to the batch's common size by a random choice instead of dropping the last rows. If levels pool, the blocks lie on
+    As in I-JEPA, the size of the blocks is sampled once per batch and their positions per image. Unlike in I-JEPA, contexts
+    are cut to the batch's common size by a random choice instead of dropping the last rows. If levels pool, the blocks lie on
     the coarsest level's cells and every level predicts the same regions.
 
     Args:

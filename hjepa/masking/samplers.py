@@ -126,8 +126,8 @@ class BlockMaskSampler(MaskSampler):
     def sample_context(self, covered: Bool[Tensor, "b n"], generator: Generator) -> Int64[Tensor, "b 1 k"]:
         """Sample a context block and return a random choice of its patches that are not covered by targets.
 
-        All images get as many patches as the image with the fewest candidates has. Images whose block is covered by targets fall back
-        on patches outside the block, so that a small count in one image does not starve the batch.
+        All images get as many patches as the image with the fewest candidates has, but at least `min_context`. Images with
+        fewer candidates fall back on patches outside the block, so that one image does not starve the batch.
         """
         size = block_size(sample_uniform(self.context_scale, generator) * self.num_patches, 1.0, self.grid)
         block = indices_to_mask(sample_blocks((len(covered),), size, self.grid, 1, generator), self.num_patches)

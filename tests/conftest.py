@@ -29,7 +29,10 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """See `LONGEST`; the order within a file stays."""
+    """Mark the integration tests as slow, and sort the files by `LONGEST`; the order within a file stays."""
+    for item in items:
+        if "integration" in item.path.parts:
+            item.add_marker("slow")
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 

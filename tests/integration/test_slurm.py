@@ -180,7 +180,7 @@ def test_failures_are_reported_and_stop_no_other_job(tmp_path: Path) -> None:
     assert "Traceback" not in "".join(rows(output).values())
     for job, state, reason in (
         (fine, "finished", ""),
-        (wrong, "FAILED", "optimizer.lr='x': expected float"),
+        (wrong, "FAILED", "optimizer.lr='x': expected PositiveFloat"),
         (failing, "FAILED", "The loss or gradient of step"),
         (killed, "FAILED", "ended by SLURM as FAILED"),
         (cancelled, "FAILED", "ended by SLURM as CANCELLED"),

@@ -74,7 +74,7 @@ def compose(*overrides: str, config_dir: str | os.PathLike[str] | None = None) -
 def hydra_config(config: DictConfig | None) -> Iterator[None]:
     """Set the config that Hydra considers the current one while the context lasts."""
     current = HydraConfig.instance().cfg
-    HydraConfig.instance().cfg = config and OmegaConf.masked_copy(config, "hydra")
+    HydraConfig.instance().cfg = config and OmegaConf.masked_copy(config, "hydra")  # type: ignore[assignment]
     try:
         yield
     finally:

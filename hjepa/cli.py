@@ -43,6 +43,7 @@ def main(home: Path | None = None) -> None:
 
     survive_closed_pipes()
     os.environ |= path_variables(home)
+    os.environ.setdefault("MPLBACKEND", "Agg")  # figures are only saved; in a notebook, its own backend stays
     if sys.argv[1:] == ["--version"]:
         from hjepa import __version__
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from hjepa.masking import Masks
     from hjepa.models.hjepa import HJEPA
 
-matplotlib.use("Agg")
-
 # The colors of Okabe and Ito can be told apart with any kind of color vision; markers are a second cue.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 

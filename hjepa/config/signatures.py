@@ -138,7 +138,7 @@ def find_module(module: str) -> ModuleSpec | None:
         return None
     for name in names:
         locations = spec and spec.submodule_search_locations
-        spec = PathFinder.find_spec(f"{spec.name}.{name}", locations) if spec and locations else None
+        spec = PathFinder.find_spec(name, list(locations)) if locations else None  # by the full name, parents would be imported
     return spec
 
 

@@ -24,6 +24,7 @@ from torchvision.transforms import functional as TF
 from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
 from hjepa.config.terminal import progress_bar
+from hjepa.data.datamodule import DataModule
 from hjepa.data.image_files import read_image, walk_images
 from hjepa.tasks.export.formats import load_timm_model, timm_outputs
 from hjepa.tasks.trained_run import load_run
@@ -44,11 +45,13 @@ class Run:
         mean: Mean of every channel, for pixels in [0, 1].
         std: Standard deviation of every channel.
         device: Device of the encoder.
+        dataset: Dataset of the run, None if it is not known.
 
     Attributes:
         folder (Path): Run folder, or folder of an export.
         encoder (nn.Module): Trained encoder, in evaluation mode: a module of hjepa for a run, and of timm for an export.
         untrained (nn.Module | None): The same encoder before training, the baseline of all probes. None for an export.
+        dataset (DataModule | None): Dataset of the run: `run.dataset.load("test")` has `images` and `labels`. None for an export.
         transform (transforms.Compose): torchvision transform of a PIL image to a normalized tensor [3, S, S].
         config (DictConfig): Config of the run; empty for an export.
         summary (dict[str, Any]): Contents of `summary.json`.
@@ -70,9 +73,10 @@ class Run:
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
+        dataset: DataModule | None = None,
     ) -> None:
         self.folder, self.encoder, self.untrained, self.device = folder, encoder, untrained, device
-        self.image_size = image_size
+        self.image_size, self.dataset = image_size, dataset
         self._encode = encode
         self._normalize = transforms.Normalize(list(mean), list(std))
         self._resize = transforms.Compose(
@@ -248,7 +252,8 @@ def load_run_folder(folder: Path, checkpoint: str | None, command: Config) -> Ru
     def encode(encoder: Any, images: Tensor) -> Tensor:
         return encoder.features(images)
 
-    return Run(folder, run.encoder, run.untrained, encode, run.encoder.image_size, data["mean"], data["std"], run.hardware.device)
+    size, device = run.encoder.image_size, run.hardware.device
+    return Run(folder, run.encoder, run.untrained, encode, size, data["mean"], data["std"], device, run.dataset)
 
 
 def load_export_folder(folder: Path, device: torch.device) -> Run:

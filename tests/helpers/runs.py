@@ -9,6 +9,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 os.environ |= {"HJEPA_ROOT": str(ROOT), "HJEPA_HOME": str(ROOT)}
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 
 # A run of a few seconds: a small ViT on few images.

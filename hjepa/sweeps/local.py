@@ -31,6 +31,7 @@ from hydra.core.utils import JobReturn, configure_log
 from omegaconf import DictConfig
 
 from hjepa.config.errors import UserError
+from hjepa.config.paths import PROGRAM
 from hjepa.config.run import perform
 from hjepa.config.schema import Config
 from hjepa.config.targets import iter_targets
@@ -218,7 +219,7 @@ def run_job(job: Job, gpus: list[str], connection: Connection) -> None:
     configure_log(job.composed.hydra.job_logging, job.composed.hydra.verbose)
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    print(f"python launch.py hydra.mode=RUN {shlex.join(job.overrides)}")
+    print(f"{PROGRAM} hydra.mode=RUN {shlex.join(job.overrides)}")
     try:
         perform(job.config, job.folder)
     except UserError as error:

@@ -22,6 +22,7 @@ from submitit.core.utils import FailedJobError
 from submitit.helpers import DelayedSubmission
 
 from hjepa.config.errors import UserError
+from hjepa.config.paths import PROGRAM
 from hjepa.config.run import perform
 from hjepa.config.schema import Config, check_node
 from hjepa.config.types import NonNegativeInt, PositiveFloat, PositiveInt
@@ -198,5 +199,5 @@ def print_jobs(jobs: list[Job], sweep: Sweep) -> None:
     print(f"SLURM jobs and their run folders (logs: {sweep.folder / SLURM_FOLDER}):")
     for job in jobs:
         print(f"  {job.slurm_id:>8}  {job.folder}")
-    print(f"To see their table at any time: python launch.py task=sweep task.folder={sweep.folder}")
+    print(f"To see their table at any time: {PROGRAM} task=sweep task.folder={sweep.folder}")
     print(f"To cancel them all: scancel {' '.join(ids)}", flush=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hjepa.config.errors import first_line, import_optional
+from hjepa.config.paths import PROGRAM
 from hjepa.tracking.atomic import atomic_write
 from hjepa.tracking.dead_runs import close_dead_runs, end_run, machine_tags
 from hjepa.tracking.run_folder import Record, read_records
@@ -152,8 +153,8 @@ class MLflow(Tracker):
                 if not self.has_warned:
                     log.warning(
                         "MLflow at %s: %s failed (%s); the run goes on, and metrics.jsonl keeps everything. What is missing "
-                        "at the end of the run can be sent later: python launch.py task=sync run=%s tracking.mlflow.uri=%s",
-                        *(self.uri, action, first_line(error), self.folder, self.uri),
+                        "at the end of the run can be sent later: %s task=sync run=%s tracking.mlflow.uri=%s",
+                        *(self.uri, action, first_line(error), PROGRAM, self.folder, self.uri),
                     )
                 self.has_warned = True
         return self.failed_at is None

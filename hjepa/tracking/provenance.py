@@ -8,7 +8,9 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import hjepa
 from hjepa.config.identity import differences
+from hjepa.config.paths import INSTALLED
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +27,12 @@ def provenance_tags() -> dict[str, str]:
 
 @cache
 def git_state() -> dict[str, str]:
-    """Return the commit of the code, whether it has uncommitted changes, and a hash of these; empty outside a git checkout."""
+    """Return the commit of the code, whether it has uncommitted changes, and a hash of these; empty outside a git checkout.
+
+    An installed package has a version instead. Its folder may lie in a checkout of another project.
+    """
+    if INSTALLED:
+        return {"version": hjepa.__version__}
 
     def git(*command: str) -> str:
         return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout

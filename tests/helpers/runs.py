@@ -33,13 +33,13 @@ TINY = (
 
 
 def tiny(*overrides: str) -> list[str]:
-    """Overrides of a tiny run with further ones; a dataset of their own keeps its options."""
+    """Return the overrides of a tiny run and further ones; another dataset keeps its own options."""
     own_data = any(o.startswith("dataset=") for o in overrides)
     return [*(o for o in TINY if not (own_data and o.startswith("dataset."))), *overrides]
 
 
 def compose(*overrides: str) -> Any:
-    """The composed config with its hydra node set as the current one."""
+    """Compose a config, and make its hydra node the current one."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.hydra_config import HydraConfig

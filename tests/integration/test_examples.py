@@ -21,7 +21,6 @@ config = hjepa.compose(*{overrides}, "name=quickstart")
 config.train.epochs = 1"""
 
 
-@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "it is committed without outputs"
@@ -39,7 +38,6 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "outputs" / "default" / "quickstart" / "summary.json").exists()
 
 
-@pytest.mark.slow
 def test_the_search_finds_the_query_and_its_copy_first(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for i in range(6):
@@ -65,7 +63,6 @@ def test_the_search_finds_the_query_and_its_copy_first(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.slow
 def test_the_checkerboard_trains_and_checks_its_option(tmp_path: Path) -> None:
     arguments = ("--config-dir", "examples/checkerboard/conf", "masking=checkerboard", f"output_root={tmp_path}")
     result = launch(*arguments, *tiny("train.epochs=1", "name=r"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from hjepa.config.paths import PROGRAM
 from hjepa.plotting import CAPTIONS
 
 if TYPE_CHECKING:
@@ -76,4 +77,4 @@ def render(template: str, facts: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     templates.filters["percent"] = lambda fraction: f"{100 * fraction:.1f} %"
-    return templates.get_template(template).render(facts)
+    return templates.get_template(template).render(program=PROGRAM, **facts)

@@ -1,0 +1,1 @@
+"""Measurements of speed that are run by hand; see docs/speed.md."""

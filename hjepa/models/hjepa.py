@@ -220,9 +220,9 @@ class HJEPA(nn.Module):
 
 
 def check_summary_tokens(encoder: Encoder, wanted: int) -> None:
-    """Raise UserError if an encoder has no summary tokens although the levels require some."""
+    """Raise `UserError` if an encoder has no summary tokens although the levels require some."""
     if encoder.num_summary_tokens != wanted:
         raise UserError(
-            f"levels.summary_tokens={wanted}: {type(encoder).__name__} has no summary tokens; choose levels without them, such as "
-            "levels=flat or levels=pyramid."
+            f"levels.summary_tokens={wanted}: {type(encoder).__name__} has no summary tokens; choose levels without "
+            "them, such as levels=flat or levels=pyramid."
         )

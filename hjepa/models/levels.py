@@ -58,7 +58,7 @@ class Levels:
             )
 
     def check_grid(self, grid: int) -> None:
-        """Raise UserError if the cells do not divide a grid of patches, or leave fewer than 2x2 cells of the largest size."""
+        """Raise `UserError` if the cells do not divide a grid of patches, or leave fewer than 2x2 cells of the largest size."""
         largest = max(self.pool, default=1)
         if grid % largest or grid // largest < 2:
             raise UserError(

@@ -100,7 +100,7 @@ def load_model(model: nn.Module, source: str) -> None:
 
 
 def check_fits(expected: Weights, weights: Weights, source: str) -> None:
-    """Raise UserError for weights of another architecture, naming missing and unknown keys and other shapes.
+    """Raise `UserError` for weights of another architecture, naming missing and unknown keys and other shapes.
 
     Args:
         expected: State dict of the model.

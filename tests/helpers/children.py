@@ -1,4 +1,4 @@
-"""Child processes that have torch loaded before they begin: what is killed, starved or started eight times must start fast."""
+"""Child processes with torch already loaded, so that tests can start, starve and kill many of them quickly."""
 
 import multiprocessing
 import os
@@ -15,19 +15,21 @@ server.set_forkserver_preload(["hjepa.tasks.train", "hjepa.tracking.mlflow", "ml
 
 
 def begin(target: Any, *args: Any) -> ForkServerProcess:
-    """Start a function of a test module in a child."""
+    """Start a function of a test module in a child process."""
     process = server.Process(target=target, args=args)
     process.start()
     return process
 
 
-def run_config(overrides: list[str], said: Path, memory: int | None = None) -> None:
-    """Run a config in a child; what it says goes to a file. Exits 1 after one sentence, or 3 after a stack trace.
+def run_config(overrides: list[str], output: Path, memory: int | None = None) -> None:
+    """Run a config in a child process; exit with 1 after a `UserError`, and with 3 after any other error.
 
     Args:
-        memory: bytes that it may allocate beyond what it has.
+        overrides: Overrides of the config.
+        output: File that receives everything the process prints.
+        memory: Bytes that the process may allocate beyond what it has.
     """
-    with said.open("a", buffering=1) as file:
+    with output.open("a", buffering=1) as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
     from hjepa.config.run import run

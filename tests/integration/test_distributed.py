@@ -33,7 +33,7 @@ CONFIGS = {
     ),
     "regularizer only": ("levels=none", "masking=none", "regularizer=infonce", "teacher=none", "dataset.views=2"),
     "stacked": ("levels=stacked", "dataset.image_size=32", "levels.upper.detach=false", "masking=multiblock"),
-    "sharded": ("train.accumulate=2", "projector=mlp"),
+    "sharded": ("train.accumulate=2", "projector=mlp", "hardware.activation_checkpointing=true"),
     "sharded views": ("dataset.views=2", "dataset.local_views=2", "regularizer=sigreg", "levels=stacked", "teacher=refresh"),
     "plain": ("levels=flat", "regularizer=none", "hardware.activation_checkpointing=true", "train.batch_size=48"),
 }
@@ -51,7 +51,7 @@ def train_all(divided: bool) -> dict[str, Any]:
                 t.load_state_dict(state)
             t.meter.add(t.train_step(t.get_batch(step), step))
         weights = t.state_dict()["model"]
-        results[name] = ({k: v.detach().clone() for k, v in weights.items()}, t.meter.interval())
+        results[name] = ({k: v.detach().clone() for k, v in weights.items()}, t.meter.interval_means())
     return results
 
 

@@ -40,7 +40,7 @@ def check_same(a: Path, b: Path) -> None:
 
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     command = [*tiny(*LONG), "tracking=[mlflow,tensorboard]", f"output_root={tmp_path}"]
-    moments, said = random.RandomMasking(0), tmp_path / "said"
+    moments, said = random.Random(0), tmp_path / "said"
     begin(os.getpid).join()  # loads torch
     began = time.monotonic()
     whole = begin(run_config, [*command, "name=whole"], said)
@@ -74,7 +74,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path) -> 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 16 MB."""
+    """Mount a disk of 16 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(disk)], capture_output=True, check=False)
@@ -185,10 +185,10 @@ def spoil_unread(stream: object) -> list[str]:
 
 def test_files_that_vanish_in_the_middle_of_an_epoch_are_replaced_and_named(root: Path, caplog) -> None:
     stream = trainer(*options(root, 0, 0.0, "dataset.max_corrupt=0.1"))
-    stream.pixels(0)
+    stream.load_images(0)
     names = spoil_unread(stream)
     for step in range(1, 6):
-        images = stream.pixels(step)
+        images = stream.load_images(step)
         assert images.flatten(1).float().std(1).min() > 0, "no image is blank"
     warned = [r.getMessage() for r in caplog.records if "cannot be read" in r.getMessage()]
     assert len(warned) == 2
@@ -197,19 +197,19 @@ def test_files_that_vanish_in_the_middle_of_an_epoch_are_replaced_and_named(root
 
 def test_files_that_vanish_beyond_the_tolerance_end_the_run(root: Path) -> None:
     stream = trainer(*options(root, 0, 0.0, "dataset.max_corrupt=0.0"))
-    stream.pixels(0)
+    stream.load_images(0)
     spoil_unread(stream)
     with pytest.raises(UserError, match=r"1 of 24 images cannot be read.*No such file"):
-        stream.pixels(1)
+        stream.load_images(1)
 
 
 def test_a_decoding_process_that_is_killed_is_one_sentence(root: Path) -> None:
     stream = trainer(*options(root, 2, 0.0, "train.epochs=20"))
-    stream.pixels(0)
+    stream.load_images(0)
     for worker in multiprocessing.active_children():
         worker.kill()
     with pytest.raises(UserError, match=r"decodes images died.*dataset.workers.*continues a run"):
-        list(map(stream.pixels, range(1, stream.steps)))
+        list(map(stream.load_images, range(1, stream.num_steps)))
     stream.close()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
+from hjepa.distributed.resources import num_cores
 from tests.helpers.cluster import cluster
 from tests.helpers.runs import compose, tiny
 from tests.helpers.typecheck import check_types
@@ -34,6 +35,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "integration" in item.path.parts:
             item.add_marker("slow")
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of workers of `-n auto`: twice the cores, since integration tests wait for processes most of the time."""
+    return 2 * num_cores()
 
 
 @pytest.fixture

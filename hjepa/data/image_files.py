@@ -119,8 +119,9 @@ class ImageFiles:
         """
         images = torch.zeros(len(positions), 3, self.size, self.size, dtype=torch.uint8)
         errors: dict[int, str] = {}
-        for position, image, pixels in zip(positions, images, map_function(self.read, positions), strict=True):
-            copy_pixels(pixels, image, position, errors)
+        with catch_warnings(action="ignore"):  # decoders warn of oddities; set here, since the filters are not thread-safe
+            for position, image, pixels in zip(positions, images, map_function(self.read, positions), strict=True):
+                copy_pixels(pixels, image, position, errors)
         for position, image in zip(positions, images, strict=True):
             if position in errors:
                 self.replace(position, image, errors)
@@ -161,7 +162,7 @@ def read_image(path: str, size: int) -> np.ndarray | str:
     The shorter side is resized to `size`, and the center is cropped.
     """
     try:
-        with catch_warnings(action="ignore"), Image.open(path) as file:
+        with Image.open(path) as file:
             file.draft("RGB", (size, size))
             image = file.convert("RGB")
     except Exception as error:  # decoders raise all kinds of exceptions for broken files

@@ -172,7 +172,8 @@ class Run:
         features: list[Tensor] = []
         unreadable: dict[str, str] = {}
         bar = progress_bar(total=len(images), desc="features", unit="image", disable=len(images) <= batch_size)
-        with bar, ThreadPoolExecutor() as pool:  # PIL releases the interpreter lock
+        # The filters of warnings are not thread-safe, so they are set outside of the threads, in which PIL releases the lock.
+        with bar, warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
             for first in range(0, len(images), batch_size):
                 part = images[first : first + batch_size]
                 pixels = dict(enumerate(pool.map(self._read, part)))

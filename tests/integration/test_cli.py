@@ -163,7 +163,7 @@ def test_an_unlabeled_folder_trains_without_probes_and_is_refused_with_them(run,
     strip = [o for o in TINY if not o.startswith(("dataset.", "probe."))] + [f"output_root={tmp_path}/out"]
     from hjepa.config.run import run as run_config
 
-    with pytest.raises(UserError, match="no labels, which the probes need"):
+    with pytest.raises(UserError, match="The probes need labels, and the images have none"):
         run_config(compose(*strip, *data))
     assert run_config(compose(*strip, *data, "probe=none", "name=r")) is None
     assert json.loads((tmp_path / "out" / "default" / "r" / "summary.json").read_text())["status"] == "finished"

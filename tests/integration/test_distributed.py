@@ -76,7 +76,8 @@ def test_two_processes_with_half_the_batch_each_are_one(name: str, results: Any)
     (weights, terms), (divided_weights, divided_terms) = (result[name] for result in results)
     assert weights.keys() == divided_weights.keys()
     for key, weight in weights.items():
-        torch.testing.assert_close(divided_weights[key], weight, atol=2e-5, rtol=1e-4)
+        # AdamW turns the rounding error of a tiny gradient into a visible part of its step, which is 1.5e-3 at most.
+        torch.testing.assert_close(divided_weights[key], weight, atol=1e-4, rtol=1e-4)
     assert terms.keys() == divided_terms.keys()
     for key, term in terms.items():
         assert divided_terms[key] == pytest.approx(term, rel=1e-3, abs=1e-5), key

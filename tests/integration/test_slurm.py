@@ -153,7 +153,8 @@ def test_interrupted_runs_are_one_finished_run_each_in_mlflow(interrupted: tuple
 def rows(output: str) -> dict[str, str]:
     """Return the lines of the table by job number."""
     table = re.split(r"^Sweep \S+:$", output, flags=re.MULTILINE)[-1]
-    return {line.split()[0]: line for line in table.splitlines() if line[:1].isdigit()}
+    lines = table.partition("\nPlots:")[0].splitlines()
+    return {line.split()[0]: line for line in lines if line[:1].isdigit()}
 
 
 def test_failures_are_reported_and_stop_no_other_job(tmp_path: Path) -> None:

@@ -50,14 +50,12 @@ def test_a_run_of_own_classes_records_its_choices(trained: Path) -> None:
 
 
 def test_the_processes_of_a_sweep_find_own_classes_through_the_search_path(project: Path) -> None:
-    """Every job of the sweep has two processes of its own, and is named after its choices."""
-    sweep = (f"hydra.searchpath=[file://{project}/conf]", "seed=0,1", "hardware.processes=2", "experiment_name=sweep")
+    """The job of the sweep has two processes of its own, and is named after its choices."""
+    sweep = (f"hydra.searchpath=[file://{project}/conf]", "seed=1", "hardware.processes=2", "experiment_name=sweep")
     done = launch("--multirun", *sweep, "masking=checkerboard", "loss=huber", "dataset=noise", *SHORT, cwd=project)
     assert done.returncode == 0, done.stderr
-    names = sorted(folder.name for folder in (project / "out" / "sweep").iterdir())
-    assert [name.rpartition("-")[0] for name in names] == [
-        f"noise-vit_nano-pyramid_summary-checkerboard-huber-s{i}" for i in (0, 1)
-    ]
+    (folder,) = (project / "out" / "sweep").iterdir()
+    assert folder.name.rpartition("-")[0] == "noise-vit_nano-pyramid_summary-checkerboard-huber-s1"
 
 
 def test_the_config_of_a_run_folder_calls_own_classes_only_with_their_config_folder(trained: Path, project: Path) -> None:

@@ -476,6 +476,7 @@ def test_every_optimizer_trains_and_resumes_bit_for_bit(kind: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.slow
 def test_every_optimizer_lowers_the_loss(kind: str) -> None:
     t = trainer(
         f"optimizer={kind}",

@@ -126,6 +126,7 @@ def trained_rank(regularizer: str) -> float:
 
 
 @pytest.mark.parametrize("option", ["vicreg", "sigreg"])
+@pytest.mark.slow
 def test_each_regularizer_raises_the_rank_of_a_collapsing_run(option: str) -> None:
     assert trained_rank(option) > 1.5 * trained_rank("none")
 

@@ -137,6 +137,7 @@ def test_elements_stay_apart_and_inside() -> None:
     assert cover.sum() > 0.98 * shapes._coverage(middle, 64).sum()
 
 
+@pytest.mark.slow
 def test_labels_are_not_linear_in_the_pixels(train: Sample, test: Sample) -> None:
     """A ridge classifier on pixels stays near chance (10 %), so that both labels require learning."""
     pixels, test_pixels = (images.flatten(1).numpy().astype(np.float32) for images, _ in (train, test))

@@ -1,4 +1,4 @@
-"""Several processes are one: the same weights as a process alone, one voice, one fate. Real processes, gloo."""
+"""Several processes train the same weights as one, and start, stop and fail together. Real processes, gloo."""
 
 import json
 import os
@@ -40,7 +40,7 @@ CONFIGS = {
 
 
 def train_all(divided: bool) -> dict[str, Any]:
-    """Weights and means of the terms after some steps of every config, continued from a checkpoint on the way."""
+    """Return weights and mean terms after three steps of every config; the last step is that of a resumed trainer."""
     results = {}
     for name, overrides in CONFIGS.items():
         options = [*COMMON, *overrides, f"hardware.shard={divided and name.startswith('sharded')}"]
@@ -65,14 +65,14 @@ def rank(number: int, count: int, port: int, file: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of one process, and of two."""
+    """Return the results of one process, and those of two."""
     file = tmp_path_factory.mktemp("ranks") / "results.pt"
     start_processes(rank, (2, get_free_port(), str(file)), nprocs=2, start_method="spawn")
     return train_all(divided=False), torch.load(file)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_processes_with_half_the_batch_each_are_one(name: str, results: Any) -> None:
+def test_two_processes_with_half_the_batch_each_train_the_weights_of_one(name: str, results: Any) -> None:
     (weights, terms), (divided_weights, divided_terms) = (result[name] for result in results)
     assert weights.keys() == divided_weights.keys()
     for key, weight in weights.items():
@@ -83,31 +83,31 @@ def test_two_processes_with_half_the_batch_each_are_one(name: str, results: Any)
         assert divided_terms[key] == pytest.approx(term, rel=1e-3, abs=1e-5), key
 
 
-def test_shares_of_a_batch_are_a_partition_within_each_accumulated_part() -> None:
+def test_the_processes_share_each_accumulated_part_of_a_batch() -> None:
     rows = [World(rank, 4).rows(48, 3) for rank in range(4)]
     assert torch.equal(torch.cat(rows).sort().values, torch.arange(48))
     for part in range(3):
         assert all(set((share[4 * part : 4 * part + 4] // 16).tolist()) == {part} for share in rows)
 
 
-# -- as typed ----------------------------------------------------------------------------------------------------------
+# -- the command line --------------------------------------------------------------------------------------------------
 
 OPTIONS = [o for o in TINY if not o.startswith(("dataset.train", "train.epochs"))] + [
     *("dataset.train=1200", "train.epochs=3", "optimizer.eps=1e-3", "hardware.processes=2"),
 ]
 
 
-def started(*overrides: str) -> subprocess.Popen[str]:
+def start(*overrides: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "launch.py"), *OPTIONS, *overrides]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_step(folder: Path, step: int) -> None:
-    """Until the run has recorded a step."""
+    """Wait until the run has recorded a step."""
     end = time.monotonic() + 200
     file = folder / "metrics.jsonl"
     while not (file.exists() and any(json.loads(line)["step"] >= step for line in file.read_text().splitlines())):
-        assert time.monotonic() < end, "the run does not get on"
+        assert time.monotonic() < end, "the run makes no progress"
         time.sleep(0.05)
 
 
@@ -116,18 +116,18 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("uninterrupted")
     done = launch(*OPTIONS, f"output_root={root}", "name=r")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 2:") == 1, "the main process speaks for all"
+    assert done.stdout.count("epoch 2:") == 1, "only the main process prints"
     assert done.stdout.count("Run folder:") == 1
     return root / "default" / "r"
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_continues_to_the_same_bits(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "default" / "r"
-    process = started(f"output_root={tmp_path}", "name=r")
+    process = start(f"output_root={tmp_path}", "name=r")
     wait_for_step(folder, 10)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=100)
@@ -136,17 +136,17 @@ def test_a_stopped_run_goes_on_to_the_same_bits(undisturbed: Path, tmp_path: Pat
     assert json.loads((folder / "summary.json").read_text())["status"] == "stopped"
     again = launch(*OPTIONS, f"output_root={tmp_path}", "name=r")
     assert again.returncode == 0, again.stderr
-    a, b = weights(undisturbed), weights(folder)
+    a, b = weights(uninterrupted), weights(folder)
     assert all(torch.equal(a[k], b[k]) for k in a)
     steps, expected = (
-        [json.loads(line)["step"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (folder, undisturbed)
+        [json.loads(line)["step"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (folder, uninterrupted)
     )
     assert steps == expected
 
 
-def test_a_dead_process_ends_the_run_and_another_number_goes_on(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_dead_process_ends_the_run_which_another_number_of_processes_continues(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "default" / "r"
-    process = started(f"output_root={tmp_path}", "name=r")
+    process = start(f"output_root={tmp_path}", "name=r")
     wait_for_step(folder, 10)
     ranks = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
     max(ranks, key=lambda r: r.create_time()).kill()
@@ -158,6 +158,6 @@ def test_a_dead_process_ends_the_run_and_another_number_goes_on(undisturbed: Pat
     alone = launch(*OPTIONS, f"output_root={tmp_path}", "name=r", "hardware.processes=1")
     assert alone.returncode == 0, alone.stderr
     assert "the run started with 2 processes and continues with 1" in alone.stdout
-    a, b = weights(undisturbed), weights(folder)
+    a, b = weights(uninterrupted), weights(folder)
     for key in a:
         torch.testing.assert_close(b[key], a[key], atol=1e-3, rtol=1e-2)

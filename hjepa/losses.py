@@ -1,9 +1,9 @@
 """Objectives: a prediction loss over the levels plus an optional regularizer of the student's features.
 
-Both are called on the model's `Output` and return `(scalar, {name: 0-d tensor})`. The scalar is minimized; the named terms are
-unweighted, detached, and stay on the device until they are logged. Prediction losses compare predictions with the teacher's
-targets. Regularizers keep the student's pooled features from collapsing, and make the views of an image agree; with
-`levels=none` the regularizer is the whole objective.
+An objective is called on the model's `Output` and returns `(scalar, {name: 0-d tensor})`. The scalar is minimized; the named
+terms are unweighted, detached, and stay on the device until they are logged. Prediction losses compare the predictions of a level
+with the teacher's targets. Regularizers keep the student's pooled features from collapsing, and make the views of an image agree;
+with `levels=none` the regularizer is the whole objective.
 
 To add a loss, write a subclass of `PredictionLoss` with `distance` and a file in conf/loss/ that names it. To add a
 regularizer, write a subclass of `Regularizer` with `terms` and a file in conf/regularizer/.
@@ -11,16 +11,18 @@ regularizer, write a subclass of `Regularizer` with `terms` and a file in conf/r
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hjepa.config.errors import UserError
 from hjepa.config.types import NonNegativeFloat, PositiveFloat, PositiveInt
 from hjepa.distributed.process_group import broadcast_from_main
-from hjepa.models.hjepa import Output
+from hjepa.models.output import LevelOutput, Output
 
 Scalar = Float[Tensor, ""]
 Features = Float[Tensor, "b v d"]
@@ -29,26 +31,15 @@ Features = Float[Tensor, "b v d"]
 
 
 class PredictionLoss(ABC):
-    """Weighted sum over the levels of the mean distance between predictions and targets."""
+    """Base class of prediction losses of a level."""
 
     @abstractmethod
-    def distance(self, prediction: Float[Tensor, "*shape d"], target: Float[Tensor, "*shape d"]) -> Scalar:
-        """Compute the mean distance between predictions and targets."""
+    def distance(self, prediction: Float[Tensor, "*shape d"], target: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape"]:
+        """Compute the distance between each prediction and its target."""
 
-    def __call__(self, output: Output) -> tuple[Scalar, dict[str, Scalar]]:
-        """Compute the loss and the distance of every level by the level's name."""
-        distances = {level.name: self.distance(level.prediction.float(), level.target) for level in output.levels}
-        total = sum((level.weight * distances[level.name] for level in output.levels), output.zero())
-        return total, {name: value.detach() for name, value in distances.items()}
-
-    @torch.no_grad()
-    def constant_baseline(self, output: Output) -> Scalar:
-        """Compute the loss of predicting the mean target everywhere, which any useful predictor must beat."""
-        total = output.zero()
-        for level in output.levels:
-            mean = level.target.flatten(0, -2).mean(0)
-            total += level.weight * self.distance(mean.expand_as(level.target), level.target)
-        return total
+    def level_loss(self, level: LevelOutput) -> Scalar:
+        """Compute the mean distance over the predictions of a level that count."""
+        return mean_of_valid(self.distance(level.prediction.float(), level.target), level.valid)
 
 
 class SmoothL1(PredictionLoss):
@@ -61,22 +52,59 @@ class SmoothL1(PredictionLoss):
     def __init__(self, beta: PositiveFloat = 1.0) -> None:
         self.beta = beta
 
-    def distance(self, prediction: Float[Tensor, "*shape d"], target: Float[Tensor, "*shape d"]) -> Scalar:
-        return F.smooth_l1_loss(prediction, target, beta=self.beta)
+    def distance(self, prediction: Float[Tensor, "*shape d"], target: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape"]:
+        return F.smooth_l1_loss(prediction, target, reduction="none", beta=self.beta).mean(-1)
 
 
 class MSE(PredictionLoss):
     """Mean squared error."""
 
-    def distance(self, prediction: Float[Tensor, "*shape d"], target: Float[Tensor, "*shape d"]) -> Scalar:
-        return F.mse_loss(prediction, target)
+    def distance(self, prediction: Float[Tensor, "*shape d"], target: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape"]:
+        return F.mse_loss(prediction, target, reduction="none").mean(-1)
 
 
 class Cosine(PredictionLoss):
     """One minus the cosine similarity."""
 
-    def distance(self, prediction: Float[Tensor, "*shape d"], target: Float[Tensor, "*shape d"]) -> Scalar:
-        return 1 - F.cosine_similarity(prediction, target, dim=-1).mean()
+    def distance(self, prediction: Float[Tensor, "*shape d"], target: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape"]:
+        return 1 - F.cosine_similarity(prediction, target, dim=-1)
+
+
+class Contrastive(Cosine):
+    """InfoNCE (van den Oord et al. 2018): a prediction must be nearer to its target than to the targets of other images.
+
+    -log(e^p / (e^p + sum of e^n)), where p is the cosine similarity of a prediction to its target, and n are its similarities to
+    all target cells of the other images in the same group (see `LevelOutput`), all divided by the temperature. Between projected
+    whole views, this is the NT-Xent loss of SimCLR (Chen et al. 2020).
+
+    Args:
+        temperature: Divisor of the similarities; lower values put more weight on the nearest negatives.
+    """
+
+    def __init__(self, temperature: PositiveFloat) -> None:
+        self.temperature = temperature
+
+    def level_loss(self, level: LevelOutput) -> Scalar:
+        prediction = F.normalize(level.prediction.float(), dim=-1) / self.temperature
+        positives = (prediction * F.normalize(level.target.float(), dim=-1)).sum(-1)
+        negatives = log_sum_of_negatives(prediction, F.normalize(level.cells.float(), dim=-1))
+        return mean_of_valid(F.softplus(negatives - positives), level.valid)
+
+
+def mean_of_valid(values: Float[Tensor, "b g q"], valid: Bool[Tensor, "b g q"] | None) -> Scalar:
+    """Compute the mean of the values that count, or 0 if there is none; None counts all."""
+    if valid is None:
+        return values.mean()
+    return (values * valid).sum() / valid.sum().clamp(min=1)
+
+
+def log_sum_of_negatives(queries: Float[Tensor, "b g q d"], keys: Float[Tensor, "b g k d"]) -> Float[Tensor, "b g q"]:
+    """Compute log(sum of e^(query . key)) over the keys of all other images in the same group."""
+    b, g, q, _ = queries.shape
+    similarity = queries.transpose(0, 1).flatten(1, 2) @ keys.transpose(0, 1).flatten(1, 2).mT  # [G, B*Q, B*K]
+    same_image = similarity.view(g, b, q, b, -1).diagonal(dim1=1, dim2=3)
+    same_image.fill_(-math.inf)
+    return similarity.logsumexp(-1).view(g, b, q).transpose(0, 1)
 
 
 # -- regularizers ------------------------------------------------------------------------------------------------------
@@ -264,24 +292,47 @@ def info_nce(features: Features, num_global: int, temperature: float) -> Scalar:
 
 
 class Objective:
-    """The prediction loss plus the regularizer, if any.
+    """The prediction losses of all levels plus the regularizer, if any.
 
     Args:
-        loss: The prediction loss.
+        loss: The prediction loss of all levels but those of `level_losses`.
         regularizer: The regularizer, or None.
+        level_losses: Prediction losses of single levels by name.
     """
 
-    def __init__(self, loss: PredictionLoss, regularizer: Regularizer | None) -> None:
-        self.loss, self.regularizer = loss, regularizer
+    def __init__(
+        self, loss: PredictionLoss, regularizer: Regularizer | None, level_losses: Mapping[str, PredictionLoss] | None = None
+    ) -> None:
+        self.loss, self.regularizer, self.level_losses = loss, regularizer, dict(level_losses or {})
 
     @property
     def num_regularized_levels(self) -> int:
         """Number of levels whose features the regularizer reads."""
         return len(self.regularizer.levels) if self.regularizer else 0
 
+    def prediction_loss(self, output: Output) -> tuple[Scalar, dict[str, Scalar]]:
+        """Compute the weighted sum of the losses of the levels, and the loss of every level by name."""
+        losses = {level.name: self.loss_of(level).level_loss(level) for level in output.levels}
+        total = sum((level.weight * losses[level.name] for level in output.levels), output.zero())
+        return total, {name: value.detach() for name, value in losses.items()}
+
+    def loss_of(self, level: LevelOutput) -> PredictionLoss:
+        """Return the prediction loss of a level."""
+        return self.level_losses.get(level.name, self.loss)
+
+    @torch.no_grad()
+    def constant_baseline(self, output: Output) -> Scalar:
+        """Compute the loss of predicting the mean target everywhere, which any useful predictor must beat."""
+        total = output.zero()
+        for level in output.levels:
+            target = level.target.float()
+            mean = target.flatten(0, -2).mean(0).expand_as(target)
+            total += level.weight * self.loss_of(level).level_loss(replace(level, prediction=mean))
+        return total
+
     def __call__(self, output: Output) -> tuple[Scalar, dict[str, Scalar]]:
         """Compute the sum to minimize and all terms by name; `prediction` is the loss without the regularizer."""
-        prediction, terms = self.loss(output)
+        prediction, terms = self.prediction_loss(output)
         terms["prediction"] = prediction.detach()
         if self.regularizer is None:
             return prediction, terms

@@ -215,12 +215,13 @@ def plot_masks(images: Tensor, masks: Masks, model: HJEPA, path: Path) -> None:
         path: PNG file to write.
     """
     columns = {"context": (masks.context, model.grid)}
-    for name, pool, index in zip(model.levels.names(), model.levels.pool, masks.targets, strict=True):
-        columns[f"{name}:\n{pool}x{pool} patches"] = (index, model.grid // pool)
+    for level, index in zip(model.masked_levels, masks.targets, strict=True):
+        pool = level.mask_pool
+        columns[f"{level.name}:\n{pool}x{pool} patches"] = (index, model.grid // pool)
     stacked_levels = model.upper.stacked_levels() if model.upper else []
-    for number, (level, own) in enumerate(zip(stacked_levels, masks.stacked, strict=True), start=1):
-        columns[f"stacked{number}\ncontext"] = (own.context, level.side)
-        columns[f"stacked{number}\ntargets"] = (own.targets[0], level.side)
+    for number, (stacked, own) in enumerate(zip(stacked_levels, masks.stacked, strict=True), start=1):
+        columns[f"stacked{number}\ncontext"] = (own.context, stacked.side)
+        columns[f"stacked{number}\ntargets"] = (own.targets[0], stacked.side)
     rows = [
         [GridCell(image), *(GridCell(mask_overlay(image, index[i, 0].flatten(), side)) for index, side in columns.values())]
         for i, image in enumerate(images)

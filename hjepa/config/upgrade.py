@@ -1,7 +1,8 @@
 """Upgrade the configs, checkpoints and summaries that earlier versions of hjepa wrote.
 
-Version 0.2 renamed classes, options and summary keys. The tables below map every old name to its new one. They are applied
-when a file is read, so that nothing on disk has to change.
+Version 0.2 renamed classes, options and summary keys. The tables below map every old name to its new one. `NEW_OPTIONS` holds the
+options that earlier configs lack, with the values that stand for what those runs did. All of this is applied when a file is read,
+so that nothing on disk has to change.
 """
 
 from typing import Any
@@ -67,12 +68,22 @@ RENAMED_TARGETS = {
     "hjepa.trainer.Trainer": "hjepa.training.Trainer",
 }
 RENAMED_OPTIONS = {"neighbours": "neighbors"}
+NEW_OPTIONS: dict[str, dict[str, Any]] = {  # config group -> option -> value
+    "model": {"features": "last"},
+    "levels": {"view": ["same"], "project": [False], "predictor": ["attention"], "matching": None, "loss": {}},
+}
 RENAMED_SUMMARY_KEYS = {"normalised": "normalized", "utilisation": "utilization"}
 
 
 def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of a run with the names that this version uses; `choices` is empty where it was not recorded."""
-    return {"choices": {}, **upgrade_names(config)}
+    """Return the config of a run with the names and options of this version; `choices` is empty where it was not recorded."""
+    upgraded: dict[str, Any] = {"choices": {}, **upgrade_names(config)}
+    for group, options in NEW_OPTIONS.items():
+        if isinstance(upgraded.get(group), dict):
+            upgraded[group] = options | upgraded[group]
+    if isinstance(levels := upgraded.get("levels"), dict) and "depth" in levels:
+        levels["stage"] = [-1 if fraction == 1 else fraction for fraction in levels.pop("depth")]  # 1.0 was the last layer
+    return upgraded
 
 
 def upgrade_names(config: Any) -> Any:

@@ -119,6 +119,11 @@ class Augment:
             row += 1 + transform.num_params
         return images
 
+    def boxes(self, params: Float[Tensor, "num_params b v"], scale: Sequence[float] | None = None) -> Float[Tensor, "b v 2 3"]:
+        """Return where the crops of the images lie: affine maps from a crop to its image, both in coordinates from -1 to 1."""
+        boxes = self.crop_boxes(params[:NUM_CROP_PARAMS].flatten(1), scale or self.scale)
+        return boxes.unflatten(0, params.shape[1:])
+
     def crop_and_flip(self, images: Images, params: Params, size: int | None, scale: Sequence[float]) -> Float[Tensor, "b 3 _ _"]:
         """Crop, resize and flip images by bilinear interpolation; borders are repeated."""
         if scale[0] == 1 and self.flip == 0 and size is None:

@@ -10,14 +10,14 @@ To add a dataset, write a subclass of `DataModule` with `load(split)`, as in `sh
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Generator, Tensor
 
 from hjepa.config.errors import UserError
-from hjepa.config.types import FractionRange, NonNegativeInt, OpenFraction, PositiveInt
+from hjepa.config.types import Fraction, FractionRange, NonNegativeInt, OpenFraction, PositiveInt
 from hjepa.data.augment import Augment, AugmentParams
 from hjepa.data.color import Images
 from hjepa.data.image_files import ImageFiles
@@ -43,6 +43,20 @@ class Split:
         return Split(self.images[index], {name: label[index] for name, label in self.labels.items()})
 
 
+class Crops(NamedTuple):
+    """Augmented and normalized crops of B images; the crops of an image follow one another.
+
+    Attributes:
+        global_crops: V crops of each image, with the size of the images.
+        local_crops: L smaller crops of each image, or None.
+        boxes: Boxes of the V global and the L local crops of each image, in this order (see `hjepa.models.views`).
+    """
+
+    global_crops: Float[Tensor, "bv 3 s s"]
+    local_crops: Float[Tensor, "bl 3 l l"] | None
+    boxes: Float[Tensor, "b n 2 3"]
+
+
 class DataModule(ABC):
     """Base class of all datasets.
 
@@ -56,6 +70,9 @@ class DataModule(ABC):
         local_views: Number of local crops of each image (multi-crop, Caron et al. 2020).
         local_size: Side of local crops in pixels.
         local_scale: Range of a local crop's fraction of the image area.
+        early_size: Side of the global crops in the first part of the training, when small crops teach as much in less time
+            (progressive resizing, Howard 2018); None for `image_size`.
+        early_share: That part, as a fraction of the steps.
     """
 
     def __init__(
@@ -69,7 +86,10 @@ class DataModule(ABC):
         local_views: NonNegativeInt,
         local_size: PositiveInt,
         local_scale: FractionRange,
+        early_size: PositiveInt | None = None,
+        early_share: Fraction = 0.5,
     ) -> None:
+        self.early_size, self.early_share = early_size, early_share
         self.views, self.local_views, self.local_size, self.local_scale = views, local_views, local_size, local_scale
         self.image_size, self.validation, self.augment = image_size, validation, augment
         self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
@@ -105,22 +125,22 @@ class DataModule(ABC):
         )
         return AugmentParams(global_params, local_params)
 
-    def make_crops(
-        self, images: UInt8[Tensor, "b 3 s s"], params: AugmentParams
-    ) -> tuple[Float[Tensor, "n 3 s s"], Float[Tensor, "m 3 l l"] | None]:
-        """Return augmented and normalized crops; the crops of an image follow one another.
+    def crop_size(self, progress: float) -> int | None:
+        """Return the side of global crops when a fraction of the training is complete; None for the size of the images."""
+        return self.early_size if progress < self.early_share else None
 
-        Returns:
-            Global crops, `n = b * views`, and local crops, `m = b * local_views` and `l = local_size`, or None.
-        """
+    def make_crops(self, images: UInt8[Tensor, "b 3 s s"], params: AugmentParams, size: int | None = None) -> Crops:
+        """Return augmented and normalized crops; global crops of another size than the images if `size` is given."""
         pixels = to_unit_range(images)
         repeated = pixels.repeat_interleave(self.views, 0) if self.views > 1 else pixels
-        global_crops = self.augment(repeated, params.global_crops.flatten(1))
+        global_crops = self.standardize(self.augment(repeated, params.global_crops.flatten(1), size))
+        boxes = self.augment.boxes(params.global_crops)
         if not self.local_views:
-            return self.standardize(global_crops), None
+            return Crops(global_crops, None, boxes.to(images.device, non_blocking=True))
         repeated = pixels.repeat_interleave(self.local_views, 0)
         local_crops = self.augment(repeated, params.local_crops.flatten(1), self.local_size, self.local_scale)
-        return self.standardize(global_crops), self.standardize(local_crops)
+        boxes = torch.cat([boxes, self.augment.boxes(params.local_crops, self.local_scale)], dim=1)
+        return Crops(global_crops, self.standardize(local_crops), boxes.to(images.device, non_blocking=True))
 
     def train_and_validation(self) -> tuple[Split, Split]:
         """Return the training split without the held-out part, and the held-out part; both are the same for every seed."""

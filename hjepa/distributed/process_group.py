@@ -167,6 +167,16 @@ def all_gather_with_grad(features: Tensor) -> Tensor:
     return gathered
 
 
+@torch.no_grad()
+def all_gather(values: Tensor) -> Tensor:
+    """Return the values [B, ...] of all N processes as [N * B, ...], without gradients."""
+    if not dist.is_initialized():
+        return values
+    sent = values.to(torch.uint8) if values.dtype == torch.bool else values  # not every backend sends truth values
+    gathered: Tensor = AllGather.apply(sent)
+    return gathered.to(values.dtype)
+
+
 def broadcast_from_main(values: Tensor) -> Tensor:
     """Overwrite a tensor with that of the main process, and return it."""
     if dist.is_initialized():

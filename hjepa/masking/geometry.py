@@ -80,7 +80,8 @@ def cells_to_patches(cells: Int64[Tensor, "*shape t"], grid: int, pool: int) -> 
     """Return the patches inside cells, `n = t * pool^2`, cell by cell."""
     side = grid // pool
     corner = (cells // side) * pool * grid + (cells % side) * pool
-    inside = (torch.arange(pool).unsqueeze(1) * grid + torch.arange(pool)).flatten()
+    axis = torch.arange(pool, device=cells.device)
+    inside = (axis.unsqueeze(1) * grid + axis).flatten()
     return (corner.unsqueeze(-1) + inside).flatten(-2)
 
 

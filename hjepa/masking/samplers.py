@@ -78,9 +78,11 @@ class MaskSampler(ABC):
         num_patches: Number of patches of an image.
         coarsest_pool: Side of the coarsest level's cells in patches.
         num_contexts: Number of contexts per image, the C of the masks.
+        hides_patches: False if every context is the whole image.
     """
 
     num_contexts = 1
+    hides_patches = True
 
     def __init__(self, grid: int, pools: Sequence[int]) -> None:
         self.grid, self.pools, self.num_patches = grid, tuple(pools), grid * grid
@@ -325,12 +327,17 @@ class PartitionMasking(CellMaskSampler):
 
 
 class NoMasking(CellMaskSampler):
-    """The student sees every patch and predicts none; for `levels=none`."""
+    """The student sees every patch; for levels whose targets lie in other views, and for `levels=none`."""
+
+    hides_patches = False
 
     def __init__(self, grid: int, pools: Sequence[int]) -> None:
         super().__init__(grid, pools)
         if pools:
-            raise UserError("masking=none leaves nothing to predict; it goes with levels=none only.")
+            raise UserError(
+                "masking=none hides nothing that levels.view=[same] could predict; choose another masking, levels=views or "
+                "levels=none."
+            )
 
     def __call__(self, batch_size: int, generator: Generator) -> Masks:
         return Masks(torch.arange(self.num_patches).expand(batch_size, 1, -1), ())

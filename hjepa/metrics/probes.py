@@ -1,8 +1,12 @@
 """Linear and k-NN probes of frozen features, and the effective rank of the features.
 
-Training and evaluation use the same protocol: features of the teacher (mean patch token, plus mean summary token if there is one)
-of images without augmentation, standardized with the statistics of the training images, fitted on training images and scored on
-the validation images.
+Training and evaluation use the same protocol: features of the teacher of images without augmentation, standardized with the
+statistics of the training images, fitted on training images and scored on the validation images.
+
+The features of an image are the mean patch token, followed by the mean summary token if there are summary tokens. With
+`model.features=last` they are those of the encoder's last layer; with `model.features=all`, those of all layers (the blocks of a
+ViT, the stages of a hierarchical network) side by side, from the first to the last. The patch tokens of a stage with a finer grid
+are the tokens of its cells.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -1,8 +1,12 @@
+from .conv import ConvEncoder as ConvEncoder
 from .encoder import Encoder as Encoder
 from .encoder import Stage as Stage
+from .hiera import HieraEncoder as HieraEncoder
 from .hjepa import HJEPA as HJEPA
 from .layers import Projector as Projector
 from .levels import Levels as Levels
+from .predictor import MatchingPredictor as MatchingPredictor
 from .predictor import Predictor as Predictor
 from .stacked import StackedLevel as StackedLevel
+from .timm_encoder import TimmEncoder as TimmEncoder
 from .vit import ViTEncoder as ViTEncoder

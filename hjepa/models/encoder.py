@@ -8,7 +8,7 @@ in `conf/model/` whose `encoder._target_` names it.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -55,12 +55,16 @@ class Encoder(nn.Module, ABC):
         patch_size: Side of a patch in pixels. Masks keep or drop whole patches.
         layer_dims: Token width of every layer; layers are numbered from 1.
         num_summary_tokens: Number of summary tokens. An encoder without such tokens ignores the argument and sets 0.
+        layer_name: What tables and pictures call a layer, such as "stage" in "stage 3".
+        pooled: Layers of which `features` consist: "last" or "all". `HJEPA` sets it to the option `model.features`.
     """
 
     image_size: int
     patch_size: int
     layer_dims: tuple[int, ...]
     num_summary_tokens: int
+    layer_name: ClassVar[str] = "stage"
+    pooled: Literal["last", "all"] = "last"
 
     @abstractmethod
     def forward(
@@ -93,6 +97,11 @@ class Encoder(nn.Module, ABC):
         return self.image_size // self.patch_size
 
     @property
+    def layer_grids(self) -> tuple[int, ...]:
+        """Side of the grid of every layer; encoders whose early layers have finer grids override it."""
+        return (self.grid,) * self.num_layers
+
+    @property
     def num_layers(self) -> int:
         """Number of layers."""
         return len(self.layer_dims)
@@ -108,18 +117,28 @@ class Encoder(nn.Module, ABC):
         return tuple((2 if self.num_summary_tokens else 1) * dim for dim in self.layer_dims)
 
     @property
+    def feature_layers(self) -> list[int]:
+        """Ascending numbers of the layers of which `features` consist."""
+        return list(range(1, self.num_layers + 1)) if self.pooled == "all" else [self.num_layers]
+
+    @property
     def feature_dim(self) -> int:
         """Width of `features`."""
-        return self.feature_dims[-1]
+        return sum(self.feature_dims[layer - 1] for layer in self.feature_layers)
 
-    def pool_tokens(self, stage: Stage) -> Float[Tensor, "m f"]:
+    @staticmethod
+    def pool_tokens(stage: Stage) -> Float[Tensor, "m f"]:
         """Return the mean token of the cells, followed by the mean summary token if the encoder has summary tokens."""
         cells = stage.cells.mean(1)
         return torch.cat([cells, stage.summary.mean(1)], dim=1) if stage.num_summary else cells
 
+    def pool_stages(self, stages: Sequence[Stage]) -> Float[Tensor, "m f"]:
+        """Return the pooled tokens of several stages side by side."""
+        return torch.cat([self.pool_tokens(stage) for stage in stages], dim=1)
+
     def features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b f"]:
-        """Return the image features that probes and exports use: the pooled tokens of the last layer."""
-        return self.pool_tokens(self(images)[-1])
+        """Return the image features that probes and exports use: the pooled tokens of the last layer or of all layers."""
+        return self.pool_stages(self(images, layers=self.feature_layers))
 
     def adapt_state_dict(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Convert the state dict of a related network, such as a classifier, to one of this encoder where possible."""

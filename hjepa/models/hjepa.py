@@ -1,65 +1,32 @@
-"""H-JEPA: a student encodes contexts of an image, and a predictor predicts targets that a teacher computes from the whole image.
+"""H-JEPA: a student encodes contexts of an image, and a predictor predicts targets that a teacher computes from whole views.
 
-Data flow: images and masks -> stages of the student -> context tokens -> predictions; images -> stages of the teacher -> targets.
+Data flow: images and masks -> stages of the student -> contexts -> predictions; images -> stages of the teacher -> targets.
+The targets of a level are cells that are hidden from the context in its own view, or cells of other views of the image.
 `hjepa.losses.Objective` compares both and regularizes the pooled features of the student.
 """
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hjepa.config.errors import UserError
 from hjepa.config.types import PositiveInt
-from hjepa.distributed.process_group import all_gather_with_grad
+from hjepa.distributed.process_group import all_gather, all_gather_with_grad
 from hjepa.masking import Masks
 from hjepa.models.encoder import Encoder, Stage
-from hjepa.models.levels import Levels
-from hjepa.models.predictor import Fusion, Predictor
+from hjepa.models.heads import build_heads, project
+from hjepa.models.layers import gather_tokens
+from hjepa.models.levels import Level, Levels, cell_centers
+from hjepa.models.output import LevelOutput, Output
+from hjepa.models.predictor import Context, Fusion, Predictor
 from hjepa.models.pretrained import load_encoder
 from hjepa.models.stacked import StackedLevel
-
-
-@dataclass(frozen=True)
-class LevelOutput:
-    """The prediction and the target of one level.
-
-    Attributes:
-        name: Name of the level in metrics.
-        weight: Factor of the loss of the level.
-        prediction: [B, C, P, T, D] for C contexts, P target blocks and T cells per block.
-        target: The same shape.
-    """
-
-    name: str
-    weight: float
-    prediction: Float[Tensor, "b c p t d"]
-    target: Float[Tensor, "b c p t d"]
-
-
-@dataclass(frozen=True)
-class Output:
-    """The output of `HJEPA`, from which an objective computes its loss.
-
-    Attributes:
-        levels: Predictions and targets of all levels.
-        features: Pooled features of the student [B, V, F], one tensor per regularized level. The V views of an image are the
-            contexts of its global crops, followed by its local crops. F is the width of the projector or, without one, of the
-            pooled features.
-        num_global: Number of views that are contexts of global crops.
-    """
-
-    levels: list[LevelOutput]
-    features: list[Float[Tensor, "b v _"]]
-    num_global: int = 1
-
-    def zero(self) -> Float[Tensor, ""]:
-        """Return a float32 zero on the device of the output, to which losses can be added."""
-        some = self.features[0] if self.features else self.levels[0].target
-        return some.new_zeros((), dtype=torch.float32)
+from hjepa.models.views import Queries, match_levels, target_views
 
 
 class HJEPA(nn.Module):
@@ -70,10 +37,12 @@ class HJEPA(nn.Module):
         patch_size: Side of a patch in pixels.
         encoder: Constructor of student and teacher (see `hjepa.models.encoder`).
         predictor: Constructor of the predictor that takes the sizes as further arguments.
-        projector: Constructor of the map from pooled features to the features that the regularizer uses, or None.
+        projector: Constructor of the map from pooled features to the features that the regularizer uses, and of those after
+            which the levels with `project` are compared; None for none.
         pretrained: Source of initial weights of student and teacher (see `load_encoder`); None for random weights.
         levels: The hierarchy. Without levels, nothing is predicted and the regularizer is the whole objective.
         num_regularized: Number of levels, starting with the first, of which the regularizer uses the features.
+        features: Layers of the encoder of which the image features of probes and exports consist: "last" or "all".
     """
 
     def __init__(
@@ -86,33 +55,36 @@ class HJEPA(nn.Module):
         pretrained: str | None,
         levels: Levels,
         num_regularized: int,
+        features: Literal["last", "all"] = "last",
     ) -> None:
         super().__init__()
         self.student = encoder(image_size=image_size, patch_size=patch_size, num_summary_tokens=levels.summary_tokens)
-        check_summary_tokens(self.student, levels.summary_tokens)
-        self.levels, self.grid = levels, self.student.grid
-        levels.check_grid(self.grid)
-        self.last_layer, layer_dims = self.student.num_layers, self.student.layer_dims
-        self.level_layers = levels.layers(self.last_layer) or [self.last_layer]
+        self.student.pooled = features
+        self.grid, self.last_layer = self.student.grid, self.student.num_layers
+        self.summary_weight, self.levels = levels.summary, levels.resolve(self.student)
+        self.level_layers = [level.layer for level in self.levels] or [self.last_layer]
         self.layers = sorted({*self.level_layers, self.last_layer})
-        dim = layer_dims[-1]
+        layer_dims = self.student.layer_dims
         self.fusion = Fusion(levels.fusion, [layer_dims[layer - 1] for layer in self.layers])
-        target_dims = [layer_dims[layer - 1] for layer in self.level_layers]
-        sizes = {"encoder_dim": dim, "grid": self.grid, "pools": levels.pool, "target_dims": target_dims}
-        self.predictor = predictor(**sizes) if levels.pool else None
+        dim = layer_dims[-1]
+        matched, others = ([level for level in self.levels if level.match == kind] for kind in (True, False))
+        self.predictor = predictor(encoder_dim=dim, levels=others) if others else None
+        self.matching = levels.matching(levels=matched) if matched else None
         self.upper: StackedLevel | None = levels.upper(input_dim=dim, grid=self.grid) if levels.upper else None
         self.regularized_layers = self.level_layers[:num_regularized]
         self.projectors = nn.ModuleDict()  # levels of one layer share their features and a projector
         for layer in sorted(set(self.regularized_layers)):
             width = self.student.feature_dims[layer - 1]
             self.projectors[str(layer)] = projector(dim=width) if projector else nn.Identity()
+        self.student_heads = build_heads(self.levels, projector)
         if pretrained:
             load_encoder(self.student, pretrained, "model.pretrained")
         self.teacher = deepcopy(self.student).requires_grad_(False).eval()
+        self.teacher_heads = deepcopy(self.student_heads).requires_grad_(False).eval()
 
     def share_teacher(self) -> None:
         """Let the student be its own teacher: targets follow it immediately, and gradients flow through them."""
-        self.teacher = self.student
+        self.teacher, self.teacher_heads = self.student, self.student_heads
         if self.upper:
             self.upper.share_teacher()
 
@@ -120,6 +92,21 @@ class HJEPA(nn.Module):
     def teacher_is_student(self) -> bool:
         """True if the student is its own teacher."""
         return self.teacher is self.student
+
+    @property
+    def masked_levels(self) -> list[Level]:
+        """The levels whose targets are hidden cells of the context's own view; the masks name their targets in this order."""
+        return [level for level in self.levels if not level.other]
+
+    @property
+    def mask_pools(self) -> list[int]:
+        """Side of a target cell in patches of every masked level, for the mask sampler."""
+        return [level.mask_pool for level in self.masked_levels]
+
+    @property
+    def needs_views(self) -> bool:
+        """True if the targets of some level lie in other views."""
+        return any(level.other for level in self.levels)
 
     def train(self, mode: bool = True) -> "HJEPA":
         """Set the training mode of all modules except teachers, which stay in evaluation mode unless they are students."""
@@ -131,13 +118,15 @@ class HJEPA(nn.Module):
     def teacher_student_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return every teacher with its student, including those of stacked levels."""
         stacked_levels = self.upper.stacked_levels() if self.upper else []
-        return [(self.teacher, self.student), *((level.teacher, level.student) for level in stacked_levels)]
+        own = [(self.teacher, self.student), (self.teacher_heads, self.student_heads)]
+        return [*own, *((level.teacher, level.student) for level in stacked_levels)]
 
     def forward(
         self,
         images: Float[Tensor, "bv 3 h w"],
         masks: Masks,
         crops: Float[Tensor, "bl 3 s s"] | None = None,
+        boxes: Float[Tensor, "b n 2 3"] | None = None,
         num_crops: int = 1,
     ) -> Output:
         """Compute the predictions, the targets and the features of the student.
@@ -146,50 +135,193 @@ class HJEPA(nn.Module):
             images: Global crops [B*V, 3, H, W]; the V crops of an image follow one another.
             masks: Masks of the B*V global crops, on the same device.
             crops: Local crops [B*L, 3, h, w], which only the student encodes; the L crops of an image follow one another.
+            boxes: Boxes of the V + L crops of each image (see `hjepa.models.views`), for levels with targets in other views.
             num_crops: Number V of global crops per image.
         """
-        stages = self.student(images, keep=masks.context, layers=self.layers)
-        levels = self.predict(images, masks, stages) if self.predictor else []
+        stages = self.student(images, keep=None if self.sees_all(masks) else masks.context, layers=self.layers)
+        local_stages = [] if crops is None else self.student(crops, layers=self.layers)
+        levels = self.predict(images, masks, stages, local_stages, boxes, num_crops) if self.levels else []
         num_global = num_crops * masks.context.shape[1]
         features = self.features(stages, num_global)
         if crops is not None:
-            local = self.features(self.student(crops, layers=self.layers), len(crops) * num_crops // len(images))
+            local = self.features(local_stages, len(crops) * num_crops // len(images))
             features = [torch.cat(pair, dim=1) for pair in zip(features, local, strict=True)]
         return Output(levels, features, num_global)
 
-    def teacher_stages(self, images: Float[Tensor, "b 3 h w"]) -> dict[int, Stage]:
+    def sees_all(self, masks: Masks) -> bool:
+        """Return True if the masks hide nothing."""
+        return masks.context.shape[1:] == (1, self.grid**2)
+
+    def teacher_stages(self, images: Float[Tensor, "b 3 h w"], by_student: list[Stage] | None = None) -> dict[int, Stage]:
         """Encode whole images by the teacher, in one pass for all levels, contexts and target blocks.
+
+        Args:
+            images: The images.
+            by_student: Stages of the student for the same images, at `self.layers`, if it has encoded them completely.
 
         Returns:
             Stages by layer.
         """
         layers = self.layers if self.upper else sorted(set(self.level_layers))
+        if by_student is not None and self.teacher_is_student:
+            return self.by_layer(by_student)
         with torch.set_grad_enabled(self.teacher_is_student and torch.is_grad_enabled()):
             stages = self.teacher(images, layers=layers)
         return dict(zip(layers, stages, strict=True))
 
-    def predict(self, images: Float[Tensor, "b 3 h w"], masks: Masks, stages: list[Stage]) -> list[LevelOutput]:
+    def predict(
+        self,
+        images: Float[Tensor, "bv 3 h w"],
+        masks: Masks,
+        stages: list[Stage],
+        local_stages: list[Stage],
+        boxes: Float[Tensor, "b n 2 3"] | None,
+        num_crops: int,
+    ) -> list[LevelOutput]:
         """Compute the predictions and the targets of all levels.
 
         Args:
             images: Global crops, which the teacher encodes.
             masks: Their masks.
-            stages: Stages of the student at `self.layers` for all contexts.
+            stages: Stages of the student at `self.layers` for all contexts of the global crops.
+            local_stages: The same for the local crops; empty if there are none.
+            boxes: See `forward`.
+            num_crops: Number of global crops per image.
         """
-        assert self.predictor is not None
-        teacher_stages, tokens = self.teacher_stages(images), self.fusion(stages)
-        targets = self.levels.targets(teacher_stages, masks.targets, self.grid, self.last_layer)
-        predictions = self.predictor(tokens, masks.context, masks.targets)
-        rows = zip(self.levels.names(), self.levels.weight, predictions, targets, strict=True)
-        outputs = [LevelOutput(*row) for row in rows]
-        if self.levels.summary:
-            prediction = self.predictor(tokens[:, : self.student.num_summary_tokens], None, masks.targets[:1])[0]
-            outputs.append(LevelOutput("summary", self.levels.summary, prediction, targets[0]))
+        teacher_stages = self.teacher_stages(images, stages if self.sees_all(masks) else None)
+        cells = [level.cells(teacher_stages[level.layer]) for level in self.levels]
+        outputs: dict[str, LevelOutput] = {}
+        if self.masked_levels:
+            outputs |= self.predict_masked(masks, stages, cells)
+        if self.needs_views and boxes is not None:
+            outputs |= self.predict_other_views(masks, stages, local_stages, cells, boxes, num_crops)
+        levels = [outputs[level.name] for level in self.levels if level.name in outputs]
+        levels += [outputs["summary"]] if "summary" in outputs else []
         if self.upper:
-            cells = teacher_stages[self.last_layer].cells
-            stacked = self.upper(cells, lambda: self.student(images)[-1].cells, masks.stacked)
-            outputs += [LevelOutput(f"stacked{i}", *level) for i, level in enumerate(stacked, start=1)]
+            below = teacher_stages[self.last_layer].cells
+            stacked = self.upper(below, lambda: self.student(images)[-1].cells, masks.stacked)
+            rows = [(weight, *(x.flatten(1, 3).unsqueeze(1) for x in pair)) for weight, *pair in stacked]
+            levels += [LevelOutput(f"stacked{i}", *row) for i, row in enumerate(rows, start=1)]
+        return levels
+
+    def predict_masked(self, masks: Masks, stages: list[Stage], cells: list[Tensor]) -> dict[str, LevelOutput]:
+        """Predict the cells that are hidden from the contexts in their own views.
+
+        Args:
+            masks: Masks of the global crops.
+            stages: Stages of the student at `self.layers` for all contexts.
+            cells: Cells [B, N, D] of every level, computed by the teacher.
+
+        Returns:
+            The outputs by level; with the summary pass, also that of "summary".
+        """
+        context, queries, targets, sampled = self.masked_context(stages, masks), [], [], iter(masks.targets)
+        for level, own in zip(self.levels, cells, strict=True):
+            if not level.other:
+                index = level.target_cells(next(sampled))
+                queries.append(Queries(level, cell_centers(level.grid, index.device)[index]))
+                targets.append(gather_tokens(own, index).flatten(1, 3).unsqueeze(1))
+        outputs = {}
+        for query, prediction, target in zip(queries, self.answer(context, queries), targets, strict=True):
+            outputs[query.level.name] = self.compare(query.level, prediction.flatten(1, 3).unsqueeze(1), target)
+        if self.summary_weight:
+            context = Context(context.tokens[:, : self.student.num_summary_tokens], None, self.grid)
+            prediction = self.answer(context, queries[:1])[0].flatten(1, 3).unsqueeze(1)
+            first = self.compare(self.levels[0], prediction, targets[0])
+            outputs["summary"] = replace(first, name="summary", weight=self.summary_weight)
         return outputs
+
+    def answer(self, context: Context, queries: list[Queries]) -> list[Float[Tensor, "b c p t _"]]:
+        """Return the predictions of all queries, each by the predictor of its level."""
+        answers: dict[str, Tensor] = {}
+        for predictor, match in ((self.predictor, False), (self.matching, True)):
+            own = [query for query in queries if query.level.match == match]
+            if predictor is not None and own:
+                answers |= zip((query.level.name for query in own), predictor(context, own), strict=True)
+        return [answers[query.level.name] for query in queries]
+
+    def predict_other_views(
+        self,
+        masks: Masks,
+        stages: list[Stage],
+        local_stages: list[Stage],
+        cells: list[Tensor],
+        boxes: Float[Tensor, "b n 2 3"],
+        num_crops: int,
+    ) -> dict[str, LevelOutput]:
+        """Predict the cells of the other global crops of an image from each of its global and local crops.
+
+        Args:
+            masks: Masks of the global crops.
+            stages: Stages of the student at `self.layers` for all contexts of the global crops.
+            local_stages: The same for the local crops; empty if there are none.
+            cells: Cells [B*V, N, D] of every level, computed by the teacher.
+            boxes: See `forward`.
+            num_crops: Number V of global crops per image.
+
+        Returns:
+            The outputs by level.
+        """
+        global_boxes, local_boxes = boxes[:, :num_crops], boxes[:, num_crops:]
+        contexts, grid, num_contexts = [], stages[-1].grid, masks.context.shape[1]
+        if num_crops > 1:
+            context = self.whole_context(stages) if self.sees_all(masks) else self.masked_context(stages, masks)
+            views = target_views(num_crops, num_contexts, False, boxes.device)
+            contexts.append((context, global_boxes.repeat_interleave(num_contexts, dim=1), views))
+        if local_stages:
+            views = target_views(num_crops, local_boxes.shape[1], True, boxes.device)
+            contexts.append((self.whole_context(local_stages), local_boxes, views))
+        parts: dict[str, list[list[Tensor]]] = {level.name: [] for level in self.levels}
+        for context, own_boxes, views in contexts:
+            matches = match_levels(self.levels, own_boxes, global_boxes, views, (context.grid, grid, self.grid))
+            predictions = self.answer(context, [match.queries for match in matches])
+            for match, prediction in zip(matches, predictions, strict=True):
+                rows = [match.by_target_view(x, num_crops) for x in (prediction, match.cell, match.inside)]
+                parts[match.queries.level.name].append(rows)
+        outputs = {}
+        for level, level_cells in zip(self.levels, cells, strict=True):
+            if parts[level.name]:
+                rows = [torch.cat(values, dim=2) for values in zip(*parts[level.name], strict=True)]
+                outputs[level.name] = self.compare(level, rows[0], level_cells.unflatten(0, (-1, num_crops)), *rows[1:])
+        return outputs
+
+    def masked_context(self, stages: list[Stage], masks: Masks) -> Context:
+        """Return what the predictors know of contexts that are parts of their views."""
+        tokens = self.fusion(stages)
+        return Context(tokens, cell_centers(self.grid, tokens.device)[masks.context.flatten(0, 1)], self.grid)
+
+    def whole_context(self, stages: list[Stage]) -> Context:
+        """Return what the predictors know of contexts that are complete views, of any size."""
+        tokens, grid = self.fusion(stages), stages[-1].grid
+        places = cell_centers(grid, tokens.device).expand(len(tokens), -1, -1)
+        return Context(tokens, places, grid, self.by_layer(stages))
+
+    def by_layer(self, stages: list[Stage]) -> dict[int, Stage]:
+        """Return the stages at `self.layers` by layer."""
+        return dict(zip(self.layers, stages, strict=True))
+
+    def compare(
+        self,
+        level: Level,
+        prediction: Float[Tensor, "b g q _"],
+        cells: Float[Tensor, "b g k _"],
+        index: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> LevelOutput:
+        """Bring predictions and target cells of a level into the space in which they are compared; see `LevelOutput`.
+
+        In training, B counts the images of all processes if projectors normalize over the batch, or if the number of valid
+        targets differs between processes.
+        """
+        if self.training and (level.other or level.project):
+            prediction, cells = all_gather_with_grad(prediction), all_gather_with_grad(cells)
+            index, valid = (None if x is None else all_gather(x) for x in (index, valid))
+        if level.project:
+            prediction = project(self.student_heads[level.name], prediction)
+            cells = project(self.teacher_heads[level.name], cells)
+        else:
+            cells = F.layer_norm(cells.float(), cells.shape[-1:])
+        return LevelOutput(level.name, level.weight, prediction, cells, index, valid)
 
     def features(self, stages: list[Stage], num_views: int) -> list[Float[Tensor, "b v _"]]:
         """Pool and project the stages of the student for every regularized level.
@@ -213,16 +345,6 @@ class HJEPA(nn.Module):
 
     def parameter_counts(self) -> dict[str, int]:
         """Return the numbers of parameters: total, trainable, and of every child module."""
-        counts = {name: sum(p.numel() for p in child.parameters()) for name, child in self.named_children()}
-        counts = {name: count for name, count in counts.items() if count}
+        counts = {name: n for name, child in self.named_children() if (n := sum(p.numel() for p in child.parameters()))}
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return {"total": sum(counts.values()), "trainable": trainable, **counts}
-
-
-def check_summary_tokens(encoder: Encoder, wanted: int) -> None:
-    """Raise `UserError` if an encoder has no summary tokens although the levels require some."""
-    if encoder.num_summary_tokens != wanted:
-        raise UserError(
-            f"levels.summary_tokens={wanted}: {type(encoder).__name__} has no summary tokens; choose levels without "
-            "them, such as levels=flat or levels=pyramid."
-        )

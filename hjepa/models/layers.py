@@ -12,23 +12,20 @@ from torch.utils.checkpoint import checkpoint
 from hjepa.config.types import PositiveInt
 
 
-def grid_centers(grid: int, pool: int = 1) -> Float[Tensor, "n 2"]:
-    """Return the centers (row, column) of cells of `pool` x `pool` patches, [(grid/pool)^2, 2] in raster order.
-
-    The unit is a patch, and a patch lies at its own index. Patches and cells therefore share one coordinate system.
-    """
-    axis = torch.arange(grid // pool, dtype=torch.float32) * pool + (pool - 1) / 2
+def grid_centers(grid: int) -> Float[Tensor, "n 2"]:
+    """Return the centers (row, column) [grid^2, 2] of patches in raster order; a patch lies at its own index."""
+    axis = torch.arange(grid, dtype=torch.float32)
     return torch.cartesian_prod(axis, axis)
 
 
-def sincos_positions(points: Float[Tensor, "n 2"], dim: int) -> Float[Tensor, "n {dim}"]:
-    """Return the sine-cosine embeddings of points (MAE, He et al. 2022, A.1).
+def sincos_positions(points: Float[Tensor, "*shape 2"], dim: int) -> Float[Tensor, "*shape {dim}"]:
+    """Return the sine-cosine embeddings of points (row, column) (MAE, He et al. 2022, A.1).
 
     The first half of the channels encodes the column and the second half the row, each as sines followed by cosines.
     """
-    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    halves = [torch.outer(points[:, axis].double(), frequencies) for axis in (1, 0)]
-    return torch.cat([f(angle) for angle in halves for f in (torch.sin, torch.cos)], dim=1).float()
+    exponents = -torch.arange(dim // 4, dtype=torch.float32, device=points.device) / (dim / 4)
+    angles = points.flip(-1).unsqueeze(-1) * 10000.0**exponents  # [..., 2, dim / 4]
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
 def patchify(images: Float[Tensor, "b c h w"], patch_size: int) -> Float[Tensor, "b n d"]:

@@ -1,22 +1,80 @@
-"""Levels: the hierarchy of targets, from fine to coarse.
+"""Levels: the hierarchy of targets.
 
-The target of a level is the teacher's output at one of its layers, averaged over cells of `pool` x `pool` patches and
-normalized per token without learned affine parameters. No learned parameter touches a target. With `summary`, a second pass of
-the predictor sees the summary tokens of the student only and must predict the targets of the first level.
+The target of a level is the teacher's output at one stage of the encoder, averaged over cells of that stage or over the whole
+image. A level predicts cells that are hidden from the student in the same view of the image (I-JEPA, Assran et al. 2023), or
+cells of another view, whose place in the context's view follows from the geometry of the crops (as in VICRegL, Bardes et al.
+2022). Predictions and targets are compared after a projector, or in the space of the encoder; there, targets are normalized per
+token without learned affine parameters. With `summary`, a second pass of the predictor sees the summary tokens of the student
+only and must predict the targets of the first level.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from hjepa.config.errors import UserError
-from hjepa.config.types import NonNegativeFloat, NonNegativeInt, PositiveFraction, PositiveInt
-from hjepa.models.encoder import Stage
-from hjepa.models.layers import gather_tokens
+from hjepa.config.types import NonNegativeFloat, NonNegativeInt, PositiveInt
+from hjepa.masking.geometry import cells_to_patches
+from hjepa.models.encoder import Encoder, Stage
+
+MAX_LEVELS = 4
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Level:
+    """A level of an encoder.
+
+    Attributes:
+        name: Name in metrics, beginning with `level1`.
+        layer: Layer of the encoder that gives the targets.
+        pool: Side of a target cell in cells of that layer; None for the whole image.
+        grid: Side of the grid of target cells; 1 for the whole image.
+        dim: Width of a target before a projector.
+        weight: Factor of the loss.
+        other: True if the targets lie in other views, False if they are hidden cells of the context's own view.
+        project: True if predictions and targets are compared after a projector.
+        match: True if `MatchingPredictor` predicts the level, False if `Predictor` does.
+        slot: Position among the levels of its predictor.
+        mask_pool: Side of a target cell in patches, for the mask sampler; finer cells are sampled by patches.
+        refine: Side of a sampled cell in target cells, 1 unless the target cells are finer than patches.
+    """
+
+    name: str
+    layer: int
+    pool: int | None
+    grid: int
+    dim: int
+    weight: float = 1.0
+    other: bool = False
+    project: bool = False
+    match: bool = False
+    slot: int = 0
+    mask_pool: int = 1
+    refine: int = 1
+
+    def cells(self, stage: Stage) -> Float[Tensor, "b n d"]:
+        """Return the cells of the level in a stage over whole images or crops of any size, in raster order."""
+        if self.pool is None:
+            return Encoder.pool_tokens(stage).unsqueeze(1)
+        return pool_cells(stage.cells, stage.grid, min(self.pool, stage.grid))
+
+    def target_cells(self, sampled: Int64[Tensor, "b c p _"]) -> Int64[Tensor, "b c p t"]:
+        """Return the target cells from the cells that a mask sampler chose; see `refine`."""
+        return cells_to_patches(sampled, self.grid, self.refine) if self.refine > 1 else sampled
+
+    def side(self, stage_grid: int) -> int:
+        """Return the side of the grid of target cells in a crop whose stage has a grid of the given side."""
+        return 1 if self.pool is None else max(1, stage_grid // self.pool)
+
+    def side_on(self, patches: int, all_patches: int) -> int:
+        """Return the same for a crop that is `patches` patches wide, where images are `all_patches` patches wide."""
+        return max(1, self.grid * patches // all_patches)
 
 
 @dataclass(frozen=True)
@@ -24,76 +82,131 @@ class Levels:
     """The hierarchy, one entry per level in each list. Without levels, nothing is predicted (`levels=none`).
 
     Args:
-        depth: Layer of the encoder as a fraction of their number; 1.0 is the last layer (after the final norm).
-        pool: Side of a target cell in patches. Each entry divides the largest one and the side of the patch grid.
+        stage: Layer of the encoder: its number from 1, or from the end if negative (-1 is the last layer, after the final norm),
+            or a fraction of the number of layers, as 0.5 for the one in the middle.
+        pool: Side of a target cell in cells of that layer, or "whole" for the whole image.
         weight: Factor of the loss of the level.
+        view: Where the targets lie: "same" (hidden cells of the context's own view) or "other" (other views of the image).
+            One entry serves all levels.
+        project: Whether predictions and targets are compared after a projector (see the group `projector`), as contrastive
+            losses need. One entry serves all levels.
+        predictor: What predicts the level: "attention" (`model.predictor`) or "matching" (see `matching`). One entry serves all
+            levels.
+        matching: Constructor of the predictor that reads the student's output at the place of the target (see
+            `MatchingPredictor`).
+        loss: Prediction losses of single levels by name (`level1`, ...); the others use the group `loss`.
         summary: Factor of the loss of the summary pass; 0 omits the pass.
         summary_tokens: Number of summary tokens of the encoder.
         upper: Constructor of a level stacked on these (see `hjepa.models.stacked.StackedLevel`), or None.
         fusion: How the predictor combines the stages of the student at the layers of the levels (see `Fusion`).
     """
 
-    depth: list[PositiveFraction]
-    pool: list[PositiveInt]
+    stage: list[int | float]
+    pool: list[PositiveInt | Literal["whole"]]
     weight: list[NonNegativeFloat]
+    view: list[Literal["same", "other"]] = field(default_factory=lambda: ["same"])
+    project: list[bool] = field(default_factory=lambda: [False])
+    predictor: list[Literal["attention", "matching"]] = field(default_factory=lambda: ["attention"])
+    matching: Any = None
+    loss: Mapping[str, Any] = field(default_factory=dict)
     summary: NonNegativeFloat = 0.0
     summary_tokens: NonNegativeInt = 0
     fusion: Literal["none", "add", "concat"] = "none"
     upper: Any = None
 
     def __post_init__(self) -> None:
-        if not len(self.depth) == len(self.pool) == len(self.weight) <= 4:
+        if not len(self.stage) == len(self.pool) == len(self.weight) <= MAX_LEVELS:
             raise UserError(
-                f"levels.depth={list(self.depth)}, levels.pool={list(self.pool)} and levels.weight={list(self.weight)} "
-                "need one entry per level each, for at most 4 levels."
+                f"levels.stage={list(self.stage)}, levels.pool={list(self.pool)} and levels.weight={list(self.weight)} "
+                f"need one entry per level each, for at most {MAX_LEVELS} levels."
             )
-        if any(max(self.pool) % p for p in self.pool):
-            raise UserError(f"levels.pool={list(self.pool)}: each entry must divide the largest one, as in [1, 2, 4].")
+        for option in ("view", "project", "predictor"):
+            if len(entries := getattr(self, option)) not in (1, len(self.pool)):
+                raise UserError(
+                    f"levels.{option}={list(entries)} needs one entry for all levels, or one per level ({len(self.pool)})."
+                )
+        if unknown := sorted(set(self.loss) - set(self.names())):
+            raise UserError(f"levels.loss.{unknown[0]} names no level; the levels are {', '.join(self.names()) or 'none'}.")
         if self.upper and not self.pool:
-            raise UserError("levels.upper needs a level below it; set levels.depth, levels.pool and levels.weight to one entry.")
-        if self.summary and not (self.summary_tokens and self.pool):
+            raise UserError("levels.upper needs a level below it; set levels.stage, levels.pool and levels.weight to one entry.")
+        if self.summary and not (self.summary_tokens and self.pool and self.view[0] == "same"):
             raise UserError(
-                f"levels.summary={self.summary} needs summary tokens and a level to predict, but levels.summary_tokens="
-                f"{self.summary_tokens} and the number of levels is {len(self.pool)}; set levels.summary_tokens to 1 or more."
-            )
-
-    def check_grid(self, grid: int) -> None:
-        """Raise `UserError` if the cells do not divide a grid of patches, or leave fewer than 2x2 cells of the largest size."""
-        largest = max(self.pool, default=1)
-        if grid % largest or grid // largest < 2:
-            raise UserError(
-                f"levels.pool={list(self.pool)} does not fit a grid of {grid}x{grid} patches: every pool must divide "
-                f"{grid} and leave at least 2x2 cells; use smaller pools, smaller patches or larger images."
+                f"levels.summary={self.summary} needs summary tokens and a first level whose targets lie in the same view, but "
+                f"levels.summary_tokens={self.summary_tokens} and levels.view={list(self.view)} for {len(self.pool)} levels."
             )
 
     def names(self) -> list[str]:
         """Return short names for metrics, beginning with `level1`."""
         return [f"level{i}" for i in range(1, len(self.pool) + 1)]
 
-    def layers(self, num_layers: int) -> list[int]:
-        """Return the layer of every level in an encoder with `num_layers` layers, in 1..num_layers."""
-        return [max(1, round(fraction * num_layers)) for fraction in self.depth]
+    def resolve(self, encoder: Encoder) -> list[Level]:
+        """Return the levels with the sizes that an encoder gives them.
 
-    def targets(
-        self, stages: dict[int, Stage], masks: Sequence[Int[Tensor, "b c _ _"]], grid: int, num_layers: int
-    ) -> list[Float[Tensor, "b c _ _ _"]]:
-        """Compute the targets of every level.
-
-        Args:
-            stages: Stages of the teacher over the whole images, by layer.
-            masks: Indices [B, C, P, T] into the cells of each level.
-            grid: Side of the grid of patches.
-            num_layers: Number of layers of the encoder.
-
-        Returns:
-            Targets [B, C, P, T, D] of every level, layer-normalized without affine parameters.
+        Raises:
+            UserError: If the encoder has no such stage or no summary tokens, or cells do not divide its grid.
         """
-        result = []
-        for layer, pool, index in zip(self.layers(num_layers), self.pool, masks, strict=True):
-            stage = stages[layer]
-            cells = gather_tokens(pool_cells(stage.cells, stage.grid, stage.grid * pool // grid), index)
-            result.append(F.layer_norm(cells.float(), cells.shape[-1:]))
-        return result
+        if encoder.num_summary_tokens != self.summary_tokens:
+            raise UserError(
+                f"levels.summary_tokens={self.summary_tokens}: {type(encoder).__name__} has no summary tokens; choose levels "
+                "without them, such as levels=flat or levels=pyramid."
+            )
+        levels: list[Level] = []
+        for number, (name, stage, pool, weight) in enumerate(zip(self.names(), self.stage, self.pool, self.weight, strict=True)):
+            view, project, predictor = entry(self.view, number), entry(self.project, number), entry(self.predictor, number)
+            layer, match = resolve_layer(stage, encoder), predictor == "matching"
+            if view == "same" and (match or pool == "whole"):
+                wrong = "levels.predictor=matching" if match else "levels.pool=whole"
+                raise UserError(
+                    f"{wrong} needs targets in another view, but levels.view={list(self.view)}: in the same view, the targets "
+                    "are cells that are hidden from the student; set levels.view=[other]."
+                )
+            grid, dim = encoder.layer_grids[layer - 1], encoder.layer_dims[layer - 1]
+            cells: int | None = None
+            side = 1
+            if pool == "whole":
+                dim = encoder.feature_dims[layer - 1]
+            else:
+                self.check_pool(pool, grid, f"{encoder.layer_name} {layer}")
+                cells, side = pool, grid // pool
+            slot = sum(level.match == match for level in levels)
+            level = Level(name, layer, cells, side, dim, weight, view == "other", project, match, slot)
+            levels.append(replace(level, mask_pool=max(1, encoder.grid // side), refine=max(1, side // encoder.grid)))
+        self.check_masked(levels, encoder.grid)
+        return levels
+
+    def check_pool(self, pool: int, grid: int, where: str) -> None:
+        """Raise `UserError` if cells do not divide a grid, or leave fewer than 2x2 of them."""
+        if grid % pool or grid // pool < 2:
+            raise UserError(
+                f"levels.pool={list(self.pool)} does not fit the grid of {grid}x{grid} of {where}: every pool must divide {grid} "
+                "and leave at least 2x2 cells; use smaller pools, smaller patches or larger images, or pool=whole."
+            )
+
+    def check_masked(self, levels: list[Level], grid: int) -> None:
+        """Raise `UserError` if the cells of the masked levels do not nest."""
+        pools = [level.mask_pool for level in levels if not level.other]
+        nested = all(max(pools) % pool == 0 for pool in pools)
+        if not nested or any(max(grid, level.grid) % min(grid, level.grid) for level in levels if not level.other):
+            raise UserError(f"levels.pool={list(self.pool)}: each entry must divide the largest one, as in [1, 2, 4].")
+
+
+def entry(values: list[T], number: int) -> T:
+    """Return the value of a level from a list of one entry for all levels, or of one per level."""
+    return values[number] if len(values) > 1 else values[0]
+
+
+def resolve_layer(stage: int | float, encoder: Encoder) -> int:
+    """Return the number of the layer that an entry of `levels.stage` means, in 1..num_layers."""
+    count = encoder.num_layers
+    if isinstance(stage, float) and not stage.is_integer() and 0 < stage < 1:
+        return max(1, round(stage * count))
+    layer = int(stage) if stage > 0 else count + 1 + int(stage)
+    if stage != int(stage) or isinstance(stage, float) or not 1 <= layer <= count or stage == 0:
+        raise UserError(
+            f"levels.stage={stage}: {type(encoder).__name__} has the layers 1 to {count}; expected one of these numbers, -1 to "
+            f"-{count} counted from the last layer, or a fraction of their number between 0 and 1."
+        )
+    return layer
 
 
 def pool_cells(tokens: Float[Tensor, "b n d"], grid: int, pool: int) -> Float[Tensor, "b m d"]:
@@ -102,3 +215,9 @@ def pool_cells(tokens: Float[Tensor, "b n d"], grid: int, pool: int) -> Float[Te
         return tokens
     side = grid // pool
     return tokens.unflatten(1, (side, pool, side, pool)).mean((2, 4)).flatten(1, 2)
+
+
+def cell_centers(side: int, device: torch.device | None = None) -> Float[Tensor, "n 2"]:
+    """Return the centers (row, column) of side x side cells of a square from -1 to 1, in raster order."""
+    axis = (torch.arange(side, dtype=torch.float32, device=device) + 0.5) * (2 / side) - 1
+    return torch.cartesian_prod(axis, axis)

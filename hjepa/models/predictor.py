@@ -1,101 +1,119 @@
-"""The predictor: a narrow transformer that predicts the targets of every level from the tokens of the context.
+"""Predictors: from the student's stages over a context to the targets of every level.
 
-A query is the mask token of a level plus the position of the center of a target cell; every level has its own output head. With
-self-attention, queries and context attend to each other: either all queries of all levels in one pass, or each target block in
-a pass of its own (`joint: false`, as in I-JEPA, Assran et al. 2023). With cross-attention, queries attend to the context only
-(CrossMAE, Fu et al. 2024), so that each is answered independently of the others and one pass is equivalent to many.
+`Predictor` is a narrow transformer. A query is the mask token of a level plus the position of the center of a target cell in the
+context's view; every level has its own output head. With self-attention, queries and context attend to each other: either all
+queries of all levels in one pass, or each target block in a pass of its own (`joint: false`, as in I-JEPA, Assran et al. 2023).
+With cross-attention, queries attend to the context only (CrossMAE, Fu et al. 2024), so that each is answered independently of
+the others and one pass is equivalent to many. A query for a cell of another view also knows how the two views differ (image world
+models, Garrido et al. 2024).
 
-`Fusion` precedes the predictor: it combines the student's stages at several depths, as a feature pyramid does (Lin et al. 2017).
+`MatchingPredictor` reads the student's output at the place of the target. It is cheap, and serves levels whose targets lie in
+other views.
+
+`Fusion` precedes the transformer: it combines the student's stages at several depths, as a feature pyramid does (Lin et al.
+2017).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Float
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from hjepa.config.errors import UserError
-from hjepa.config.types import PositiveInt
-from hjepa.models.encoder import Stage
-from hjepa.models.layers import CrossBlock, LeanMlp, grid_centers, init_xavier, sincos_positions
+from hjepa.config.types import NonNegativeInt, PositiveInt
+from hjepa.models.encoder import Encoder, Stage
+from hjepa.models.layers import CrossBlock, LeanMlp, init_xavier, sincos_positions
+from hjepa.models.levels import Level
+from hjepa.models.views import Queries
+
+CHANGES = 3  # relative height, relative width, mirrored
+
+
+class Context(NamedTuple):
+    """The student's output over C contexts of each of B images.
+
+    Attributes:
+        tokens: Tokens [B*C, S+K, D] after the fusion of the stages: S summary tokens followed by the K visible patches.
+        places: Centers (row, column) [B*C, K, 2] of the visible patches, from -1 to 1; None if `tokens` are summary tokens only.
+        grid: Side of the grid of patches of the context's view.
+        stages: Stages by layer, for `MatchingPredictor`; empty if patches are hidden.
+    """
+
+    tokens: Float[Tensor, "m n d"]
+    places: Float[Tensor, "m k 2"] | None
+    grid: int
+    stages: Mapping[int, Stage] = MappingProxyType({})
 
 
 class Predictor(nn.Module):
-    """Predicts the target cells of all levels.
+    """A transformer that predicts the target cells of the levels.
 
     Args:
         encoder_dim: Width of the context tokens.
-        grid: Side of the grid of patches.
-        pools: Side of a target cell in patches, per level.
+        levels: The levels.
         dim: Width of the predictor, a multiple of 4 and of `heads`.
         depth: Number of blocks.
         heads: Number of attention heads.
         attention: "self" or "cross".
         joint: With self-attention, use one pass for all target blocks of all levels instead of one pass per block.
-        target_dims: Width of the targets, per level; None for the width of the context tokens.
     """
 
     def __init__(
         self,
         encoder_dim: int,
-        grid: int,
-        pools: Sequence[int],
+        levels: Sequence[Level],
         dim: PositiveInt,
         depth: PositiveInt,
         heads: PositiveInt,
         attention: Literal["self", "cross"] = "cross",
         joint: bool = True,
-        target_dims: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if dim % heads or dim % 4:
             raise UserError(f"model.predictor.dim={dim} must be a multiple of 4 and of heads={heads}; change either of them.")
-        self.cross, self.joint = attention == "cross", joint or attention == "cross"
+        self.dim, self.cross, self.joint = dim, attention == "cross", joint or attention == "cross"
         self.embed = nn.Linear(encoder_dim, dim)
-        self.mask_tokens = nn.Parameter(torch.randn(len(pools), dim) * 0.02)
+        self.mask_tokens = nn.Parameter(torch.randn(len(levels), dim) * 0.02)
         block = CrossBlock if self.cross else partial(Block, qkv_bias=True, mlp_layer=LeanMlp)
         self.blocks = nn.ModuleList(block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
-        self.heads = nn.ModuleList(nn.Linear(dim, width) for width in target_dims or [encoder_dim] * len(pools))
-        for level, pool in enumerate(pools):
-            self.register_buffer(f"positions{level}", sincos_positions(grid_centers(grid, pool), dim), persistent=False)
-        self.register_buffer("patch_positions", sincos_positions(grid_centers(grid), dim), persistent=False)
+        self.heads = nn.ModuleList(nn.Linear(dim, level.dim) for level in levels)
+        self.change: nn.Module = nn.Linear(CHANGES, dim) if any(level.other for level in levels) else nn.Identity()
         self.apply(init_xavier)
 
-    def queries(self, level: int, targets: Int[Tensor, "b c p t"]) -> Float[Tensor, "m p t d"]:
-        """Return the queries of a level, [B*C, P, T, dim]."""
-        positions: Tensor = getattr(self, f"positions{level}")
-        return positions[targets.flatten(0, 1)] + self.mask_tokens[level]
+    def positions(self, places: Float[Tensor, "*shape 2"], grid: int) -> Float[Tensor, "*shape d"]:
+        """Return the position embeddings of places in a view with the given grid of patches; a patch lies at its own index."""
+        return sincos_positions((places + 1) * (grid / 2) - 0.5, self.dim)
 
-    def forward(
-        self, tokens: Float[Tensor, "m n d"], context: Int[Tensor, "b c k"] | None, targets: Sequence[Int[Tensor, "b c _ _"]]
-    ) -> list[Float[Tensor, "b c _ _ _"]]:
-        """Predict the targets of the first `len(targets)` levels.
+    def embed_queries(self, queries: Queries, grid: int) -> Float[Tensor, "m p t d"]:
+        """Return the embedded queries of a level, [B*C, P, T, dim]."""
+        x = self.positions(queries.places, grid) + self.mask_tokens[queries.level.slot]
+        if queries.change is not None:
+            x = x + self.change(queries.change).unsqueeze(3)
+        return x.flatten(0, 1)
 
-        Args:
-            tokens: [B*C, S+K, D], S summary tokens followed by the K patches of the context, or summary tokens alone.
-            context: Patch indices [B, C, K] of the context; None if `tokens` consists of summary tokens alone.
-            targets: Cell indices [B, C, P, T] of every level, where P and T depend on the level.
-
-        Returns:
-            The predictions [B, C, P, T, D] of every level.
-        """
-        x = self.embed(tokens)
-        if context is not None:
-            positions = self.patch_positions[context.flatten(0, 1)]  # type: ignore[index]  # a buffer
+    def forward(self, context: Context, queries: Sequence[Queries]) -> list[Float[Tensor, "b c p t d"]]:
+        """Return the predictions [B, C, P, T, D] of the queries of some levels, where D is the width of the level's targets."""
+        x = self.embed(context.tokens)
+        if context.places is not None:
+            positions = self.positions(context.places, context.grid)
             num_patches = positions.shape[1]
             x = torch.cat([x[:, :-num_patches], x[:, -num_patches:] + positions], dim=1)
-        queries = [self.queries(level, index) for level, index in enumerate(targets)]
+        embedded = [self.embed_queries(q, context.grid) for q in queries]
         if self.joint:
-            answers = self.answer(x, torch.cat([q.flatten(1, 2) for q in queries], dim=1))
-            by_level = answers.split([q.shape[1] * q.shape[2] for q in queries], dim=1)
+            answers = self.answer(x, torch.cat([q.flatten(1, 2) for q in embedded], dim=1))
+            by_level = answers.split([q.shape[1] * q.shape[2] for q in embedded], dim=1)
         else:
-            by_level = tuple(self.answer_each(x, q) for q in queries)
-        rows = zip(self.heads, by_level, targets, strict=False)  # the summary pass predicts the first level only
-        return [head(answer).view(*index.shape, -1) for head, answer, index in rows]
+            by_level = tuple(self.answer_each(x, q) for q in embedded)
+        rows = zip(queries, by_level, strict=True)
+        return [self.heads[q.level.slot](answer).view(*q.places.shape[:-1], -1) for q, answer in rows]
 
     def answer(self, context: Float[Tensor, "m k d"], queries: Float[Tensor, "m t d"]) -> Float[Tensor, "m t d"]:
         """Answer all queries in one pass."""
@@ -113,6 +131,48 @@ class Predictor(nn.Module):
         count = queries.shape[1]
         answers = self.answer(context.repeat_interleave(count, dim=0), queries.flatten(0, 1))
         return answers.unflatten(0, (-1, count)).flatten(1, 2)
+
+
+class MatchingPredictor(nn.Module):
+    """Reads the student's stage of a level at the place of the target, by bilinear interpolation of its cells.
+
+    An MLP may follow. Without one, the prediction is the student's own output there, as in the contrast of matched cells of
+    VICRegL (Bardes et al. 2022) and, for a whole image, of SimCLR (Chen et al. 2020).
+
+    Args:
+        levels: The levels; their targets lie in other views.
+        depth: Number of linear maps of the MLP; 0 for none.
+        hidden: Width of the hidden layers of the MLP.
+    """
+
+    def __init__(self, levels: Sequence[Level], depth: NonNegativeInt = 0, hidden: PositiveInt = 512) -> None:
+        super().__init__()
+        self.mlps = nn.ModuleList(self.build_mlp(level.dim, hidden, depth) for level in levels)
+
+    @staticmethod
+    def build_mlp(dim: int, hidden: int, depth: int) -> nn.Module:
+        """Return an MLP of `depth` linear maps that keeps the width, or the identity."""
+        widths = [dim, *[hidden] * (depth - 1), dim][: depth + 1]
+        modules: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            modules += [nn.Linear(before, after), nn.GELU()]
+        return nn.Sequential(*modules[:-1])
+
+    def forward(self, context: Context, queries: Sequence[Queries]) -> list[Float[Tensor, "b c p t d"]]:
+        """Return the predictions [B, C, P, T, D] of the queries of some levels, where D is the width of the level's targets."""
+        return [self.mlps[q.level.slot](self.read(context.stages[q.level.layer], q)) for q in queries]
+
+    def read(self, stage: Stage, queries: Queries) -> Float[Tensor, "b c p t d"]:
+        """Return the output of the student at the places of the targets."""
+        level, places = queries.level, queries.places
+        if level.pool is None:
+            pooled = Encoder.pool_tokens(stage).unflatten(0, places.shape[:2])
+            return pooled[:, :, None, None].expand(*places.shape[:4], -1)
+        cells, side = level.cells(stage), level.side(stage.grid)
+        points = places.flatten(0, 1).flatten(1, 2).unsqueeze(1).flip(-1)  # (x, y)
+        grid = cells.mT.unflatten(2, (side, side)).to(points.dtype)
+        read = F.grid_sample(grid, points, padding_mode="border", align_corners=False)
+        return read.squeeze(2).mT.reshape(*places.shape[:4], -1)
 
 
 class Fusion(nn.Module):

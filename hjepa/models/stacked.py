@@ -17,8 +17,9 @@ from hjepa.config.errors import UserError
 from hjepa.config.types import NonNegativeFloat, PositiveInt
 from hjepa.masking import Masks, MaskSampler
 from hjepa.models.layers import LeanMlp, gather_tokens, grid_centers, init_xavier, sincos_positions
-from hjepa.models.levels import pool_cells
-from hjepa.models.predictor import Predictor
+from hjepa.models.levels import Level, cell_centers, pool_cells
+from hjepa.models.predictor import Context, Predictor
+from hjepa.models.views import Queries
 
 
 class CellEncoder(nn.Module):
@@ -91,9 +92,10 @@ class StackedLevel(nn.Module):
         if dim % heads or dim % 4:
             raise UserError(f"levels.upper.dim={dim} must be a multiple of 4 and of heads={heads}; change either of them.")
         self.grid, self.side, self.pool, self.weight, self.detach = grid, grid // pool, pool, weight, detach
+        self.level = Level("stacked", depth, 1, self.side, dim)
         self.student = CellEncoder(input_dim, self.side, dim, depth, heads)
         self.teacher = deepcopy(self.student).requires_grad_(False)
-        self.predictor = predictor(encoder_dim=dim, grid=self.side, pools=[1])
+        self.predictor = predictor(encoder_dim=dim, levels=[self.level])
         self.sampler = masking(grid=self.side, pools=[1])
         self.upper = upper(input_dim=dim, grid=self.side) if upper else None
 
@@ -120,7 +122,9 @@ class StackedLevel(nn.Module):
             encoded = self.teacher(cells)
             target = gather_tokens(encoded, mask.targets[0])
             target = layer_norm(target.float(), target.shape[-1:])
-        prediction = self.predictor(self.student(student_cells, mask.context), mask.context, mask.targets)[0]
+        centers = cell_centers(self.side, cells.device)
+        context = Context(self.student(student_cells, mask.context), centers[mask.context.flatten(0, 1)], self.side)
+        prediction = self.predictor(context, [Queries(self.level, centers[mask.targets[0]])])[0]
         levels = [(self.weight, prediction, target)]
         if self.upper:
             levels += self.upper(encoded, lambda: self.student(student_cells), tuple(masks_above))
@@ -142,7 +146,7 @@ class StackedMaskSampler:
 
     def __init__(self, sampler: MaskSampler, stacked_levels: list[StackedLevel]) -> None:
         self.sampler, self.samplers = sampler, [level.sampler for level in stacked_levels]
-        self.num_contexts = sampler.num_contexts
+        self.num_contexts, self.hides_patches = sampler.num_contexts, sampler.hides_patches
 
     def __call__(self, batch_size: int, generator: Generator) -> Masks:
         masks = self.sampler(batch_size, generator)

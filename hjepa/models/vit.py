@@ -39,6 +39,7 @@ class ViTEncoder(Encoder, VisionTransformer):
         stem: Patch embedding: "patch" (a linear map of every patch) or "conv" (see `hjepa.models.conv_stem`).
     """
 
+    layer_name = "block"
     pos_embed: nn.Parameter  # timm also allows None
 
     def __init__(

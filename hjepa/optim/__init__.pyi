@@ -1,6 +1,7 @@
 from .optimizers import create_adamw as create_adamw
 from .optimizers import create_lars as create_lars
 from .optimizers import create_muon as create_muon
+from .optimizers import create_sgd as create_sgd
 from .optimizers import create_soap as create_soap
 from .schedules import ConstantSchedule as ConstantSchedule
 from .schedules import CosineSchedule as CosineSchedule

@@ -11,16 +11,25 @@ from typing import Any
 import torch
 from timm.optim.lars import Lars
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from hjepa.config.errors import UserError
-from hjepa.config.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveFraction, PositiveInt
+from hjepa.config.types import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenFraction,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+)
 from hjepa.models.hjepa import HJEPA
 from hjepa.optim.soap import SOAP
 
 Groups = list[dict[str, Any]]
 
-TOKENS = ("mask_tokens", "reg_token", "pos_embed")  # they have the shape of matrices, but weight decay does not apply to them
+# They have the shape of matrices, but weight decay does not apply to them.
+TOKENS = ("mask_tokens", "reg_token", "pos_embed", "relative_position_bias_table")
 
 
 def parameter_groups(model: HJEPA, lr_scale: dict[str, float], layer_decay: float) -> Groups:
@@ -42,7 +51,7 @@ def parameter_groups(model: HJEPA, lr_scale: dict[str, float], layer_decay: floa
     layers_above = {f"student.{name}": num_layers + 1 - layer for name, layer in layer_ids.items()}
     groups: dict[tuple[str, bool, float], list[Tensor]] = defaultdict(list)
     for name, p in trainable.items():
-        component, decay = component_of(name), p.ndim > 1 and not name.endswith(TOKENS)
+        component, decay = component_of(name), is_matrix(p) and not name.endswith(TOKENS)
         scale = lr_scale.get(component, 1.0) * layer_decay ** layers_above.get(name, 0)
         groups[component, decay, scale].append(p)
     return [
@@ -50,6 +59,11 @@ def parameter_groups(model: HJEPA, lr_scale: dict[str, float], layer_decay: floa
         | ({} if decay else {"weight_decay": 0.0})
         for component, decay, scale in sorted(groups, reverse=True)
     ]
+
+
+def is_matrix(parameter: Tensor) -> bool:
+    """Return True for the weights of linear maps and convolutions; factors per channel have one dimension that is not 1."""
+    return parameter.ndim > 1 and sum(size > 1 for size in parameter.shape) != 1
 
 
 def component_of(name: str) -> str:
@@ -125,6 +139,19 @@ def fused_adamw(groups: Groups, lr: float, weight_decay: float, betas: list[floa
     """Create torch's AdamW with its fused kernel, the fastest one."""
     beta1, beta2 = betas
     return AdamW(groups, lr=lr, weight_decay=weight_decay, betas=(beta1, beta2), eps=eps, fused=True)
+
+
+def create_sgd(
+    model: HJEPA,
+    lr: PositiveFloat,
+    weight_decay: NonNegativeFloat,
+    momentum: OpenFraction,
+    lr_scale: dict[str, NonNegativeFloat],
+    layer_decay: PositiveFraction,
+) -> Optimizer:
+    """Create SGD with Nesterov momentum (Sutskever et al. 2013); see `parameter_groups` for the last two options."""
+    groups = parameter_groups(model, lr_scale, layer_decay)
+    return SGD(groups, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=True, fused=True)
 
 
 def create_soap(

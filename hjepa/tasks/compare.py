@@ -173,8 +173,8 @@ def add_evaluation(job: Job) -> None:
     scores = {}
     for protocol, result in evaluation["checkpoints"][evaluation["checkpoint"]]["results"].items():
         trained = [columns for source, columns in result["rows"].items() if source.startswith("trained")]
-        if trained and trained[-1]:
-            scores[protocol] = next(iter(trained[-1].values()))
+        if trained and trained[0]:  # the features that the run uses come first
+            scores[protocol] = next(iter(trained[0].values()))
     job.summary = job.summary | {"evaluate": scores}
 
 

@@ -26,7 +26,7 @@ from hjepa.config.schema import Config
 from hjepa.config.terminal import progress_bar
 from hjepa.data.datamodule import DataModule
 from hjepa.data.image_files import read_image, walk_images
-from hjepa.tasks.export.formats import load_timm_model, timm_outputs
+from hjepa.tasks.export.timm_model import load_timm_model
 from hjepa.tasks.trained_run import load_run
 from hjepa.tracking.run_folder import read_config, read_records, read_summary
 
@@ -260,9 +260,9 @@ def load_run_folder(folder: Path, checkpoint: str | None, command: Config) -> Ru
 def load_export_folder(folder: Path, device: torch.device) -> Run:
     """Load the timm model that `task=export` wrote."""
     preprocess = json.loads((folder / "preprocess.json").read_text())
-    model = load_timm_model(folder).to(device)
+    module, features_and_tokens = load_timm_model(folder)
 
     def encode(encoder: Any, images: Tensor) -> Tensor:
-        return timm_outputs(encoder, images)[0]
+        return features_and_tokens(encoder, images)[0]
 
-    return Run(folder, model, None, encode, preprocess["image_size"], preprocess["mean"], preprocess["std"], device)
+    return Run(folder, module.to(device), None, encode, preprocess["image_size"], preprocess["mean"], preprocess["std"], device)

@@ -22,7 +22,7 @@ from hjepa.distributed.device import Hardware
 from hjepa.distributed.process_group import World
 from hjepa.losses import Objective
 from hjepa.masking import MaskSampler
-from hjepa.models.encoder import Encoder
+from hjepa.models.encoder import Encoder, Stage
 from hjepa.models.hjepa import HJEPA
 from hjepa.models.levels import pool_cells
 from hjepa.models.pretrained import check_fits, find_checkpoint, read_checkpoint
@@ -159,29 +159,52 @@ NETWORK_KINDS: tuple[NetworkKind, NetworkKind] = ("trained", "untrained")
 
 @dataclass(frozen=True)
 class LayerTokens:
-    """The output of one layer for B images.
+    """The output of one layer for B images, or the outputs of all layers that the features consist of.
 
     Attributes:
-        cells: Patch tokens, or the tokens of a stacked level, in raster order [B, side^2, D].
+        stages: Tokens of the layer, or of the layers.
         pooled: Image features as the probes use them [B, F].
     """
 
-    cells: Tensor
+    stages: list[Stage]
     pooled: Tensor
+
+    @property
+    def grid(self) -> int:
+        """Side of the grid of `cells`, the coarsest one of the stages."""
+        return min(stage.grid for stage in self.stages)
+
+    @property
+    def cells(self) -> Tensor:
+        """Tokens in raster order [B, grid^2, D]; those of several stages are side by side, averaged to one grid."""
+        return self.cells_on(self.grid)
+
+    def cells_on(self, grid: int) -> Tensor:
+        """Return the same as `cells`, averaged to a coarser grid [B, grid^2, D]."""
+        return torch.cat([pool_cells(stage.cells, stage.grid, stage.grid // grid) for stage in self.stages], dim=2)
+
+    def cpu(self) -> "LayerTokens":
+        """Return the tokens of the cells and the features in float32 on the CPU."""
+        return LayerTokens([Stage(self.cells.float().cpu(), self.grid, 0)], self.pooled.float().cpu())
 
 
 class LayerFeatures(nn.Module):
     """The layers of an encoder and of the levels stacked on it, in evaluation mode.
 
+    Layers have the names "block 3" (or "stage 3", see `Encoder.layer_name`) and "stacked 1". If the features of the encoder
+    consist of all layers, these together are one more layer, "all blocks".
+
     Args:
         encoder: Encoder, trained or not.
         upper: First stacked level, None without stacked levels.
-        depths: Numbers of encoder blocks after which the features are taken, ascending; the last one is the encoder's depth.
+        depths: Ascending numbers of the encoder's layers to return; the last one is the encoder's last layer.
     """
 
     def __init__(self, encoder: Encoder, upper: StackedLevel | None, depths: list[int]) -> None:
         super().__init__()
         self.encoder, self.depths = encoder, depths
+        self.layer_names = {f"{encoder.layer_name} {depth}": depth for depth in reversed(depths)}
+        self.joint_names = [f"all {encoder.layer_name}s"] if encoder.pooled == "all" else []
         self.stacked_levels = upper.stacked_levels() if upper else []
         self.eval()
 
@@ -191,9 +214,15 @@ class LayerFeatures(nn.Module):
         return self.encoder.device
 
     def names(self) -> list[str]:
-        """Return the names of the layers: the encoder's last block, its other depths from last to first, the stacked levels."""
-        blocks = [f"block {depth}" for depth in reversed(self.depths)]
-        return [*blocks, *(f"stacked {i + 1}" for i in range(len(self.stacked_levels)))]
+        """Return the names of the layers; the first one has the features of the encoder.
+
+        They are those of the encoder (all together, then from the last to the first), and those of the stacked levels.
+        """
+        return [*self.joint_names, *self.single_names()]
+
+    def single_names(self) -> list[str]:
+        """Return the names of the layers without the one that stands for all layers."""
+        return [*self.layer_names, *(f"stacked {i + 1}" for i in range(len(self.stacked_levels)))]
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
         """Return the pooled features [B, F] of normalized images [B, 3, S, S] by layer."""
@@ -201,25 +230,27 @@ class LayerFeatures(nn.Module):
 
     def tokens_on_cpu(self, images: Tensor) -> dict[str, LayerTokens]:
         """Return the same as `tokens`, moved to the CPU."""
-        return {name: LayerTokens(t.cells.float().cpu(), t.pooled.float().cpu()) for name, t in self.tokens(images).items()}
+        return {name: tokens.cpu() for name, tokens in self.tokens(images).items()}
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> dict[str, LayerTokens]:
         """Return the tokens of normalized images [B, 3, S, S] by layer, on the device of the images."""
-        stages = self.encoder(images, layers=self.depths)
-        layers = [LayerTokens(stage.cells, self.encoder.pool_tokens(stage)) for stage in reversed(stages)]
-        cells = stages[-1].cells
+        layers = sorted({*self.depths, *self.encoder.feature_layers})
+        stages = dict(zip(layers, self.encoder(images, layers=layers), strict=True))
+        groups = [list(stages.values()) for _ in self.joint_names] + [[stages[depth]] for depth in self.layer_names.values()]
+        tokens = [LayerTokens(group, self.encoder.pool_stages(group)) for group in groups]
+        cells = stages[layers[-1]].cells
         for level in self.stacked_levels:
             cells = level.teacher(pool_cells(cells, level.grid, level.pool))
-            layers.append(LayerTokens(cells, cells.mean(1)))
-        return dict(zip(self.names(), layers, strict=True))
+            tokens.append(LayerTokens([Stage(cells, level.side, 0)], cells.mean(1)))
+        return dict(zip(self.names(), tokens, strict=True))
 
     def blocks(self, name: str) -> tuple[list[Any], int]:
-        """Return the transformer blocks that lead to a layer, and the number of summary tokens that pass through them."""
-        kind, number = name.split()
-        if kind == "block":
-            return self.encoder.attention_blocks(int(number)), self.encoder.num_summary_tokens
-        return list(self.stacked_levels[int(number) - 1].teacher.blocks), 0
+        """Return the transformer blocks that lead to one layer, and the number of summary tokens that pass through them."""
+        if name in self.layer_names:
+            return self.encoder.attention_blocks(self.layer_names[name]), self.encoder.num_summary_tokens
+        number = int(name.removeprefix("stacked "))
+        return list(self.stacked_levels[number - 1].teacher.blocks), 0
 
 
 def layer_features(run: TrainedRun, depths: list[int]) -> dict[NetworkKind, LayerFeatures]:

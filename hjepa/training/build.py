@@ -46,7 +46,13 @@ def build_components(config: Config) -> Components:
     dataset: DataModule = build(config["dataset"])
     check_options(config, dataset)
     model, sampler, objective = build_model(config)
+    if dataset.early_size and sampler.hides_patches:
+        raise UserError(
+            f"dataset.early_size={dataset.early_size}: masks are sampled for images of dataset.image_size={dataset.image_size} "
+            "only; choose masking=none, or set dataset.early_size to null."
+        )
     check_view_count(objective, dataset, sampler)
+    check_other_views(model, dataset, sampler)
     if config["init_from"]:
         load_model(model, config["init_from"])
     teacher_update: TeacherUpdate = build(config["teacher"])
@@ -74,9 +80,9 @@ def build_model(config: Config) -> tuple[HJEPA, MaskSampler, Objective]:
     seed_global(config["seed"], "init")
     levels = build(config["levels"])
     projector = build_or_none(config["projector"])
-    objective = Objective(build(config["loss"]), build_or_none(config["regularizer"]))
+    objective = Objective(build(config["loss"]), build_or_none(config["regularizer"]), levels.loss)
     model: HJEPA = build(config["model"], levels=levels, projector=projector, num_regularized=objective.num_regularized_levels)
-    sampler = build(config["masking"], grid=model.grid, pools=levels.pool)
+    sampler = build(config["masking"], grid=model.grid, pools=model.mask_pools)
     if model.upper:
         sampler = StackedMaskSampler(sampler, model.upper.stacked_levels())
     return model, sampler, objective
@@ -87,12 +93,43 @@ def check_options(config: Config, dataset: DataModule) -> None:
     regularizer, levels, patch = "_target_" in config["regularizer"], config["levels"]["pool"], config["model"]["patch_size"]
     if not regularizer and not levels:
         raise UserError("levels=none with regularizer=none leaves nothing to minimize; choose levels or a regularizer.")
-    if dataset.local_views and not regularizer:
+    if dataset.local_views and not regularizer and "other" not in config["levels"]["view"]:
         raise UserError(
-            f"dataset.local_views={dataset.local_views} has an effect only with a regularizer; choose one, or set it to 0."
+            f"dataset.local_views={dataset.local_views} has an effect only with a regularizer or with levels.view=[other]; "
+            "choose one, or set it to 0."
         )
     if dataset.local_views and dataset.local_size % patch:
         raise UserError(f"dataset.local_size={dataset.local_size} must be a multiple of model.patch_size={patch}.")
+    if dataset.early_size and (dataset.early_size % patch or dataset.early_size > dataset.image_size):
+        raise UserError(
+            f"dataset.early_size={dataset.early_size} must be a multiple of model.patch_size={patch} and at most "
+            f"dataset.image_size={dataset.image_size}."
+        )
+
+
+def check_other_views(model: HJEPA, dataset: DataModule, sampler: MaskSampler) -> None:
+    """Raise `UserError` if levels with targets in other views do not fit the crops or the masks."""
+    if not model.needs_views:
+        return
+    if dataset.views + dataset.local_views < 2:
+        raise UserError(
+            f"levels.view=[other] predicts other views of an image, but there is only one: set dataset.views=2 or more (now "
+            f"{dataset.views}), or dataset.local_views."
+        )
+    if model.matching is not None and sampler.hides_patches:
+        raise UserError(
+            "levels.predictor=[matching] reads the student's output at the place of the target, which must not be hidden; choose "
+            "masking=none, or levels.predictor=[attention]."
+        )
+    sizes = {"local_size": dataset.local_size if dataset.local_views else 0, "early_size": dataset.early_size or 0}
+    for option, size in sizes.items():
+        for level in model.levels if size else []:
+            grid = model.student.layer_grids[level.layer - 1] * size // dataset.image_size
+            if level.other and level.pool and grid % min(level.pool, grid):
+                raise UserError(
+                    f"levels.pool={level.pool} does not divide the grid of {grid}x{grid} that crops of dataset.{option}={size} "
+                    f"have in {level.name}; use another pool or another size."
+                )
 
 
 def check_view_count(objective: Objective, dataset: DataModule, sampler: MaskSampler) -> None:

@@ -8,8 +8,9 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from hjepa.data.datamodule import Split, evenly_spaced_indices
+from hjepa.data.datamodule import Crops, Split, evenly_spaced_indices
 from hjepa.distributed.seeding import generator
 from hjepa.metrics.collapse import collapse_statistics, describe_collapse
 from hjepa.metrics.probes import Probe, extract_features
@@ -102,32 +103,46 @@ class Monitor:
         return self.probe(self.model.teacher, *self.probe_splits, self.components.dataset.normalize, progress)
 
     def collapse_statistics(self) -> dict[str, Scores]:
-        """Return the collapse statistics of teacher and student on the held-out images."""
+        """Return the collapse statistics of the last layer of teacher and student on the held-out images."""
         encoders = {"teacher": self.model.teacher} | ({} if self.model.teacher_is_student else {"student": self.model.student})
         batches, normalize = self.held_out.split(BATCH_SIZE), self.components.dataset.normalize
         features = {name: torch.cat(list(extract_features(e, batches, normalize))) for name, e in encoders.items()}
-        return {name: collapse_statistics(values) for name, values in features.items()}
+        last = self.model.student.feature_dims[-1]
+        return {name: collapse_statistics(values[:, -last:]) for name, values in features.items()}
 
     @torch.no_grad()
     def held_out_loss(self) -> Scores:
         """Return the loss on held-out images with fixed masks, and the loss of predicting one constant vector.
 
-        The result is empty for a model without levels.
+        Levels with targets in other views are measured on fixed augmented crops. The result is empty for a model without levels.
         """
-        if not self.model.predictor:
+        if not self.model.levels:
             return {}
         c = self.components
         training = self.model.training
         self.model.eval()
         sums = torch.zeros(2)
         for i, images in enumerate(self.held_out.split(BATCH_SIZE)):
-            masks = c.sampler(len(images), generator(0, "held out", i)).to(c.hardware.device)
+            crops, views = self.held_out_crops(images.to(c.hardware.device), i)
+            masks = c.sampler(len(images) * views, generator(0, "held out", i)).to(c.hardware.device)
             with c.hardware.autocast():
-                output = self.model(c.dataset.normalize(images.to(c.hardware.device)), masks)
-                loss, _ = c.objective.loss(output)
-            sums += torch.stack([loss, c.objective.loss.constant_baseline(output)]).cpu() * len(images) / len(self.held_out)
+                output = self.model(crops.global_crops, masks, crops.local_crops, crops.boxes, views)
+                loss, _ = c.objective.prediction_loss(output)
+            sums += torch.stack([loss, c.objective.constant_baseline(output)]).cpu() * len(images) / len(self.held_out)
         self.model.train(training)
         return {"validation/loss": sums[0].item(), "validation/constant_loss": sums[1].item()}
+
+    def held_out_crops(self, images: Tensor, batch: int) -> tuple[Crops, int]:
+        """Return the crops of a batch of held-out images, and the number of global crops of each.
+
+        They are the images themselves unless a level has targets in other views.
+        """
+        dataset = self.components.dataset
+        if self.model.needs_views:
+            crops = dataset.make_crops(images, dataset.sample_params(len(images), generator(0, "held-out crops", batch)))
+            return crops, dataset.views
+        whole = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], device=images.device)
+        return Crops(dataset.normalize(images), None, whole.expand(len(images), 1, -1, -1)), 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the measurements so far."""

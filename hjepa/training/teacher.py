@@ -22,6 +22,13 @@ def parameter_pairs(model: HJEPA) -> tuple[list[Tensor], list[Tensor]]:
     return [p for t in teachers for p in t.parameters()], [p for s in students for p in s.parameters()]
 
 
+def copy_buffers(model: HJEPA) -> None:
+    """Give all teachers the buffers of their students, which are the statistics of batch norms."""
+    teachers, students = zip(*model.teacher_student_pairs(), strict=True)
+    for ours, theirs in zip(*([b for m in modules for b in m.buffers()] for modules in (teachers, students)), strict=True):
+        ours.copy_(theirs)
+
+
 class TeacherUpdate:
     """Base class of teacher updates, whose own teacher stays as it is initialized: equal to the initial student."""
 
@@ -60,6 +67,7 @@ class EMA(TeacherUpdate):
     def apply(self, model: HJEPA, step: int) -> None:
         teachers, students = parameter_pairs(model)
         torch._foreach_lerp_(teachers, students, 1.0 - self.momentum[step])
+        copy_buffers(model)
 
     def logged_values(self, step: int) -> dict[str, float]:
         return {"momentum": self.momentum[step]}
@@ -91,6 +99,7 @@ class PeriodicCopy(TeacherUpdate):
     def apply(self, model: HJEPA, step: int) -> None:
         if step + 1 in self.copy_after:
             torch._foreach_copy_(*parameter_pairs(model))
+            copy_buffers(model)
 
 
 class Frozen(TeacherUpdate):

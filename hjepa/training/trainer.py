@@ -45,16 +45,19 @@ class Batch(NamedTuple):
         global_crops: Augmented, normalized global crops [B*V, 3, S, S]; the V crops of an image follow one another.
         masks: Contexts and targets of the global crops.
         local_crops: Local crops [B*L, 3, s, s], or None.
+        boxes: Boxes [B, V+L, 2, 3] of all crops (see `hjepa.models.views`).
     """
 
     global_crops: Tensor
     masks: Masks
     local_crops: Tensor | None
+    boxes: Tensor
 
     def split(self, num_parts: int) -> list["Batch"]:
         """Split the batch into equal parts of complete images."""
         local_crops = [None] * num_parts if self.local_crops is None else self.local_crops.chunk(num_parts)
-        parts = zip(self.global_crops.chunk(num_parts), self.masks.split(num_parts), local_crops, strict=True)
+        chunks = (self.global_crops.chunk(num_parts), self.masks.split(num_parts), local_crops, self.boxes.chunk(num_parts))
+        parts = zip(*chunks, strict=True)
         return [Batch(*part) for part in parts]
 
 
@@ -126,8 +129,9 @@ class Trainer:
         if rows is not None:
             crop_rows = rows.unsqueeze(1) * dataset.views + torch.arange(dataset.views)
             params, masks = params.select(rows), masks.select(crop_rows.flatten())
-        global_crops, local_crops = dataset.make_crops(self.load_images(step), params)
-        return Batch(global_crops, masks.to(self.device), local_crops)
+        crop_size = dataset.crop_size(step / self.num_steps)
+        global_crops, local_crops, boxes = dataset.make_crops(self.load_images(step), params, crop_size)
+        return Batch(global_crops, masks.to(self.device), local_crops, boxes)
 
     def load_images(self, step: int) -> Tensor:
         """Return this process' images of a step, uint8 [B, 3, S, S] on the device."""

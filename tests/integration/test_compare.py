@@ -102,7 +102,7 @@ def test_results_of_an_evaluation_are_compared_as_well(trained: Path, compare, t
     shutil.copytree(trained, tmp_path / "runs")
     for name, score in (("flat0", 0.25), ("pyramid0", 0.5)):
         (tmp_path / "runs" / name / "evaluate").mkdir()
-        rows = {"pixels": {"part": 0.9}, "trained/depth1": {"part": 0.8}, "trained/depth2": {"part": score, "whole": 0.7}}
+        rows = {"pixels": {"part": 0.9}, "trained/block 2": {"part": score, "whole": 0.7}, "trained/block 1": {"part": 0.8}}
         contents = {"checkpoint": "a", "checkpoints": {"a": {"results": {"linear": {"rows": rows}}}}}
         (tmp_path / "runs" / name / "evaluate" / "summary.json").write_text(json.dumps(contents))
     data = compare(folders(tmp_path / "runs", "flat0", "pyramid0"), "task.metric=evaluate.linear")

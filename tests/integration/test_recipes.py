@@ -13,7 +13,9 @@ RECIPES = sorted(p.stem for p in (ROOT / "conf" / "experiment").glob("*.yaml"))
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_takes_two_steps(recipe: str, tmp_path: Path) -> None:
-    overrides = [f"experiment={recipe}", "debug=small", "dataset=shapes", "dataset.train=60", "dataset.test=10", "name=r"]
+    encoder = compose(f"experiment={recipe}", "dataset=shapes").model.encoder._target_
+    debug = "debug=small_vit" if encoder.endswith("ViTEncoder") else "debug=small"
+    overrides = [f"experiment={recipe}", debug, "dataset=shapes", "dataset.train=60", "dataset.test=10", "name=r"]
     overrides += ["hardware=cpu", "hardware.threads=1", "tracking=none", f"output_root={tmp_path}"]
     overrides += ["task.steps=2"] if recipe == "reference_step" else []
     run(compose(*overrides))
@@ -27,7 +29,7 @@ def test_recipe_takes_two_steps(recipe: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("off", ["probe=none", "regularizer=none"])
 def test_a_part_that_a_recipe_configures_can_be_switched_off(off: str, tmp_path: Path) -> None:
-    overrides = ["experiment=cjepa", "experiment_name=e", "debug=small", "+probe.every=2", "dataset.train=60", "name=r"]
+    overrides = ["experiment=cjepa", "experiment_name=e", "debug=small_vit", "+probe.every=2", "dataset.train=60", "name=r"]
     overrides += ["hardware=cpu", "hardware.threads=1", "tracking=none", f"output_root={tmp_path}", off]
     run(compose(*(o for o in overrides if off == "probe=none" or not o.startswith("+probe"))))
     assert json.loads((tmp_path / "e" / "r" / "summary.json").read_text())["status"] in ("finished", "collapsed")

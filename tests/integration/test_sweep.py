@@ -110,7 +110,7 @@ def test_a_failed_job_stays_failed_until_its_run_is_continued(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_prepared_sweep(name: str, tmp_path: Path) -> None:
-    small = ["debug=small", "dataset.train=160", "dataset.test=10", "hardware=cpu", "hardware.threads=1", "tracking=none"]
+    small = ["debug=small_vit", "dataset.train=160", "dataset.test=10", "hardware=cpu", "hardware.threads=1", "tracking=none"]
     small += [f"output_root={tmp_path}", f"+sweeps={name}"]
     compose(*small)
     choices = {key: str(value).split(",") for key, value in HydraConfig.get().sweeper.params.items()}

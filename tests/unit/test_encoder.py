@@ -1,4 +1,6 @@
-"""The contract of encoders, checked on every encoder of conf/model and on a hierarchical convolutional one defined here."""
+"""The contract of encoders, checked on every encoder of conf/model and on one with two stages defined here."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -7,15 +9,17 @@ from torch import Tensor, nn
 
 from hjepa.config.errors import UserError
 from hjepa.config.instantiate import build
+from hjepa.config.schema import check, resolve
 from hjepa.config.targets import USER_TARGETS
 from hjepa.models.conv_stem import mask_images
 from hjepa.models.encoder import Encoder, Stage
 from hjepa.models.layers import gather_tokens
+from hjepa.models.maps import cell_index
 from hjepa.models.vit import ViTEncoder
-from tests.helpers.runs import ROOT, build_components, checked_config, trainer
+from tests.helpers.runs import ROOT, TINY, build_components, checked_config, compose, trainer
 
 
-class ConvEncoder(Encoder):
+class TwoStages(Encoder):
     """Two convolutional stages over images with masked pixels; the first grid is twice as fine as that of the patches."""
 
     def __init__(self, image_size: int, patch_size: int, dim: int, num_summary_tokens: int = 0) -> None:
@@ -41,60 +45,96 @@ class ConvEncoder(Encoder):
             stages[layer] = Stage(tokens, finer * grid, 0)
         return [stages[layer] for layer in layers or [2]]
 
+    @property
+    def layer_grids(self) -> tuple[int, ...]:
+        return (2 * self.grid, self.grid)
+
     def layer_ids(self) -> dict[str, int]:
         return {name: int(name.split(".")[1]) + 1 for name, _ in self.named_parameters()}
 
 
-CONV = ("~model.encoder", f"+model.encoder={{_target_: {__name__}.ConvEncoder, _partial_: true, dim: 8}}")
-ENCODERS = {file.stem: [f"model={file.stem}"] for file in sorted((ROOT / "conf" / "model").glob("*.yaml"))}
+CONV = ("~model.encoder", f"+model.encoder={{_target_: {__name__}.TwoStages, _partial_: true, dim: 8}}")
+SMALL = {  # the sizes of small networks that keep the stages of the large ones
+    "vit": [o for o in TINY if o.startswith("model.encoder.")],
+    "hiera": ["model.encoder.dim=16"],
+    "conv": ["model.encoder.stem=8"],
+    "timm": [],
+}
+FILES = sorted(file.stem for file in (ROOT / "conf" / "model").glob("*.yaml") if not file.stem.startswith("_"))
+ENCODERS = {name: [f"model={name}", *SMALL[name.partition("_")[0]]] for name in FILES}
 ENCODERS |= {
-    "stem": ["model.encoder.stem=conv"],
-    "learned positions": ["model.encoder.positions=learned"],
-    "convolutional": [*CONV],
+    "stem": [*SMALL["vit"], "model.encoder.stem=conv"],
+    "learned positions": [*SMALL["vit"], "model.encoder.positions=learned"],
+    "group norm": ["model=conv_nano", "model.encoder.norm=group"],
+    "strided stem": ["model=conv_nano", "model.patch_size=32"],
+    "layer norm": ["model=timm", "model.encoder.name=convnext_atto"],
+    "two stages": [*CONV],
 }
 
 
-@pytest.fixture(autouse=True)
-def allow_conv_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def allow_two_stages() -> Iterator[None]:
     """Allow configs to name the encoder of this file, as a YAML file in a folder of the user does."""
-    monkeypatch.setenv(USER_TARGETS, f"{__name__}.ConvEncoder")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(USER_TARGETS, f"{__name__}.TwoStages")
+        yield
 
 
-@pytest.fixture(params=ENCODERS)
+@pytest.fixture(params=ENCODERS, scope="module")
 def encoder(request: pytest.FixtureRequest) -> Encoder:
-    """Return an encoder for images of 32 pixels and patches of 4 pixels."""
+    """Return an encoder for images of 4 x 4 patches."""
     torch.manual_seed(0)
-    constructor = build(checked_config(*ENCODERS[request.param])["model"]["encoder"])
-    return constructor(image_size=32, patch_size=4, num_summary_tokens=3).eval()
+    config = resolve(compose(*ENCODERS[request.param]))
+    check(config)
+    patch_size = config["model"]["patch_size"]
+    constructor = build(config["model"]["encoder"])
+    return constructor(image_size=4 * patch_size, patch_size=patch_size, num_summary_tokens=3).eval()
+
+
+def random_images(encoder: Encoder, count: int = 2) -> Tensor:
+    return torch.randn(count, 3, encoder.image_size, encoder.image_size)
+
+
+def random_patches(*shape: int, count: int = 6) -> Tensor:
+    """Return sorted indices of `count` of the 4 x 4 patches."""
+    return torch.rand(*shape, 16).argsort(-1)[..., :count].sort(-1).values
 
 
 def test_stages_have_the_declared_sizes(encoder: Encoder) -> None:
-    images, layers = torch.randn(2, 3, 32, 32), list(range(1, encoder.num_layers + 1))
-    keep = torch.stack([torch.randperm(64)[:20].sort().values for _ in range(6)]).view(2, 3, 20)
-    assert encoder.grid == 8
+    images, layers = random_images(encoder), list(range(1, encoder.num_layers + 1))
+    keep = random_patches(2, 3)
+    assert encoder.grid == 4
     for stage, kept, dim in zip(encoder(images, layers=layers), encoder(images, keep, layers), encoder.layer_dims, strict=True):
         ratio, remainder = divmod(stage.grid, encoder.grid)
         assert (remainder, kept.grid) == (0, stage.grid)
         assert stage.num_summary == kept.num_summary == encoder.num_summary_tokens
         assert stage.summary.shape == (2, encoder.num_summary_tokens, dim)
         assert stage.cells.shape == (2, stage.grid**2, dim)
-        assert kept.cells.shape == (2 * 3, 20 * ratio**2, dim)
+        assert kept.cells.shape == (2 * 3, 6 * ratio**2, dim)
+    assert tuple(stage.grid for stage in encoder(images, layers=layers)) == encoder.layer_grids
     assert stage.grid == encoder.grid, "the last layer has a cell per patch"
     assert torch.equal(encoder(images)[0].tokens, stage.tokens), "the last layer is the default"
-    assert encoder(images[:, :, :16, :16])[0].grid == 4, "local crops are smaller"
+    crops = images[:, :, : encoder.image_size // 2, : encoder.image_size // 2]
+    assert encoder(crops)[0].grid == 2, "local crops are smaller"
+    assert encoder(crops)[0].cells.shape[1] == 4
 
 
 def test_stages_do_not_depend_on_dropped_patches(encoder: Encoder) -> None:
-    images, layers = torch.randn(2, 3, 32, 32), list(range(1, encoder.num_layers + 1))
-    keep = torch.stack([torch.randperm(64)[:20].sort().values for _ in range(2)]).view(2, 1, 20)
-    other = images + torch.randn(2, 3, 32, 32) * (mask_images(torch.ones(2, 3, 32, 32), keep, 4)[:, 0] == 0)
+    images, layers = random_images(encoder), list(range(1, encoder.num_layers + 1))
+    keep = random_patches(2, 1)
+    hidden = mask_images(torch.ones_like(images), keep, encoder.patch_size)[:, 0] == 0
+    other = images + torch.randn_like(images) * hidden
     for before, after in zip(encoder(images, keep, layers), encoder(other, keep, layers), strict=True):
         torch.testing.assert_close(before.tokens, after.tokens)
 
 
 def test_all_patches_kept_is_no_mask(encoder: Encoder) -> None:
-    images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(encoder(images, torch.arange(64).expand(2, 1, 64))[0].tokens, encoder(images)[0].tokens)
+    images, layers = random_images(encoder), list(range(1, encoder.num_layers + 1))
+    keep = torch.arange(16).expand(2, 1, 16)
+    for kept, full in zip(encoder(images, keep, layers), encoder(images, layers=layers), strict=True):
+        index = cell_index(keep[:, 0], encoder.grid, full.grid // encoder.grid)
+        torch.testing.assert_close(kept.cells, gather_tokens(full.cells, index), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(kept.summary, full.summary)
 
 
 def test_every_parameter_belongs_to_a_layer(encoder: Encoder) -> None:
@@ -104,7 +144,7 @@ def test_every_parameter_belongs_to_a_layer(encoder: Encoder) -> None:
 
 
 def test_features_are_the_pooled_tokens_of_the_last_layer(encoder: Encoder) -> None:
-    images = torch.randn(2, 3, 32, 32)
+    images = random_images(encoder)
     stage = encoder(images)[0]
     means = [stage.cells.mean(1), *([stage.summary.mean(1)] if encoder.num_summary_tokens else [])]
     torch.testing.assert_close(encoder.features(images), torch.cat(means, dim=1))
@@ -136,22 +176,40 @@ def test_a_hierarchical_encoder_is_trained_and_probed(levels: tuple[str, ...]) -
     assert 0 <= scores["linear"] <= 1
 
 
-def test_targets_of_a_finer_stage_are_means_over_patches() -> None:
-    model = build_components(*CONV, "levels=depth").model
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        "_target_: hjepa.models.ConvEncoder, stem: 4, dims: [8, 8, 16], residuals: [0, 1, 1]",
+        "_target_: hjepa.models.HieraEncoder, dim: 8, stages: [1, 1, 2]",
+        "_target_: hjepa.models.TimmEncoder, name: test_convnext, options: {}",
+    ],
+    ids=["conv", "hiera", "timm"],
+)
+def test_every_parameter_of_an_encoder_is_trained(encoder: str) -> None:
+    size = ("model.patch_size=32", "dataset.image_size=128") if "Timm" in encoder else ("model.patch_size=8",)
+    overrides = ("~model.encoder", f"+model.encoder={{{encoder}, _partial_: true}}", *size, "levels=flat", "train.batch_size=4")
+    t = trainer(*overrides, "schedule.lr.warmup_epochs=0", "dataset.train=40", "dataset.validation=0.5", "probe.train_images=4")
+    before = {name: p.clone() for name, p in t.model.student.named_parameters() if p.requires_grad}
+    assert t.train_step(t.get_batch(0), 0)["loss"].isfinite()
+    unchanged = [name for name, p in t.model.student.named_parameters() if name in before and torch.equal(p, before[name])]
+    assert unchanged == []
+
+
+def test_cells_of_a_level_are_means_over_cells_of_its_stage() -> None:
+    model = build_components(*CONV, "levels=depth", "levels.pool=[1,2]").model
     images = torch.randn(2, 3, 32, 32)
-    coarse, fine = model.levels.targets(
-        model.teacher_stages(images), [torch.arange(64).view(1, 1, 1, 64).expand(2, -1, -1, -1)] * 2, 8, 2
-    )
+    stages = model.teacher_stages(images)
+    coarse, fine = (level.cells(stages[level.layer]) for level in model.levels)
     cells = F.avg_pool2d(model.teacher.blocks[0](images).relu(), 2).flatten(2).mT
-    torch.testing.assert_close(fine[:, 0, 0], F.layer_norm(cells, (8,)))
-    assert coarse.shape == (2, 1, 1, 64, 16)
+    torch.testing.assert_close(fine, cells)
+    assert coarse.shape == (2, 64, 16)
 
 
 def test_an_encoder_declines_what_it_does_not_have() -> None:
-    with pytest.raises(UserError, match=r"levels\.summary_tokens=4: ConvEncoder has no summary tokens"):
+    with pytest.raises(UserError, match=r"levels\.summary_tokens=4: TwoStages has no summary tokens"):
         build_components(*CONV, "levels=summary")
     encoder = build_components(*CONV, "levels=flat").model.teacher
-    with pytest.raises(UserError, match="ConvEncoder has no attention maps"):
+    with pytest.raises(UserError, match="TwoStages has no attention maps"):
         encoder.attention_blocks(1)
-    with pytest.raises(UserError, match="timm has no model that loads the weights of ConvEncoder"):
+    with pytest.raises(UserError, match="timm has no model that loads the weights of TwoStages"):
         encoder.export_spec()

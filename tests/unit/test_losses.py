@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hjepa.config.errors import UserError
 from hjepa.config.schema import check_node
-from hjepa.losses import MSE, Cosine, Objective, PredictionLoss, SmoothL1, VICReg
-from hjepa.models.hjepa import LevelOutput, Output
+from hjepa.losses import MSE, Contrastive, Cosine, Objective, PredictionLoss, SmoothL1, VICReg
+from hjepa.models.output import LevelOutput, Output
 
 
 def make_output() -> Output:
@@ -15,8 +16,8 @@ def make_output() -> Output:
         LevelOutput(
             name,
             weight,
-            torch.randn(2, 1, 3, t, 8, generator=g, requires_grad=True),
-            torch.randn(2, 1, 3, t, 8, generator=g),
+            torch.randn(2, 3, t, 8, generator=g, requires_grad=True),
+            torch.randn(2, 3, t, 8, generator=g),
         )
         for name, weight, t in (("level1", 1.0, 4), ("level2", 0.5, 2))
     ]
@@ -42,7 +43,7 @@ def cosine(p: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 )
 def test_losses_equal_their_formulas_weighted_by_level(loss: PredictionLoss, formula) -> None:
     out = make_output()
-    total, terms = loss(out)
+    total, terms = Objective(loss, None).prediction_loss(out)
     expected = {level.name: formula(level.prediction, level.target) for level in out.levels}
     assert torch.allclose(total, expected["level1"] + 0.5 * expected["level2"])
     assert terms.keys() == expected.keys()
@@ -52,8 +53,8 @@ def test_losses_equal_their_formulas_weighted_by_level(loss: PredictionLoss, for
 
 def test_constant_baseline_is_the_loss_of_the_mean_target() -> None:
     out = make_output()
-    expected = sum(level.weight * ((level.target - level.target.flatten(0, 3).mean(0)) ** 2).mean() for level in out.levels)
-    assert torch.allclose(MSE().constant_baseline(out), expected)
+    expected = sum(level.weight * ((level.target - level.target.flatten(0, 2).mean(0)) ** 2).mean() for level in out.levels)
+    assert torch.allclose(Objective(MSE(), None).constant_baseline(out), expected)
 
 
 def test_beta_must_be_positive() -> None:
@@ -63,8 +64,42 @@ def test_beta_must_be_positive() -> None:
 
 def test_objective_is_the_sum_of_both_and_logs_the_prediction_loss() -> None:
     out = make_output()
-    loss, regularizer = MSE(), VICReg(1.0, 1.0, 0.04, [1.0])
-    total, terms = Objective(loss, regularizer)(out)
-    assert torch.allclose(total, loss(out)[0] + regularizer(out)[0])
-    assert torch.allclose(terms["prediction"], loss(out)[0])
-    assert torch.equal(Objective(loss, None)(out)[0], loss(out)[0])
+    regularizer = VICReg(1.0, 1.0, 0.04, [1.0])
+    total, terms = Objective(MSE(), regularizer)(out)
+    prediction = Objective(MSE(), None)(out)[0]
+    assert torch.allclose(total, prediction + regularizer(out)[0])
+    assert torch.allclose(terms["prediction"], prediction)
+
+
+def test_levels_can_have_losses_of_their_own() -> None:
+    out = make_output()
+    first, second = (MSE().level_loss(out.levels[0]), Cosine().level_loss(out.levels[1]))
+    assert torch.allclose(Objective(MSE(), None, {"level2": Cosine()})(out)[0], first + 0.5 * second)
+
+
+def test_the_contrastive_loss_is_cross_entropy_over_the_target_and_the_cells_of_other_images() -> None:
+    g = torch.Generator().manual_seed(0)
+    prediction, cells = torch.randn(4, 2, 3, 8, generator=g), torch.randn(4, 2, 5, 8, generator=g)
+    index = torch.randint(5, (4, 2, 3), generator=g)
+    losses = []
+    for image in range(4):
+        for group in range(2):
+            others = [F.normalize(cells[i, group], dim=-1) for i in range(4) if i != image]
+            for query in range(3):
+                target = F.normalize(cells[image, group, index[image, group, query]], dim=-1)
+                logits = torch.cat([target[None], *others]) @ F.normalize(prediction[image, group, query], dim=-1) / 0.2
+                losses.append(F.cross_entropy(logits[None], torch.zeros(1, dtype=torch.long)))
+    loss = Contrastive(temperature=0.2).level_loss(LevelOutput("level1", 1.0, prediction, cells, index))
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize("loss", [MSE(), Contrastive(0.1)])
+def test_queries_without_a_counterpart_do_not_count(loss: PredictionLoss) -> None:
+    g = torch.Generator().manual_seed(0)
+    cells, valid = torch.randn(4, 2, 3, 8, generator=g), torch.rand(4, 2, 3, generator=g) < 0.5
+    predictions = [torch.randn(4, 2, 3, 8, generator=g) for _ in range(2)]
+    mixed = torch.where(valid.unsqueeze(-1), *predictions)
+    first, second = (loss.level_loss(LevelOutput("level1", 1.0, p, cells, None, valid)) for p in (predictions[0], mixed))
+    torch.testing.assert_close(first, second)
+    nothing = LevelOutput("level1", 1.0, mixed, cells, None, torch.zeros_like(valid))
+    assert loss.level_loss(nothing) == 0

@@ -11,8 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from hjepa.config.errors import UserError
 from hjepa.masking import PartitionMasking
 from hjepa.models.encoder import Stage
-from hjepa.models.layers import CrossBlock, LeanMlp, patchify
-from hjepa.models.predictor import Fusion
+from hjepa.models.layers import CrossBlock, LeanMlp, grid_centers, patchify, sincos_positions
+from hjepa.models.levels import cell_centers
+from hjepa.models.predictor import Context, Fusion
+from hjepa.models.views import Queries
 from hjepa.models.vit import ViTEncoder
 from tests.helpers.runs import build_components
 
@@ -153,12 +155,12 @@ def test_flat_is_ijepa_written_out(joint: str) -> None:
     with torch.no_grad():
         encoded = F.layer_norm(encode(model.teacher, images, None), (32,))
     context = encode(model.student, images, masks.context[:, 0])
-    p = model.predictor
+    p, positions = model.predictor, sincos_positions(grid_centers(8), 32)
     terms = []
     for block in range(masks.targets[0].shape[2]):
         index = masks.targets[0][:, 0, block]
-        visible = p.embed(context) + p.patch_positions[masks.context[:, 0]]
-        queries = p.mask_tokens[0] + p.patch_positions[index]
+        visible = p.embed(context) + positions[masks.context[:, 0]]
+        queries = p.mask_tokens[0] + positions[index]
         x = torch.cat([visible, queries], dim=1)
         for layer in p.blocks:
             x = layer(x)
@@ -173,11 +175,12 @@ def test_cross_attention_answers_each_query_from_the_context_alone() -> None:
     model, images = parts.model.eval(), torch.randn(2, 3, 32, 32)
     masks = parts.sampler(2, torch.Generator().manual_seed(0))
     tokens = model.student(images, keep=masks.context)[-1].tokens
-    together = model.predictor(tokens, masks.context, masks.targets)
-    single = [index[:, :, :1, :1] for index in masks.targets]
-    alone = model.predictor(tokens, masks.context, single)
+    context = Context(tokens, cell_centers(8)[masks.context[:, 0]], 8)
+    queries = [Queries(level, cell_centers(level.grid)[index]) for level, index in zip(model.levels, masks.targets, strict=True)]
+    together = model.predictor(context, queries)
+    alone = model.predictor(context, [query._replace(places=query.places[:, :, :1, :1]) for query in queries])
     assert all(torch.allclose(a, b[:, :, :1, :1], atol=1e-5) for a, b in zip(alone, together, strict=True))
-    other = model.predictor(tokens + 0.1, masks.context, masks.targets)
+    other = model.predictor(context._replace(tokens=tokens + 0.1), queries)
     assert not torch.allclose(together[0], other[0], atol=1e-3)
 
 
@@ -243,7 +246,7 @@ def test_several_contexts_equal_separate_ones() -> None:
         single = type(masks)(masks.context[:, [context]], tuple(t[:, [context]] for t in masks.targets))
         alone = model(images, single)
         for a, b in zip(alone.levels, together.levels, strict=True):
-            assert torch.allclose(a.prediction[:, 0], b.prediction[:, context], atol=1e-5)
+            assert torch.allclose(a.prediction[:, 0], b.prediction[:, 0].unflatten(1, (2, -1))[:, context], atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -13,7 +13,7 @@ from hjepa.optim.optimizers import CombinedOptimizer, set_hyperparameters
 from hjepa.optim.soap import SOAP, project, project_back
 from tests.helpers.runs import build_components, trainer
 
-OPTIMIZERS = ("adamw", "soap", "muon", "lars")
+OPTIMIZERS = ("adamw", "sgd", "soap", "muon", "lars")
 BETAS, EPS = (0.9, 0.95), 1e-8
 
 

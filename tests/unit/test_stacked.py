@@ -36,7 +36,7 @@ def test_upper_target_written_out() -> None:
     encoded = F.layer_norm(model.upper.teacher(below), (16,))
     index = masks.stacked[0].targets[0]
     expected = torch.stack([encoded[i][index[i]] for i in range(2)])
-    assert torch.allclose(model(images, masks).levels[-1].target, expected, atol=1e-5)
+    assert torch.allclose(model(images, masks).levels[-1].target.view_as(expected), expected, atol=1e-5)
 
 
 def test_masks_of_a_stacked_level_fulfill_the_contract_on_their_own_grid() -> None:
@@ -71,7 +71,7 @@ def test_stacked_levels_can_be_stacked() -> None:
     [
         ("levels.upper.pool=3", "levels.upper.pool=3 does not divide a grid of 8x8"),
         ("levels.upper.heads=3", "heads=3"),
-        ("levels={depth: [], pool: [], weight: []}", "needs a level below it"),
+        ("levels={stage: [], pool: [], weight: []}", "needs a level below it"),
     ],
 )
 def test_contradicting_options_are_refused(override: str, message: str) -> None:

@@ -11,12 +11,12 @@ MULTICROP = ("dataset.views=2", "dataset.local_views=3", "dataset.local_size=16"
 
 def test_views_of_an_image_follow_one_another() -> None:
     t = trainer(*MULTICROP, "dataset.augment.flip=0", "dataset.augment.scale=[1,1]")
-    images, masks, crops = t.get_batch(0)
+    images, masks, crops, boxes = t.get_batch(0)
     assert images.shape == (48, 3, 32, 32)
     assert crops.shape == (72, 3, 16, 16)
     assert len(masks.context) == 48
     assert torch.equal(images[0::2], images[1::2]), "the views are equal, because nothing is augmented"
-    output = t.model(images, masks, crops, num_crops=2)
+    output = t.model(images, masks, crops, boxes, num_crops=2)
     assert [f.shape for f in output.features] == [(24, 2 * 2 + 3, 64)], "one level is regularized"
     assert output.num_global == 4
 
@@ -24,8 +24,8 @@ def test_views_of_an_image_follow_one_another() -> None:
 def test_features_of_each_view_are_those_of_the_view_alone() -> None:
     t = trainer(*MULTICROP)
     model = t.model.eval()
-    images, masks, crops = t.get_batch(0)
-    features = model(images, masks, crops, num_crops=2).features[0]
+    images, masks, crops, boxes = t.get_batch(0)
+    features = model(images, masks, crops, boxes, num_crops=2).features[0]
     one = model.student.pool_tokens(model.student(images[2:4], keep=masks.context[2:4])[-1])
     local = model.student.pool_tokens(model.student(crops[3:6])[-1])
     assert torch.allclose(features[1], torch.cat([one, local]), atol=1e-5)
@@ -79,8 +79,8 @@ def test_levels_of_one_layer_share_a_projector() -> None:
     [
         (["dataset.views=0"], "dataset.views=0"),
         (["dataset.local_views=2", "dataset.local_size=15"], "dataset.local_size=15 must be a multiple of model.patch_size=4"),
-        (["dataset.local_views=2", "regularizer=none"], "has an effect only with a regularizer"),
-        (["levels=flat", "masking=none"], "masking=none leaves nothing to predict"),
+        (["dataset.local_views=2", "regularizer=none"], "has an effect only with a regularizer or with levels.view"),
+        (["levels=flat", "masking=none"], "masking=none hides nothing that levels.view=\\[same\\] could predict"),
     ],
 )
 def test_contradicting_options_are_refused(overrides: list[str], message: str) -> None:

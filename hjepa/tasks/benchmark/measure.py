@@ -117,7 +117,8 @@ def estimate_fixed_fraction(trainer: Trainer, timer: PhaseTimer, step: int) -> f
         return None
     local_crops = None if batch.local_crops is None else batch.local_crops[: num_small * len(batch.local_crops) // num_images]
     num_crops = num_small * num_views
-    small = Batch(batch.global_crops[:num_crops], batch.masks.select(torch.arange(num_crops)), local_crops)
+    masks = batch.masks.select(torch.arange(num_crops))
+    small = Batch(batch.global_crops[:num_crops], masks, local_crops, batch.boxes[:num_small])
     trainer.train_step(small, step)  # the first step with new shapes is slower
     timer.read()
     for _ in range(NUM_COMPARISONS):

@@ -25,7 +25,9 @@ NUM_CLASSES = 1 + len(PARTS)  # class 0 is the background
 
 @dataclass(frozen=True)
 class DenseProbe(EvalProtocol):
-    """Logistic regression on the patch tokens at every depth, and on the pixels of the patches.
+    """Logistic regression on the patch tokens of every layer, and on the pixels of the patches.
+
+    The tokens of a layer with a finer grid are averaged over each patch.
 
     Args:
         train_images: Largest number of images to fit to; all of their patches are used.
@@ -56,7 +58,7 @@ class DenseProbe(EvalProtocol):
     def score(self, context: EvalContext) -> Scores:
         scores: Scores = {}
         run, images, labels = context.run, self.images(context), self.patch_labels(context)
-        layers = [layer for layer in context.features.layers() if layer.startswith("block")]
+        layers = [layer for layer in context.features.layers() if not layer.startswith("stacked")]
         progress = progress_bar(total=len(NETWORK_KINDS) * len(layers) + 1, desc="scoring dense", unit="source")
         for kind in NETWORK_KINDS:
             for layer in layers:
@@ -99,8 +101,8 @@ class DenseProbe(EvalProtocol):
 
 
 def patch_tokens(context: EvalContext, kind: NetworkKind, layer: str, images: LabeledImages) -> Tensor:
-    """Return the patch tokens [n * patches, D] of a layer, image by image in raster order."""
-    device = context.run.hardware.device
+    """Return the patch tokens [n * patches, D] of a layer, image by image in raster order; finer cells are averaged."""
+    grid, device = context.run.encoder.grid, context.run.hardware.device
     batches = images.batches(context.features.batch_size, device, f"extracting features ({kind}, {layer})")
     network, normalize = context.features.networks[kind], context.run.dataset.normalize
-    return torch.cat([network.tokens(normalize(batch))[layer].cells for batch in batches]).flatten(0, 1).float()
+    return torch.cat([network.tokens(normalize(batch))[layer].cells_on(grid) for batch in batches]).flatten(0, 1).float()

@@ -1,6 +1,6 @@
 """`task=evaluate run=...`: evaluate the features of a run, or of several runs, by the protocols of `protocol=[...]`.
 
-    run folder ──> checkpoint ──> features of all depths ──> protocols ──> tables, evaluate/summary.json, trackers
+    run folder ──> checkpoint ──> features of all layers ──> protocols ──> tables, evaluate/summary.json, trackers
 
 The scores of a protocol are stored as soon as they are computed, and are not computed again for the same checkpoint and options.
 """
@@ -46,10 +46,10 @@ def evaluate_runs(
         train_images: Largest number of labeled images to fit to, None for all.
         test_images: Largest number of labeled images to score on, None for all.
         batch_size: Number of images per forward pass, None for that of the run's probe.
-        depths: Numbers of encoder blocks after which features are evaluated, None for all.
+        depths: Numbers of the encoder's layers (blocks or stages) whose features are evaluated, None for all.
 
     Returns:
-        The linear accuracy of the last block, averaged over the runs, or None if the linear probe was not computed.
+        The linear accuracy of the features, averaged over the runs, or None if the linear probe was not computed.
     """
     nodes = dict(config.get("protocol") or {})
     skip_inapplicable = nodes.pop("skip_inapplicable", False)

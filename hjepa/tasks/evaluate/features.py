@@ -1,8 +1,9 @@
 """Features of a run's images: computed in one pass for all depths, stored in the run folder, and read from there.
 
-    evaluate/features/CHECKPOINT-HASH/block 3.npy     [N, F], a file per depth of the encoder and per stacked level
+    evaluate/features/CHECKPOINT-HASH/block 3.npy     [N, F], a file per layer of the encoder and per stacked level
 
-Every row of an evaluation's table is a source of features: the trained or the untrained network at one depth, or the pixels.
+Every row of an evaluation's table is a source of features: the trained or the untrained network at one layer, or the pixels. With
+`model.features=all`, the features of all layers side by side are one more layer, "all blocks".
 """
 
 import shutil
@@ -134,7 +135,7 @@ class Features:
         run: Run.
         data: Images.
         folder: Folder to store the features in.
-        depths: Depths of the encoder in ascending order, the last block included.
+        depths: Numbers of the encoder's layers in ascending order, the last one included.
         batch_size: Number of images per forward pass.
     """
 
@@ -148,7 +149,7 @@ class Features:
         return self.data.key | {"checkpoint": self.run.hash, "depths": self.depths, "batch_size": self.batch_size}
 
     def layers(self, last_only: bool = False) -> list[str]:
-        """Return the names of all layers, or of the encoder's last block and the stacked levels only."""
+        """Return the names of all layers, or only of the one with the encoder's own features and of the stacked levels."""
         names = self.networks["trained"].names()
         return [names[0], *(name for name in names if name.startswith("stacked"))] if last_only else names
 

@@ -58,9 +58,8 @@ class FineTuning(EvalProtocol):
 
     def score(self, context: EvalContext) -> Scores:
         encoders: dict[NetworkKind, Encoder] = {"trained": context.run.encoder, "untrained": context.run.untrained}
-        return {
-            f"{kind}/block {encoder.num_layers}": self.fine_tune(context, encoder, kind) for kind, encoder in encoders.items()
-        }
+        layer = context.features.layers()[0]
+        return {f"{kind}/{layer}": self.fine_tune(context, encoder, kind) for kind, encoder in encoders.items()}
 
     def fine_tune(self, context: EvalContext, encoder: Encoder, kind: NetworkKind) -> dict[str, float]:
         """Fine-tune a copy of an encoder, and return its accuracy on the images to score on by label."""

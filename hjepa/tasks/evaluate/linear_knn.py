@@ -1,4 +1,4 @@
-"""Linear and k-NN accuracy of every source of features: the probe of the training loop, applied at all depths."""
+"""Linear and k-NN accuracy of every source of features: the probe of the training loop, applied to all layers."""
 
 from dataclasses import dataclass, replace
 

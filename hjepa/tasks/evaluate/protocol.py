@@ -103,10 +103,11 @@ class EvalOptions:
         return EvalContext(run, data, features, probe, options={})
 
     def depths_of(self, run: TrainedRun) -> list[int]:
-        """Return the depths to evaluate in ascending order; the last block is always one of them."""
+        """Return the layers of the encoder to evaluate in ascending order; the last one is always among them."""
         last, depths = run.encoder.num_layers, self.depths
         if depths is not None and (not depths or not all(1 <= depth <= last for depth in depths)):
             raise UserError(
-                f"task.depths={depths}: the encoder of {run.folder.name} has {last} blocks; expected numbers from 1 to {last}."
+                f"task.depths={depths}: the encoder of {run.folder.name} has {last} {run.encoder.layer_name}s; expected numbers "
+                f"from 1 to {last}."
             )
         return sorted({*(depths or range(1, last + 1)), last})

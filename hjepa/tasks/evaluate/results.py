@@ -86,7 +86,7 @@ class Results:
         return to_text(result["about"], result_table(name, result))
 
     def linear_accuracy(self) -> float | None:
-        """Return the linear accuracy of the trained encoder's last block for the main label, None if it was not computed."""
+        """Return the linear accuracy of the trained encoder's features for the main label, None if it was not computed."""
         return next(iter(next(iter(self.rows("linear").values())).values())) if "linear" in self.protocols else None
 
     def metrics(self) -> dict[str, float]:

@@ -150,7 +150,12 @@ def build_summary(run: TrainedRun, differences: dict[str, float], image_source: 
         "checkpoint_hash": run.hash,
         "step": run.step,
         "feature_dim": run.encoder.feature_dim,
-        "tokens": {"summary": run.encoder.num_summary_tokens, "patches": run.encoder.grid**2},
+        "feature_layers": [f"{run.encoder.layer_name} {layer}" for layer in run.encoder.feature_layers],
+        "tokens": {
+            "summary": run.encoder.num_summary_tokens,
+            "patches": run.encoder.grid**2,
+            "dim": run.encoder.layer_dims[-1],
+        },
         "compared_on": image_source,
         "difference": differences,
         "megabytes": {file.name: file.stat().st_size / 1e6 for file in sorted(folder.iterdir()) if file.suffix != ".json"},

@@ -5,24 +5,20 @@ A loaded encoder is a function that maps normalized images [B, 3, S, S], for any
 `hjepa.tasks.export_encoder`, and explain in `readme.py` how to load it.
 """
 
-import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import timm
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.export import Dim
 
 from hjepa.config.errors import import_optional
-from hjepa.models.conv_stem import conv_embed
 from hjepa.models.encoder import Encoder
+from hjepa.tasks.export.timm_model import FeaturesAndTokens, load_timm_model, timm_call
 from hjepa.tasks.trained_run import TrainedRun
-
-FeaturesAndTokens = tuple[Tensor, Tensor]
 
 EncoderFunction = Callable[[Tensor], FeaturesAndTokens]
 
@@ -32,8 +28,9 @@ MAX_PROTOBUF_BYTES = 1.9e9  # an ONNX file is smaller than 2 GB; the weights of 
 class ExportedEncoder(nn.Module):
     """The exported function: normalized images float32 [B, 3, S, S] to features [B, F] and tokens [B, T + N, D].
 
-    The features are those of the probes: the mean patch token, followed by the mean summary token if the encoder has any. The
-    T summary tokens precede the N patch tokens.
+    The features are those of the probes, of the last layer or of all layers side by side: the mean patch token, followed by the
+    mean summary token if the encoder has any. The tokens are those of the last layer; its T summary tokens precede the N patch
+    tokens.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -42,8 +39,8 @@ class ExportedEncoder(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> FeaturesAndTokens:
-        stage = self.encoder(images)[-1]
-        return self.encoder.pool_tokens(stage), stage.tokens
+        stages = self.encoder(images, layers=self.encoder.feature_layers)
+        return self.encoder.pool_stages(stages), stages[-1].tokens
 
 
 class Format(Protocol):
@@ -72,45 +69,8 @@ class Timm(Format):
         (folder / "timm.json").write_text(json.dumps(timm_call(run), indent=2) + "\n")
 
     def load(self, folder: Path) -> EncoderFunction:
-        model = load_timm_model(folder)
-        return lambda images: timm_outputs(model, images)
-
-
-def load_timm_model(folder: Path) -> nn.Module:
-    """Return the timm model of an exported encoder, in evaluation mode."""
-    with contextlib.chdir(folder):  # timm.json contains the name of the weights file, without its folder
-        call = json.loads(Path("timm.json").read_text())
-        if "embed_layer" in call:
-            call["embed_layer"] = conv_embed(**call["embed_layer"])
-        return timm.create_model(**call).eval()
-
-
-def timm_call(run: TrainedRun) -> dict[str, Any]:
-    """Return the arguments with which `timm.create_model` builds the encoder of a run and loads encoder.safetensors.
-
-    The value of `embed_layer`, if present, holds the arguments of `conv_embed`.
-    """
-    size, data = run.encoder.image_size, run.config["dataset"]
-    return run.encoder.export_spec() | {
-        "pretrained": True,
-        "pretrained_cfg_overlay": {
-            "file": "encoder.safetensors",
-            "custom_load": False,
-            "num_classes": 0,
-            "input_size": [3, size, size],
-            "mean": data["mean"],
-            "std": data["std"],
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-        },
-    }
-
-
-def timm_outputs(model: Any, images: Tensor) -> FeaturesAndTokens:
-    """Return the features and tokens of a timm model, whose own output is the mean patch token."""
-    tokens, patches = model.forward_features(images), model(images)
-    summary = tokens[:, : model.num_prefix_tokens]
-    return torch.cat([patches, summary.mean(1)], dim=1) if model.num_prefix_tokens else patches, tokens
+        module, encode = load_timm_model(folder)
+        return lambda images: encode(module, images)
 
 
 class Onnx(Format):

@@ -4,19 +4,50 @@ import json
 from pathlib import Path
 from typing import Any
 
+from timm.layers.norm import LayerNorm2d
+from torch import nn
+
+from hjepa.models.timm_encoder import final_norm
+from hjepa.tasks.export.timm_model import load_timm_model
+
 TIMM_SECTION = """## timm
 
 ```python
-{imports}import timm
-
+{imports}
 model = timm.create_model(
     {arguments}
 ).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-```
+{function}```
 
-`model(images)` is the mean patch token [B, {dim}]; `model.forward_features(images)` are all tokens [B, {count}, {dim}]{order}.
+{text}
 """
+
+TIMM_TEXT = """`model(images)` is the mean patch token [B, {dim}]; `model.forward_features(images)` are all tokens
+[B, {count}, {dim}]{order}."""
+
+# The computations of `hjepa.tasks.export.timm_model.OUTPUTS` that take more than a call of the model.
+TIMM_FUNCTIONS = {
+    "blocks": """
+
+def encode(images):
+    tokens, blocks = model.forward_intermediates(images, output_fmt="NLC", return_prefix_tokens=True)
+    parts = [{parts}]
+    return torch.cat([part.mean(1) for part in parts], dim=1), tokens
+""",
+    "map": """
+
+def encode(images):
+    last = model.forward_intermediates(images, intermediates_only=True)[-1]{norm_last}
+    return last.mean((2, 3)), last.flatten(2).mT
+""",
+    "maps": """
+
+def encode(images):
+    maps = model.forward_intermediates(images, intermediates_only=True){norm_maps}
+    return torch.cat([stage.mean((2, 3)) for stage in maps], dim=1), maps[-1].flatten(2).mT
+""",
+}
 
 CONV_STEM_IMPORTS = """from functools import partial
 
@@ -60,22 +91,22 @@ def render_readme(summary: dict[str, Any], preprocess: dict[str, Any], folder: P
         preprocess: Content of preprocess.json.
         folder: Folder of the export, which contains timm.json if that format was exported.
     """
-    size, (num_summary, num_patches) = preprocess["image_size"], summary["tokens"].values()
-    dim = summary["feature_dim"] // (2 if num_summary else 1)
-    count = num_summary + num_patches
-    mean_summary = ", then the mean summary token" if num_summary else ""
-    order = f", the {num_summary} summary tokens first" if num_summary else ""
+    size, (num_summary, num_patches, dim) = preprocess["image_size"], summary["tokens"].values()
+    count, (*earlier, last) = num_summary + num_patches, summary["feature_layers"]
+    pooled = "the mean patch token" + (", then the mean summary token" if num_summary else "")
+    if earlier:
+        pooled = f"for each of {', '.join(earlier)} and {last} in turn: {pooled}"
     sections = [
         f"# The encoder of {summary['run']}\n\n"
         f"Exported from checkpoint {summary['checkpoint']} (step {summary['step']}, sha256 {summary['checkpoint_hash']}...). The "
         f"input is a batch of RGB images, float32 [B, 3, {size}, {size}], for any B: shorter side resized to {size} (bilinear, "
         f"antialiased), center crop, pixels in [0, 1], minus mean {preprocess['mean']}, divided by std {preprocess['std']} "
         "(also in `preprocess.json`).\n\n"
-        f"The outputs are `features` [B, {summary['feature_dim']}] (the mean patch token{mean_summary}) and `tokens` "
-        f"[B, {count}, {dim}]{order}. Paths below are relative to this folder.\n"
+        f"The outputs are `features` [B, {summary['feature_dim']}] ({pooled}) and `tokens` "
+        f"[B, {count}, {dim}] of {last}{summary_first(num_summary)}. Paths below are relative to this folder.\n"
     ]
     for name, difference in summary["difference"].items():
-        text = timm_section(folder, dim, count, order) if name == "timm" else SECTIONS[name]
+        text = timm_section(folder, summary["tokens"]) if name == "timm" else SECTIONS[name]
         sections.append(
             f"{text}\nIts outputs differ from those of the run by {difference:.1e} of the largest value "
             f"({summary['compared_on']}).\n"
@@ -83,11 +114,44 @@ def render_readme(summary: dict[str, Any], preprocess: dict[str, Any], folder: P
     return "\n".join(sections)
 
 
-def timm_section(folder: Path, dim: int, count: int, order: str) -> str:
-    """Return the section about timm, whose code makes the call that timm.json describes."""
-    call, imports = json.loads((folder / "timm.json").read_text()), ""
+def timm_section(folder: Path, tokens: dict[str, int]) -> str:
+    """Return the section about timm, whose code makes the call that timm.json describes.
+
+    Args:
+        folder: Folder of the export.
+        tokens: Numbers of summary and patch tokens, and their width.
+    """
+    call, num_summary = json.loads((folder / "timm.json").read_text()), tokens["summary"]
+    outputs, imports = call.pop("outputs", None), "import timm\n"
     arguments = {key: repr(value) for key, value in call.items()}
     if "embed_layer" in call:
-        imports, arguments["embed_layer"] = CONV_STEM_IMPORTS, CONV_STEM.format(**call["embed_layer"])
+        imports, arguments["embed_layer"] = CONV_STEM_IMPORTS + imports, CONV_STEM.format(**call["embed_layer"])
     lines = "\n    ".join(f"{key}={value}," for key, value in arguments.items())
-    return TIMM_SECTION.format(imports=imports, arguments=lines, dim=dim, count=count, order=order)
+    count, order = num_summary + tokens["patches"], summary_first(num_summary)
+    function, text = "", TIMM_TEXT.format(dim=tokens["dim"], count=count, order=order)
+    if outputs:
+        parts = "*blocks[:-1], tokens"
+        if num_summary:
+            parts = "*(part for block in blocks[:-1] for part in block), "
+            parts += f"tokens[:, {num_summary}:], tokens[:, :{num_summary}]"
+        norms = {f"norm_{name}": norm_code(folder, variable) for name, variable in (("last", "last"), ("maps", "maps[-1]"))}
+        function, text = TIMM_FUNCTIONS[outputs].format(parts=parts, **norms), "`encode(images)` returns features and tokens."
+        imports += "import torch\n"
+    return TIMM_SECTION.format(imports=imports, arguments=lines, function=function, text=text)
+
+
+def norm_code(folder: Path, variable: str) -> str:
+    """Return the line of code that normalizes the last map [B, D, H, W] of an exported model, empty if it has no final norm."""
+    module = load_timm_model(folder).module
+    norm = final_norm(module)
+    name = next((name for name, child in module.named_modules() if child is norm), None)
+    if norm is None or name is None:
+        return ""
+    if isinstance(norm, nn.LayerNorm) and not isinstance(norm, LayerNorm2d):
+        return f"\n    {variable} = model.{name}({variable}.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)"
+    return f"\n    {variable} = model.{name}({variable})"
+
+
+def summary_first(num_summary: int) -> str:
+    """Return the order of the tokens in words, empty without summary tokens."""
+    return f", the {num_summary} summary tokens first" if num_summary else ""

@@ -15,13 +15,13 @@ from hjepa.tasks.visualize.samples import Samples
 
 def check_attention(samples: Samples) -> None:
     """Raise `UserError` if the encoder has no attention maps."""
-    for layer in samples.layers:
+    for layer in samples.single_layers:
         samples.networks["trained"].blocks(layer)
 
 
 def draw_attention(samples: Samples) -> list[Path]:
     """Draw, for every layer, the attention of its last block and the rollout, of the trained and of the untrained network."""
-    return [draw_layer_attention(samples, layer) for layer in samples.layers]
+    return [draw_layer_attention(samples, layer) for layer in samples.single_layers]
 
 
 def draw_layer_attention(samples: Samples, layer: str) -> Path:

@@ -16,8 +16,8 @@ def draw_pca(samples: Samples) -> list[Path]:
     headings, columns = ["image"], [list(samples.images)]
     for layer in samples.layers:
         for kind, tokens in samples.tokens.items():
+            side = tokens[layer].grid
             colors, explained = pca_colors(tokens[layer].cells)
-            side = int(colors.shape[1] ** 0.5)
             headings.append(f"{layer}\n{kind}\n{explained:.0%} of variance")
             columns.append(list(colors.permute(0, 2, 1).unflatten(2, (side, side))))
     rows = [[GridCell(image) for image in row] for row in zip(*columns, strict=True)]

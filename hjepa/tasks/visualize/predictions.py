@@ -47,9 +47,12 @@ class LevelSimilarity:
 
 
 def check_predictions(samples: Samples) -> None:
-    """Raise `UserError` if the run has no predictor."""
-    if not samples.run.model.predictor:
-        raise UserError(f"{samples.run.folder.name} predicts nothing (levels=none): leave predictions out of task.pictures.")
+    """Raise `UserError` if no level of the run predicts hidden cells of the same view."""
+    if not samples.run.model.masked_levels:
+        raise UserError(
+            f"{samples.run.folder.name} predicts no hidden cells (levels=none, or all targets lie in other views): leave "
+            "predictions out of task.pictures."
+        )
 
 
 def draw_predictions(samples: Samples) -> list[Path]:
@@ -96,7 +99,7 @@ def level_similarities(samples: Samples, index: Tensor, *stream: int | str) -> t
         output = run.model(samples.normalized(index), masks.to(run.hardware.device))
     similarities = {}
     for level, (side, cells) in zip(output.levels, target_cells(run.model, masks), strict=True):
-        prediction, target = level.prediction.float().cpu(), level.target.float().cpu()
+        prediction, target = (x.float().cpu().reshape(*cells.shape, -1) for x in (level.prediction, level.target))
         mean = target.flatten(0, -2).mean(0)
         cosine, constant = (F.cosine_similarity(p, target, dim=-1) for p in (prediction, mean.expand_as(target)))
         similarities[level.name] = LevelSimilarity(side, cells, cosine, constant)
@@ -105,8 +108,9 @@ def level_similarities(samples: Samples, index: Tensor, *stream: int | str) -> t
 
 def target_cells(model: HJEPA, masks: Masks) -> list[tuple[int, Tensor]]:
     """Return the side of the grid and the target cells [B, C, P, T] of every level, in the order of the model's output."""
-    cells = [(model.grid // pool, index) for pool, index in zip(model.levels.pool, masks.targets, strict=True)]
-    if model.levels.summary:
+    rows = zip(model.masked_levels, masks.targets, strict=True)
+    cells = [(level.grid, level.target_cells(index)) for level, index in rows]
+    if model.summary_weight:
         cells.append(cells[0])
     stacked_levels = model.upper.stacked_levels() if model.upper else []
     return cells + [(level.side, own.targets[0]) for level, own in zip(stacked_levels, masks.stacked, strict=True)]

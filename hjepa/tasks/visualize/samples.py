@@ -42,8 +42,13 @@ class Samples:
 
     @property
     def layers(self) -> list[str]:
-        """Names of the layers."""
+        """Names of the layers, including the one that stands for all layers if the features consist of all."""
         return self.networks["trained"].names()
+
+    @property
+    def single_layers(self) -> list[str]:
+        """Names of the layers without the one that stands for all layers."""
+        return self.networks["trained"].single_names()
 
     @cached_property
     def pixels(self) -> Tensor:

@@ -1,5 +1,6 @@
 """Fixtures that all tests share, and the order in which test files run."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "integration" in item.path.parts:
             item.add_marker("slow")
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Let torch compute in one thread, since tests run side by side; an earlier test may have set more."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 os.environ |= {"HJEPA_ROOT": str(ROOT), "HJEPA_HOME": str(ROOT)}
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
+# Tests run side by side: one thread each, which does not spin while it waits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A run of a few seconds: a small ViT on few images.
 TINY = (
@@ -87,6 +91,12 @@ def trainer(*overrides: str) -> Any:
 
 def checked_config(*overrides: str) -> Any:
     """Return the resolved and checked config of a tiny run."""
+    return deepcopy(compose_and_check(*overrides))
+
+
+@cache
+def compose_and_check(*overrides: str) -> Any:
+    """Do what `checked_config` does, once for the same overrides, since Hydra needs almost a second."""
     from hjepa.config.schema import check, resolve
 
     config = resolve(compose(*tiny(*overrides)))

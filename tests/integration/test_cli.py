@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from hjepa.config.errors import UserError
+from tests.helpers import children
 from tests.helpers.runs import ROOT, TINY, compose, launch
 
 GROUPS = (
@@ -43,8 +44,10 @@ def options(group: str) -> list[str]:
 def test_every_option_composes_and_checks(override: str) -> None:
     from hjepa.config.schema import check, resolve
 
-    missing = OmegaConf.missing_keys(compose(override))
-    check(resolve(compose(override, *(f"{key}=[x]" if key.endswith("roots") else f"{key}=x" for key in missing))))
+    cfg = compose(override)
+    if missing := OmegaConf.missing_keys(cfg):
+        cfg = compose(override, *(f"{key}=[x]" if key.endswith("roots") else f"{key}=x" for key in missing))
+    check(resolve(cfg))
 
 
 def test_help_lists_the_options_in_less_than_two_seconds() -> None:
@@ -125,14 +128,14 @@ def test_options_that_do_not_fit_together_are_refused_before_work_starts(
 
 
 def test_a_sweep_into_an_unwritable_folder_is_refused() -> None:
-    result = launch("--multirun", *TINY, "output_root=/dev/null/x", "seed=0,1")
+    result = children.launch("--multirun", *TINY, "output_root=/dev/null/x", "seed=0,1")
     assert result.returncode == 1
     assert "/dev/null is in the way" in result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_a_missing_device_is_reported_in_one_sentence(tmp_path: Path) -> None:
-    result = launch(
+    result = children.launch(
         "model=vit_small", "hardware=m1_max", "hardware.device=cuda", f"output_root={tmp_path}", CUDA_VISIBLE_DEVICES=""
     )
     assert result.returncode == 1
@@ -147,7 +150,7 @@ def test_a_corrupt_image_is_named(tmp_path: Path) -> None:
             Image.new("RGB", (32, 32), (i * 20, 0, 0)).save(tmp_path / "images" / label / f"{i}.jpg")
     (tmp_path / "images" / "a" / "0.jpg").write_bytes(b"broken")
     data = ("dataset=image_folder", f"dataset.root={tmp_path}/images", "dataset.validation=0.2")
-    result = launch(*data, "tracking=none", f"output_root={tmp_path}/out")
+    result = children.launch(*data, "tracking=none", f"output_root={tmp_path}/out")
     assert result.returncode == 1
     assert "1 of 10 images cannot be read" in result.stderr
     assert "a/0.jpg" in result.stderr

@@ -3,9 +3,8 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import psutil
 import pytest
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
-from torch.multiprocessing.spawn import start_processes
 
 from hjepa.distributed.process_group import World
-from tests.helpers.runs import ROOT, TINY, launch, trainer
+from tests.helpers.children import begin, launch, start
+from tests.helpers.runs import TINY, trainer
 
 STEPS = 3
 COMMON = ("schedule.lr.warmup_epochs=0", "optimizer.eps=1e-3", "train.clip_norm=0.5", "dataset.augment.jitter=0.5")
@@ -55,7 +54,7 @@ def train_all(divided: bool) -> dict[str, Any]:
     return results
 
 
-def rank(number: int, count: int, port: int, file: str) -> None:
+def rank(number: int, count: int, port: int, file: Path) -> None:
     names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | {k: str(v) for k, v in names.items()}
     results = train_all(divided=True)
@@ -67,8 +66,13 @@ def rank(number: int, count: int, port: int, file: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the results of one process, and those of two."""
     file = tmp_path_factory.mktemp("ranks") / "results.pt"
-    start_processes(rank, (2, get_free_port(), str(file)), nprocs=2, start_method="spawn")
-    return train_all(divided=False), torch.load(file)
+    port = get_free_port()
+    processes = [begin(rank, number, 2, port, file) for number in range(2)]
+    alone = train_all(divided=False)
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return alone, torch.load(file)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -93,13 +97,13 @@ def test_the_processes_share_each_accumulated_part_of_a_batch() -> None:
 # -- the command line --------------------------------------------------------------------------------------------------
 
 OPTIONS = [o for o in TINY if not o.startswith(("dataset.train", "train.epochs"))] + [
-    *("dataset.train=1200", "train.epochs=3", "optimizer.eps=1e-3", "hardware.processes=2"),
+    *("dataset.train=800", "train.epochs=2", "optimizer.eps=1e-3", "hardware.processes=2"),
 ]
 
 
-def start(*overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "launch.py"), *OPTIONS, *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start_two(root: Path) -> ForkServerProcess:
+    """Start the run in the background; its errors go to a file."""
+    return start(*OPTIONS, f"output_root={root}", "name=r", output=root / "output", errors=root / "errors")
 
 
 def wait_for_step(folder: Path, step: int) -> None:
@@ -127,12 +131,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_stopped_run_continues_to_the_same_bits(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "default" / "r"
-    process = start(f"output_root={tmp_path}", "name=r")
+    process = start_two(tmp_path)
     wait_for_step(folder, 10)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=100)
-    assert process.returncode == 130
-    assert stderr.count("Stopped (stopped by signal 15") == 1
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(100)
+    assert process.exitcode == 130
+    assert (tmp_path / "errors").read_text().count("Stopped (stopped by signal 15") == 1
     assert json.loads((folder / "summary.json").read_text())["status"] == "stopped"
     again = launch(*OPTIONS, f"output_root={tmp_path}", "name=r")
     assert again.returncode == 0, again.stderr
@@ -146,13 +150,13 @@ def test_a_stopped_run_continues_to_the_same_bits(uninterrupted: Path, tmp_path:
 
 def test_a_dead_process_ends_the_run_which_another_number_of_processes_continues(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "default" / "r"
-    process = start(f"output_root={tmp_path}", "name=r")
+    process = start_two(tmp_path)
     wait_for_step(folder, 10)
     ranks = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
     max(ranks, key=lambda r: r.create_time()).kill()
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "of 2 died" in stderr
+    process.join(60)
+    assert process.exitcode == 1
+    assert "of 2 died" in (tmp_path / "errors").read_text()
     assert not any(r.is_running() for r in ranks)
     assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
     alone = launch(*OPTIONS, f"output_root={tmp_path}", "name=r", "hardware.processes=1")

@@ -18,6 +18,7 @@ from hjepa.config.cli_errors import format_hydra_error
 from hjepa.config.errors import UserError
 from hjepa.config.run import run as run_config
 from hjepa.tracking.run_folder import read_summary
+from tests.helpers.database import prepare_database
 from tests.helpers.runs import compose, tiny
 
 EVALUATE = ("task=evaluate", "hardware=cpu", "hardware.threads=1", "tracking=none")
@@ -293,6 +294,7 @@ def test_an_evaluation_needs_a_run(tmp_path: Path) -> None:
 def test_trackers_receive_every_score_once(run, tmp_path: Path) -> None:
     import mlflow
 
+    prepare_database(tmp_path)
     run("name=t", "tracking=[mlflow]", "tracking.mlflow.system_metrics=false", "train.epochs=1")
     folder = tmp_path / "default" / "t"
     for _ in range(2):

@@ -12,7 +12,8 @@ from nbclient import NotebookClient
 from PIL import Image
 
 import hjepa
-from tests.helpers.runs import ROOT, launch, tiny
+from tests.helpers.children import launch
+from tests.helpers.runs import ROOT, tiny
 
 EXAMPLES = ROOT / "examples"
 

@@ -23,6 +23,7 @@ from hjepa.tasks.trained_run import TrainedRun, load_run
 from hjepa.tracking.atomic import atomic_folder
 from hjepa.tracking.run_folder import read_summary
 from hjepa.training.signals import StopFlag
+from tests.helpers.database import prepare_database
 from tests.helpers.runs import compose, tiny
 
 ALL = f"task.formats=[{','.join(FORMATS)}]"
@@ -340,6 +341,7 @@ def test_export_is_logged_to_the_tracker(tmp_path: Path, run, monkeypatch) -> No
     import mlflow
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    prepare_database(tmp_path)
     run(
         "tracking=mlflow",
         "tracking.mlflow.system_metrics=false",

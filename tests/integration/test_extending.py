@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from tests.helpers.children import launch
 from tests.helpers.docs import example_files
-from tests.helpers.runs import launch
 
 FILES = example_files() | {
     "lab/__init__.py": "",

@@ -10,7 +10,8 @@ import sys
 import termios
 from pathlib import Path
 
-from tests.helpers.runs import ROOT, launch, tiny
+from tests.helpers.children import launch
+from tests.helpers.runs import ROOT, tiny
 
 COLUMNS = 200
 

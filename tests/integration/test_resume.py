@@ -4,10 +4,8 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,9 @@ from hjepa.config.errors import UserError
 from hjepa.distributed.process_group import World
 from hjepa.models.pretrained import read_checkpoint
 from hjepa.training.checkpoint import Checkpointer, best_rank
-from tests.helpers.runs import ROOT, TINY, launch
+from tests.helpers.children import launch, start
+from tests.helpers.database import prepare_database
+from tests.helpers.runs import TINY
 
 LONG = (
     "train.epochs=4",
@@ -38,31 +38,25 @@ def metrics(folder: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in timing} for r in records]
 
 
-def start(*overrides: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "launch.py"), *overrides],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def wait_for_records(folder: Path, count: int, process: subprocess.Popen) -> None:
-    """Wait until the run has written `count` records."""
+def wait_for_records(folder: Path, count: int, is_alive: Callable[[], bool]) -> None:
+    """Wait until the run has written `count` records, or has ended."""
     file = folder / "metrics.jsonl"
-    while process.poll() is None and not (file.exists() and len(file.read_text().splitlines()) >= count):
+    while is_alive() and not (file.exists() and len(file.read_text().splitlines()) >= count):
         time.sleep(0.005)  # polls a file and makes no assumption about speed
 
 
 def test_sigkill_and_the_same_command_give_the_same_bits(tmp_path: Path) -> None:
     options = [*TINY, *LONG, "train.accumulate=3", "tracking=mlflow", "experiment_name=e"]
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    for root in (uninterrupted, killed):
+        prepare_database(root)
     assert launch(*options, f"output_root={uninterrupted}", "name=r").returncode == 0
     command = [*options, f"output_root={killed}", "name=r"]
-    process = start(*command)
-    wait_for_records(killed / "e" / "r", random.Random(3).randrange(2, 13), process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = start(*command, output=tmp_path / "output", errors=tmp_path / "errors")
+    wait_for_records(killed / "e" / "r", random.Random(3).randrange(2, 13), process.is_alive)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     resumed = launch(*command)
     assert resumed.returncode == 0, resumed.stderr
     a, b = weights(uninterrupted / "e" / "r"), weights(killed / "e" / "r")
@@ -93,10 +87,11 @@ def check_mlflow(root: Path, names: Sequence[str]) -> None:
 def test_sigterm_saves_ends_as_stopped_and_continues(tmp_path: Path) -> None:
     command = [*TINY, "train.epochs=40", f"output_root={tmp_path}", "experiment_name=e", "name=r"]
     folder = tmp_path / "e" / "r"
-    process = start(*command)
-    wait_for_records(folder, 4, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 130
+    process = start(*command, output=tmp_path / "output", errors=tmp_path / "errors")
+    wait_for_records(folder, 4, process.is_alive)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 130
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "stopped"
     state = torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)

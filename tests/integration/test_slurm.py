@@ -17,6 +17,7 @@ import torch
 from mlflow import MlflowClient
 
 from tests.helpers.cluster import job_fields, poll, process_of, slurm
+from tests.helpers.database import prepare_database
 from tests.helpers.runs import ROOT, TINY, launch
 from tests.integration.test_resume import check_mlflow, metrics, weights
 
@@ -110,6 +111,7 @@ def interrupt(kind: str, job: str, folder: Path) -> None:
 def interrupted(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, str]]]:
     """Run one config without and with each interruption; return the output root, and SLURM's fields of each job."""
     root = tmp_path_factory.mktemp("interrupted")
+    prepare_database(root)
     command = ("--multirun", *SUBMIT, *LONG, "tracking=mlflow", f"output_root={root}")
     submits = [
         start(*command, "name=reference,time_limit,usr2,requeue", f"hydra.sweep.dir={root}/sweeps/lab"),
@@ -159,7 +161,8 @@ def rows(output: str) -> dict[str, str]:
 
 def test_failures_are_reported_and_stop_no_other_job(tmp_path: Path) -> None:
     """One job of five finishes; the others have a wrong config, fail in training, are killed, and are cancelled."""
-    (tmp_path / "elsewhere").mkdir()
+    root = tmp_path / "elsewhere" / "out"
+    prepare_database(root)
     process = start(
         "--multirun",
         *SUBMIT,
@@ -170,7 +173,6 @@ def test_failures_are_reported_and_stop_no_other_job(tmp_path: Path) -> None:
         "optimizer.lr=1e-3,x,1e30,2e-3,3e-3",
         cwd=tmp_path / "elsewhere",
     )
-    root = tmp_path / "elsewhere" / "out"
     poll(lambda: jobs_of(root), 60, "submission")
     fine, wrong, failing, killed, cancelled = jobs_of(root)
     os.kill(suspend_in_the_middle(Path(killed["folder"]), killed["slurm_id"]), signal.SIGKILL)

@@ -14,7 +14,9 @@ from hjepa.config.run import prepare, run
 from hjepa.distributed.resources import num_cores
 from hjepa.sweeps.job import Job
 from hjepa.sweeps.sweep import Sweep
-from tests.helpers.runs import ROOT, TINY, compose, launch
+from tests.helpers.children import launch
+from tests.helpers.database import prepare_database
+from tests.helpers.runs import ROOT, TINY, compose
 
 SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml"))
 FILES = ("table.txt", "sweep.png", "progress.png")
@@ -28,6 +30,8 @@ def test_jobs_of_a_sweep_are_bitwise_equal_to_single_runs_and_are_tracked(tmp_pa
     options = [*TINY, "tracking=mlflow", "experiment_name=e", "model.encoder.drop_path=0.2"]
     small = ["hydra.sweeper.params.levels='flat,pyramid'", "hydra.sweeper.params.seed='0,1'"]
     sweep_options = ["+sweeps=levels", *small, f"hardware.slots={min(2, num_cores())}"]
+    for name in ("sweep", "alone"):
+        prepare_database(tmp_path / name)
     swept = launch(*sweep_options, *options, f"output_root={tmp_path}/sweep")
     assert swept.returncode == 0, swept.stderr
     folders = sorted((tmp_path / "sweep" / "e").iterdir())

@@ -20,6 +20,7 @@ from hjepa.tracking.dead_runs import machine_tags, shares_locks
 from hjepa.tracking.mlflow import MLflow
 from hjepa.tracking.run_folder import RunFolder, read_records, try_lock
 from tests.helpers.children import begin, run_config
+from tests.helpers.database import prepare_database
 from tests.helpers.runs import tiny
 
 
@@ -27,6 +28,7 @@ from tests.helpers.runs import tiny
 def tracker(tmp_path: Path, monkeypatch) -> Callable[..., MLflow]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "run").mkdir()
+    prepare_database(tmp_path)
 
     def start(records: tuple = ()) -> MLflow:
         t = MLflow(uri=None, output_root=str(tmp_path), system_metrics=False)
@@ -209,6 +211,7 @@ def test_a_server_that_fails_and_returns(server: Server, run, tmp_path: Path, mo
 
 
 def test_the_same_command_sends_a_run_that_was_killed_at_its_end(run, tmp_path: Path, monkeypatch) -> None:
+    prepare_database(tmp_path)
     monkeypatch.setattr(MLflow, "finish", lambda self, status: self.thread.shutdown() or False)
     run("tracking=mlflow", "name=r")
     monkeypatch.undo()
@@ -310,6 +313,7 @@ def test_an_orphaned_worker_does_not_keep_the_lock(tmp_path: Path) -> None:
 def test_several_trackers_at_once(run, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    prepare_database(tmp_path)
     run("tracking=[mlflow,tensorboard]", "name=r")
     folder = tmp_path / "default" / "r"
     check_complete(client(tmp_path), folder)
@@ -354,6 +358,7 @@ def test_a_failing_tracker_is_left_out(run, tmp_path: Path, monkeypatch, caplog)
     def broken(self: TensorBoard, record: dict) -> None:
         raise OSError(28, "No space left on device")
 
+    prepare_database(tmp_path)
     monkeypatch.setattr(TensorBoard, "log", broken)
     with caplog.at_level(logging.WARNING):
         run("tracking=[mlflow,tensorboard]", "name=r")

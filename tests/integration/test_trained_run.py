@@ -10,7 +10,8 @@ from hjepa.config.errors import UserError
 from hjepa.config.schema import resolve
 from hjepa.models.pretrained import read_checkpoint
 from hjepa.tasks.trained_run import TrainedRun, load_run
-from tests.helpers.runs import compose, launch, tiny
+from tests.helpers.children import launch
+from tests.helpers.runs import compose, tiny
 
 
 @pytest.fixture(scope="module")

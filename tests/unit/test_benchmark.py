@@ -13,6 +13,7 @@ from PIL import Image
 
 from hjepa.config.errors import UserError, friendly_errors
 from hjepa.tasks.benchmark.phase_timer import PhaseTimer, attach_phase_timer
+from tests.helpers.database import prepare_database
 from tests.helpers.runs import trainer
 
 Run = Callable[..., float | None]
@@ -27,6 +28,7 @@ def read_summary(root: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_benchmark_is_printed_and_tracked(run: Run, tmp_path: Path, capsys) -> None:
+    prepare_database(tmp_path)
     speed = run(*STEPS, "tracking=mlflow", "tracking.mlflow.system_metrics=false", "projector=mlp")
     summary = read_summary(tmp_path)
     assert speed == summary["images_per_second"] > 0

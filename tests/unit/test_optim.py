@@ -17,14 +17,6 @@ OPTIMIZERS = ("adamw", "sgd", "soap", "muon", "lars")
 BETAS, EPS = (0.9, 0.95), 1e-8
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def soap(params: Any, **options: Any) -> SOAP:
     """Return SOAP with the default options of these tests."""
     defaults = {"lr": 0.01, "weight_decay": 0.1, "betas": BETAS, "eps": EPS, "frequency": 3, "max_dim": 100}

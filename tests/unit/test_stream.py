@@ -82,7 +82,7 @@ def test_where_images_are_decoded_does_not_change_the_identity_of_a_run(root: Pa
 
 @pytest.mark.slow
 def test_sigterm_to_the_whole_group_saves_and_the_same_command_gives_the_same_bits(root: Path, run, tmp_path: Path) -> None:
-    long = ("train.epochs=40", "train.log_every=1", "probe.every=100", "experiment_name=e", "name=r")
+    long = ("train.epochs=12", "train.log_every=1", "probe.every=100", "experiment_name=e", "name=r")
     command = tiny(*options(root, 2, 0.0, *long), f"output_root={tmp_path}")
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "launch.py"), *command],
@@ -90,7 +90,7 @@ def test_sigterm_to_the_whole_group_saves_and_the_same_command_gives_the_same_bi
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
-    wait_for_records(tmp_path / "e" / "r", 5, process)
+    wait_for_records(tmp_path / "e" / "r", 5, lambda: process.poll() is None)
     os.killpg(process.pid, signal.SIGTERM)
     _, stderr = process.communicate(timeout=100)
     assert process.returncode == 130, stderr

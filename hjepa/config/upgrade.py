@@ -70,7 +70,14 @@ RENAMED_TARGETS = {
 RENAMED_OPTIONS = {"neighbours": "neighbors"}
 NEW_OPTIONS: dict[str, dict[str, Any]] = {  # config group -> option -> value
     "model": {"features": "last"},
-    "levels": {"view": ["same"], "project": [False], "predictor": ["attention"], "matching": None, "loss": {}},
+    "dataset": {"early_size": None, "early_share": 0.5},
+    "levels": {
+        "view": ["same"],
+        "project": [False],
+        "predictor": ["attention"],
+        "matching": {"_target_": "hjepa.models.MatchingPredictor", "_partial_": True, "depth": 0, "hidden": 512},
+        "loss": {},
+    },
 }
 RENAMED_SUMMARY_KEYS = {"normalised": "normalized", "utilisation": "utilization"}
 

@@ -62,7 +62,7 @@ def test_a_comparison_has_means_deviations_and_paired_differences(trained: Path,
     )
     text = capsys.readouterr().out
     assert "levels.pool" in text
-    assert "Along with levels.pool differ: levels.depth, levels.weight." in text
+    assert "Along with levels.pool differ: levels.stage, levels.weight." in text
     assert "One seed" not in text
     assert (tmp_path / "comparisons" / "c" / "compare.png").stat().st_size > 10000
     assert (tmp_path / "comparisons" / "c" / "progress.png").stat().st_size > 10000

@@ -31,6 +31,10 @@ CONFIGS = {
         "masking=block",
     ),
     "regularizer only": ("levels=none", "masking=none", "regularizer=infonce", "teacher=none", "dataset.views=2"),
+    "other views": (
+        *("levels=views", "loss=infonce", "regularizer=none", "projector=mlp", "teacher=none", "masking=none"),
+        *("dataset.views=2", "dataset.local_views=2", "levels.predictor=[matching,attention]"),
+    ),
     "stacked": ("levels=stacked", "dataset.image_size=32", "levels.upper.detach=false", "masking=multiblock"),
     "sharded": ("train.accumulate=2", "projector=mlp", "hardware.activation_checkpointing=true"),
     "sharded views": ("dataset.views=2", "dataset.local_views=2", "regularizer=sigreg", "levels=stacked", "teacher=refresh"),

@@ -10,7 +10,7 @@ from PIL import Image
 from hjepa.config.errors import UserError
 from hjepa.config.run import run
 from hjepa.config.schema import resolve
-from hjepa.losses import Cosine
+from hjepa.losses import Cosine, Objective
 from hjepa.plotting import ColorScale, GridCell, cell_size, image_grid
 from hjepa.tasks.trained_run import LayerFeatures, load_run
 from hjepa.tasks.visualize.attention import record_attention, rollout
@@ -82,7 +82,7 @@ def test_run_without_levels_has_all_pictures_except_predictions(tmp_path: Path) 
     folder = train(tmp_path, "l", "levels=none", "masking=none", "dataset.views=2", "probe=none")
     visualize(folder)
     assert {file.stem for file in (folder / "visualize").glob("*.png")} == PICTURES.keys() - {"predictions"}
-    with pytest.raises(UserError, match=r"predicts nothing .*leave predictions out"):
+    with pytest.raises(UserError, match=r"predicts no hidden cells .*leave predictions out"):
         visualize(folder, "task.pictures=[predictions]")
 
 
@@ -213,12 +213,12 @@ def test_mean_similarities_agree_with_the_cosine_loss(samples: Samples) -> None:
     similarities, masks = level_similarities(samples, samples.shown, "test")
     with torch.no_grad():
         output = samples.run.model(samples.normalized(samples.shown), masks)
-    loss = Cosine()
-    _, terms = loss(output)
+    objective = Objective(Cosine(), None)
+    _, terms = objective.prediction_loss(output)
     for name, similarity in similarities.items():
         torch.testing.assert_close(1 - similarity.cosine.mean(), terms[name])
     weighted = sum(level.weight * (1 - similarities[level.name].constant.mean()) for level in output.levels)
-    torch.testing.assert_close(weighted, loss.constant_baseline(output))
+    torch.testing.assert_close(weighted, objective.constant_baseline(output))
 
 
 def test_scatter_shows_at_most_ten_classes() -> None:

@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from hjepa.config.errors import UserError
 from hjepa.config.schema import check_node
 from hjepa.data.datamodule import Split
-from hjepa.losses import MSE
+from hjepa.losses import VICReg
 from hjepa.metrics.collapse import collapse_statistics, describe_collapse, effective_rank
 from hjepa.metrics.probes import Probe, accuracy, knn, logistic, standardize, subset
 
@@ -89,20 +89,19 @@ def test_features_in_few_directions_are_a_dimensional_collapse() -> None:
     assert "dimensional collapse" in (describe_collapse(collapse_statistics(flat), collapse_statistics(healthy)) or "")
 
 
-class CollapsingLoss(MSE):
-    """A loss that rewards identical features."""
+class CollapsingRegularizer(VICReg):
+    """A regularizer that rewards identical features."""
 
-    def __call__(self, output):
-        total, terms = super().__call__(output)
-        return total + 100 * output.features[0].var(0).mean(), terms
+    def terms(self, features, num_global):
+        return {**super().terms(features, num_global), "variance": 100 * features.var(0).mean()}
 
 
 @pytest.fixture
 def collapsing(monkeypatch):
-    monkeypatch.setattr("hjepa.losses.MSE", CollapsingLoss)
+    monkeypatch.setattr("hjepa.losses.VICReg", CollapsingRegularizer)
 
 
-COLLAPSE = ("loss=mse", "train.epochs=1", "train.batch_size=6", "optimizer.lr=0.01", "schedule.lr.warmup_epochs=0")
+COLLAPSE = ("regularizer=vicreg", "train.epochs=1", "train.batch_size=6", "optimizer.lr=0.01", "schedule.lr.warmup_epochs=0")
 
 
 @pytest.mark.slow

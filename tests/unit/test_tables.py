@@ -72,7 +72,7 @@ def test_the_label_of_a_line_fits_the_plot_for_any_number_of_options(num_options
     assert 0 < len(line_label(options, group, jobs)) <= 110
 
 
-keys = st.sampled_from(["seed", "loss._target_", "loss.beta", "levels.pool", "levels.depth", "optimizer.lr"])
+keys = st.sampled_from(["seed", "loss._target_", "loss.beta", "levels.pool", "levels.stage", "optimizer.lr"])
 configs = st.lists(st.dictionaries(keys, st.integers(0, 2) | st.none()), min_size=2, max_size=5)
 
 

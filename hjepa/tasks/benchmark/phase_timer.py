@@ -22,7 +22,13 @@ PHASES = (
     *("optimizer", "teacher update", "other"),
 )
 
-MODULE_PHASES = {"student": "student", "teacher": "teacher", "predictor": "predictor", "upper": "stacked levels"}
+MODULE_PHASES = {
+    "student": "student",
+    "teacher": "teacher",
+    "predictor": "predictor",
+    "matching": "predictor",
+    "upper": "stacked levels",
+}
 
 
 class PhaseTimer:
@@ -107,7 +113,9 @@ def attach_phase_timer(trainer: Trainer, timer: PhaseTimer) -> None:
     trainer.load_images = timer.wrap("data", trainer.load_images)  # type: ignore[method-assign]
     model.register_forward_pre_hook(lambda *_: timer.enter("other"))
     modules = [(MODULE_PHASES[name], module) for name, module in model.named_children() if name in MODULE_PHASES]
-    projectors = [("projector", module) for module in model.projectors.values() if not isinstance(module, nn.Identity)]
+    heads = {module for heads in (model.student_heads, model.teacher_heads) for module in heads.values()}
+    named = [*model.projectors.values(), *heads]
+    projectors = [("projector", module) for module in named if not isinstance(module, nn.Identity)]
     for phase, module in modules + projectors:
         module.register_forward_pre_hook(lambda *_, phase=phase: timer.push(phase))
         module.register_forward_hook(lambda *_: timer.pop())

@@ -88,6 +88,8 @@ def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
     for group, options in NEW_OPTIONS.items():
         if isinstance(upgraded.get(group), dict):
             upgraded[group] = options | upgraded[group]
+    if isinstance(dataset := upgraded.get("dataset"), dict) and dataset.get("_target_") == "hjepa.data.Shapes":
+        dataset.setdefault("fade", 0.0)
     if isinstance(levels := upgraded.get("levels"), dict) and "depth" in levels:
         levels["stage"] = [-1 if fraction == 1 else fraction for fraction in levels.pop("depth")]  # 1.0 was the last layer
     return upgraded

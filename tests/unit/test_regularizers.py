@@ -117,9 +117,9 @@ def trained_rank(regularizer: str) -> float:
     """Return the effective rank of the student's features after a run whose teacher follows so fast that dimensions collapse."""
     t = trainer(
         *("levels=flat", f"regularizer={regularizer}", "schedule.lr.warmup_epochs=0", "optimizer.lr=3e-3"),
-        *("teacher.momentum.start=0.5", "teacher.momentum.end=0.5", "train.batch_size=72", "train.epochs=60"),
+        *("teacher.momentum.start=0.5", "teacher.momentum.end=0.5", "train.batch_size=48", "train.epochs=60"),
     )
-    for i in range(100):
+    for i in range(60):
         t.train_step(t.get_batch(i), i)
     z = t.model.student.features(t.components.dataset.normalize(t.images[:128])).detach()
     return effective_rank(z - z.mean(0))

@@ -85,9 +85,9 @@ class Contrastive(Cosine):
         self.temperature = temperature
 
     def level_loss(self, level: LevelOutput) -> Scalar:
-        prediction = F.normalize(level.prediction.float(), dim=-1) / self.temperature
-        positives = (prediction * F.normalize(level.target.float(), dim=-1)).sum(-1)
-        negatives = log_sum_of_negatives(prediction, F.normalize(level.cells.float(), dim=-1))
+        prediction, target, cells = level.prediction.float(), level.target.float(), level.cells.float()
+        positives = (1 - self.distance(prediction, target)) / self.temperature
+        negatives = log_sum_of_negatives(F.normalize(prediction, dim=-1) / self.temperature, F.normalize(cells, dim=-1))
         return mean_of_valid(F.softplus(negatives - positives), level.valid)
 
 
@@ -277,15 +277,13 @@ def info_nce(features: Features, num_global: int, temperature: float) -> Scalar:
     Here p is the similarity of a view to another global crop of its image, and n are the similarities of the view to the global
     crops of the other images, all cosines divided by the temperature.
     """
-    batch, views = features.shape[:2]
     unit = F.normalize(features, dim=-1)
-    similarity = (unit.flatten(0, 1) @ unit[:, :num_global].flatten(0, 1).mT / temperature).view(batch, views, batch, num_global)
-    same_image = torch.eye(batch, dtype=torch.bool, device=features.device).view(batch, 1, batch, 1)
-    negatives = similarity.masked_fill(same_image, -math.inf).flatten(2).logsumexp(-1, keepdim=True)
-    positives = similarity.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [B, V, num_global]
-    losses = F.softplus(negatives - positives)
-    different_views = ~torch.eye(views, num_global, dtype=torch.bool, device=features.device)
-    return (losses * different_views).sum() / (batch * different_views.sum())
+    views, targets = unit.unsqueeze(1) / temperature, unit[:, None, :num_global]
+    negatives = log_sum_of_negatives(views, targets)[:, 0]  # [B, V]
+    positives = (views @ targets.mT)[:, 0]  # [B, V, num_global]
+    losses = F.softplus(negatives.unsqueeze(-1) - positives)
+    different_views = ~torch.eye(*losses.shape[1:], dtype=torch.bool, device=features.device)
+    return (losses * different_views).sum() / (len(losses) * different_views.sum())
 
 
 # -- the objective -----------------------------------------------------------------------------------------------------

@@ -102,7 +102,12 @@ class Augment:
         return torch.rand(num_params, count, generator=generator)
 
     def __call__(
-        self, images: Images, params: Params, size: int | None = None, scale: Sequence[float] | None = None
+        self,
+        images: Images,
+        params: Params,
+        size: int | None = None,
+        scale: Sequence[float] | None = None,
+        boxes: Float[Tensor, "b 2 3"] | None = None,
     ) -> Float[Tensor, "b 3 _ _"]:
         """Augment images with pixels in [0, 1].
 
@@ -111,24 +116,38 @@ class Augment:
             params: Random numbers on the CPU, see `sample_params`.
             size: Side of the output in pixels; None keeps the size of the images.
             scale: Range of the crop's fraction of the image area; None uses the range of the constructor.
+            boxes: Boxes of the crops on the device of the images, if `boxes` has already computed them.
         """
-        images = self.crop_and_flip(images, params[:NUM_CROP_PARAMS], size, scale or self.scale)
+        images = self.crop_and_flip(images, params[:NUM_CROP_PARAMS], size, scale or self.scale, boxes)
         row = NUM_CROP_PARAMS
         for probability, transform in self.transforms:
             images = apply_randomly(transform, probability, images, params[row : row + 1 + transform.num_params])
             row += 1 + transform.num_params
         return images
 
-    def boxes(self, params: Float[Tensor, "num_params b v"], scale: Sequence[float] | None = None) -> Float[Tensor, "b v 2 3"]:
-        """Return where the crops of the images lie: affine maps from a crop to its image, both in coordinates from -1 to 1."""
-        boxes = self.crop_boxes(params[:NUM_CROP_PARAMS].flatten(1), scale or self.scale)
-        return boxes.unflatten(0, params.shape[1:])
+    def boxes(self, params: Params, size: int | None = None, scale: Sequence[float] | None = None) -> Float[Tensor, "b 2 3"]:
+        """Return where the crops lie: affine maps from a crop to its image, both in coordinates from -1 to 1; see `__call__`."""
+        if self.keeps_image(size, scale or self.scale):
+            return torch.eye(2, 3).expand(params.shape[1], -1, -1)
+        return self.crop_boxes(params[:NUM_CROP_PARAMS], scale or self.scale)
 
-    def crop_and_flip(self, images: Images, params: Params, size: int | None, scale: Sequence[float]) -> Float[Tensor, "b 3 _ _"]:
+    def keeps_image(self, size: int | None, scale: Sequence[float]) -> bool:
+        """Return True if images are neither cropped nor flipped nor resized."""
+        return scale[0] == 1 and self.flip == 0 and size is None
+
+    def crop_and_flip(
+        self,
+        images: Images,
+        params: Params,
+        size: int | None,
+        scale: Sequence[float],
+        boxes: Float[Tensor, "b 2 3"] | None = None,
+    ) -> Float[Tensor, "b 3 _ _"]:
         """Crop, resize and flip images by bilinear interpolation; borders are repeated."""
-        if scale[0] == 1 and self.flip == 0 and size is None:
+        if self.keeps_image(size, scale):
             return images
-        boxes = self.crop_boxes(params, scale).to(images.device, non_blocking=True)
+        if boxes is None:
+            boxes = self.crop_boxes(params, scale).to(images.device, non_blocking=True)
         shape = [*images.shape[:2], size or images.shape[2], size or images.shape[3]]
         grid = F.affine_grid(boxes, shape, align_corners=False)
         return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)

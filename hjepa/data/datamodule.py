@@ -132,15 +132,21 @@ class DataModule(ABC):
     def make_crops(self, images: UInt8[Tensor, "b 3 s s"], params: AugmentParams, size: int | None = None) -> Crops:
         """Return augmented and normalized crops; global crops of another size than the images if `size` is given."""
         pixels = to_unit_range(images)
-        repeated = pixels.repeat_interleave(self.views, 0) if self.views > 1 else pixels
-        global_crops = self.standardize(self.augment(repeated, params.global_crops.flatten(1), size))
-        boxes = self.augment.boxes(params.global_crops)
+        global_crops, boxes = self.crop(pixels, params.global_crops, size, None)
         if not self.local_views:
-            return Crops(global_crops, None, boxes.to(images.device, non_blocking=True))
-        repeated = pixels.repeat_interleave(self.local_views, 0)
-        local_crops = self.augment(repeated, params.local_crops.flatten(1), self.local_size, self.local_scale)
-        boxes = torch.cat([boxes, self.augment.boxes(params.local_crops, self.local_scale)], dim=1)
-        return Crops(global_crops, self.standardize(local_crops), boxes.to(images.device, non_blocking=True))
+            return Crops(global_crops, None, boxes)
+        local_crops, local_boxes = self.crop(pixels, params.local_crops, self.local_size, self.local_scale)
+        return Crops(global_crops, local_crops, torch.cat([boxes, local_boxes], dim=1))
+
+    def crop(
+        self, pixels: Images, params: Float[Tensor, "num_params b v"], size: int | None, scale: list[float] | None
+    ) -> tuple[Float[Tensor, "bv 3 _ _"], Float[Tensor, "b v 2 3"]]:
+        """Return V augmented and normalized crops of each image, and their boxes; see `Augment`."""
+        views, flat = params.shape[2], params.flatten(1)
+        boxes = self.augment.boxes(flat, size, scale).to(pixels.device, non_blocking=True)
+        repeated = pixels.repeat_interleave(views, 0) if views > 1 else pixels
+        crops = self.augment(repeated, flat, size, scale, boxes)
+        return self.standardize(crops), boxes.unflatten(0, (-1, views))
 
     def train_and_validation(self) -> tuple[Split, Split]:
         """Return the training split without the held-out part, and the held-out part; both are the same for every seed."""

@@ -18,7 +18,7 @@ from hjepa.config.errors import UserError
 from hjepa.config.types import Fraction, PositiveFloat, PositiveInt
 from hjepa.models.conv_stem import mask_images
 from hjepa.models.encoder import Encoder, Stage
-from hjepa.models.layers import grid_centers, init_xavier, sincos_positions
+from hjepa.models.layers import grid_centers, init_xavier, positions_on, sincos_positions
 from hjepa.models.maps import check_patch_size, stem_kernel, stem_stride
 
 
@@ -123,10 +123,7 @@ class HieraEncoder(Encoder, Hiera):
 
     def positions(self, side: int) -> Float[Tensor, "n d"]:
         """Return the position embeddings of `side` x `side` tokens, resampled unless these are the encoder's own."""
-        if side**2 == self.pos_embed.shape[1]:
-            return self.pos_embed[0]
-        resampled: Tensor = resample_abs_pos_embed(self.pos_embed, [side, side], num_prefix_tokens=0)
-        return resampled[0]
+        return positions_on(self.pos_embed, side)
 
     @property
     def layer_grids(self) -> tuple[int, ...]:

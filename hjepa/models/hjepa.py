@@ -276,7 +276,7 @@ class HJEPA(nn.Module):
             matches = match_levels(self.levels, own_boxes, global_boxes, views, (context.grid, grid, self.grid))
             predictions = self.answer(context, [match.queries for match in matches])
             for match, prediction in zip(matches, predictions, strict=True):
-                rows = [match.by_target_view(x, num_crops) for x in (prediction, match.cell, match.inside)]
+                rows = [match.by_target_view(x) for x in (prediction, match.cell, match.inside)]
                 parts[match.queries.level.name].append(rows)
         outputs = {}
         for level, level_cells in zip(self.levels, cells, strict=True):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from timm.layers.mlp import Mlp
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +27,14 @@ def sincos_positions(points: Float[Tensor, "*shape 2"], dim: int) -> Float[Tenso
     exponents = -torch.arange(dim // 4, dtype=torch.float32, device=points.device) / (dim / 4)
     angles = points.flip(-1).unsqueeze(-1) * 10000.0**exponents  # [..., 2, dim / 4]
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+def positions_on(embeddings: Float[Tensor, "1 n d"], side: int) -> Float[Tensor, "m d"]:
+    """Return position embeddings of a square grid for one of `side` x `side`, resampled unless it is the same."""
+    if side**2 == embeddings.shape[1]:
+        return embeddings[0]
+    resampled: Tensor = resample_abs_pos_embed(embeddings, [side, side], num_prefix_tokens=0)
+    return resampled[0]
 
 
 def patchify(images: Float[Tensor, "b c h w"], patch_size: int) -> Float[Tensor, "b n d"]:

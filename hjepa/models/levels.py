@@ -68,12 +68,8 @@ class Level:
         """Return the target cells from the cells that a mask sampler chose; see `refine`."""
         return cells_to_patches(sampled, self.grid, self.refine) if self.refine > 1 else sampled
 
-    def side(self, stage_grid: int) -> int:
-        """Return the side of the grid of target cells in a crop whose stage has a grid of the given side."""
-        return 1 if self.pool is None else max(1, stage_grid // self.pool)
-
-    def side_on(self, patches: int, all_patches: int) -> int:
-        """Return the same for a crop that is `patches` patches wide, where images are `all_patches` patches wide."""
+    def side(self, patches: int, all_patches: int) -> int:
+        """Return the side of the grid of cells in a crop of `patches` x `patches` patches of images of `all_patches` squared."""
         return max(1, self.grid * patches // all_patches)
 
 
@@ -160,6 +156,8 @@ class Levels:
                     f"{wrong} needs targets in another view, but levels.view={list(self.view)}: in the same view, the targets "
                     "are cells that are hidden from the student; set levels.view=[other]."
                 )
+            if match and self.matching is None:
+                raise UserError(f"levels.predictor={list(self.predictor)} needs levels.matching, which is null.")
             grid, dim = encoder.layer_grids[layer - 1], encoder.layer_dims[layer - 1]
             cells: int | None = None
             side = 1
@@ -198,15 +196,14 @@ def entry(values: list[T], number: int) -> T:
 def resolve_layer(stage: int | float, encoder: Encoder) -> int:
     """Return the number of the layer that an entry of `levels.stage` means, in 1..num_layers."""
     count = encoder.num_layers
-    if isinstance(stage, float) and not stage.is_integer() and 0 < stage < 1:
+    if isinstance(stage, int) and 1 <= abs(stage) <= count:
+        return stage if stage > 0 else count + 1 + stage
+    if isinstance(stage, float) and 0 < stage < 1:
         return max(1, round(stage * count))
-    layer = int(stage) if stage > 0 else count + 1 + int(stage)
-    if stage != int(stage) or isinstance(stage, float) or not 1 <= layer <= count or stage == 0:
-        raise UserError(
-            f"levels.stage={stage}: {type(encoder).__name__} has the layers 1 to {count}; expected one of these numbers, -1 to "
-            f"-{count} counted from the last layer, or a fraction of their number between 0 and 1."
-        )
-    return layer
+    raise UserError(
+        f"levels.stage={stage}: {type(encoder).__name__} has the layers 1 to {count}; expected one of these numbers, -1 to "
+        f"-{count} counted from the last layer, or a fraction of their number between 0 and 1."
+    )
 
 
 def pool_cells(tokens: Float[Tensor, "b n d"], grid: int, pool: int) -> Float[Tensor, "b m d"]:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hjepa.config.errors import UserError
+from hjepa.masking.geometry import cells_to_patches
 from hjepa.models.layers import gather_tokens
 
 
@@ -57,10 +58,7 @@ def cell_index(keep: Int[Tensor, "m k"] | None, grid: int, ratio: int) -> Int[Te
     """
     if keep is None:
         return None
-    axis = torch.arange(ratio, device=keep.device)
-    offsets = (axis.unsqueeze(1) * grid * ratio + axis).flatten()
-    corners = (keep // grid * ratio) * (grid * ratio) + keep % grid * ratio
-    return (corners.unsqueeze(-1) + offsets).flatten(1)
+    return cells_to_patches(keep, grid * ratio, ratio)
 
 
 def map_tokens(x: Float[Tensor, "m d h w"], index: Int[Tensor, "m n"] | None) -> Float[Tensor, "m _ d"]:

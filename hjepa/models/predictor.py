@@ -14,6 +14,7 @@ other views.
 2017).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -168,8 +169,8 @@ class MatchingPredictor(nn.Module):
         if level.pool is None:
             pooled = Encoder.pool_tokens(stage).unflatten(0, places.shape[:2])
             return pooled[:, :, None, None].expand(*places.shape[:4], -1)
-        cells, side = level.cells(stage), level.side(stage.grid)
-        points = places.flatten(0, 1).flatten(1, 2).unsqueeze(1).flip(-1)  # (x, y)
+        cells, points = level.cells(stage), places.flatten(0, 1).flatten(1, 2).unsqueeze(1).flip(-1)  # (x, y)
+        side = math.isqrt(cells.shape[1])
         grid = cells.mT.unflatten(2, (side, side)).to(points.dtype)
         read = F.grid_sample(grid, points, padding_mode="border", align_corners=False)
         return read.squeeze(2).mT.reshape(*places.shape[:4], -1)

@@ -1,7 +1,7 @@
 """Views: where a cell of one crop of an image lies in another crop.
 
 A box is the affine map [2, 3] from the coordinates of a crop to those of its image, both from -1 to 1, as
-`hjepa.data.augment.Augment.crop_boxes` returns it: x' = width * x + left, y' = height * y + top, where a negative width stands
+`hjepa.data.augment.Augment.boxes` returns it: x' = width * x + left, y' = height * y + top, where a negative width stands
 for a mirrored crop. Points are (row, column) in the coordinates of a crop.
 """
 
@@ -35,20 +35,19 @@ class Matches(NamedTuple):
 
     Attributes:
         queries: The cells as seen from the contexts.
-        views: Index of the target view of each of P targets of each of C contexts, the same for all images.
+        order: For each target view, positions among the C x P pairs of a context and a target; see `by_target_view`.
         cell: Raster index of the target cell in its view.
         inside: True for cells whose center lies inside the context's view; the others have no counterpart there.
     """
 
     queries: Queries
-    views: Int64[Tensor, "c p"]
+    order: Int64[Tensor, "v n"]
     cell: Int64[Tensor, "b c p t"]
     inside: Bool[Tensor, "b c p t"]
 
-    def by_target_view(self, values: Shaped[Tensor, "b c p t *d"], num_views: int) -> Shaped[Tensor, "b v q *d"]:
+    def by_target_view(self, values: Shaped[Tensor, "b c p t *d"]) -> Shaped[Tensor, "b v q *d"]:
         """Sort values of the queries by the view of their targets, of which each has equally many."""
-        order = self.views.flatten().argsort(stable=True).view(num_views, -1)
-        return values.flatten(1, 2)[:, order].flatten(2, 3)
+        return values.flatten(1, 2)[:, self.order].flatten(2, 3)
 
 
 def target_views(num_views: int, num_contexts: int, local: bool, device: torch.device) -> Int64[Tensor, "c p"]:
@@ -110,13 +109,14 @@ def match_levels(
     context = context_boxes.unsqueeze(2).expand(-1, -1, views.shape[1], -1, -1)
     target = target_boxes[:, views]
     change, result = view_change(context, target), []
+    order = views.flatten().argsort(stable=True).view(target_boxes.shape[1], -1)
     for level in levels:
         if level.other:
-            own_side, side = (level.side_on(grid, grids[2]) for grid in grids[:2])
+            own_side, side = (level.side(grid, grids[2]) for grid in grids[:2])
             places = place_points(context, target, cell_centers(side, views.device))
             distance = places.abs().amax(-1)
             distance, index = distance.topk(min(own_side, side) ** 2, dim=-1, largest=False, sorted=False)
             places = places.gather(3, index.unsqueeze(-1).expand(*index.shape, 2))
             inside = distance <= 1 if level.pool else torch.ones_like(index, dtype=torch.bool)
-            result.append(Matches(Queries(level, places, change), views, index, inside))
+            result.append(Matches(Queries(level, places, change), order, index, inside))
     return result

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -19,7 +18,8 @@ from hjepa.config.errors import UserError
 from hjepa.config.types import Fraction, PositiveFloat, PositiveInt
 from hjepa.models.conv_stem import conv_arguments, mask_images, stem_arguments
 from hjepa.models.encoder import Encoder, Stage
-from hjepa.models.layers import LeanMlp, gather_tokens, grid_centers, init_xavier, patchify, sincos_positions
+from hjepa.models.layers import LeanMlp, gather_tokens, grid_centers, init_xavier, patchify, positions_on, sincos_positions
+from hjepa.models.maps import check_patch_size
 
 
 class ViTEncoder(Encoder, VisionTransformer):
@@ -56,12 +56,7 @@ class ViTEncoder(Encoder, VisionTransformer):
         layer_scale: float | None = None,
         stem: Literal["patch", "conv"] = "patch",
     ) -> None:
-        if image_size % patch_size:
-            divisors = [p for p in range(2, image_size) if image_size % p == 0]
-            raise UserError(
-                f"model.patch_size={patch_size} does not divide dataset.image_size={image_size}; "
-                f"use one of {divisors} or another image size."
-            )
+        check_patch_size(image_size, patch_size)
         if dim % heads or dim % 4:
             raise UserError(f"model.encoder.dim={dim} must be a multiple of 4 and of heads={heads}; change either of them.")
         architecture: dict[str, Any] = {
@@ -129,10 +124,7 @@ class ViTEncoder(Encoder, VisionTransformer):
 
     def positions(self, grid: int) -> Float[Tensor, "n d"]:
         """Return the position embeddings of a grid, resampled unless the grid is the encoder's own."""
-        if grid == self.grid:
-            return self.pos_embed[0]
-        resampled: Tensor = resample_abs_pos_embed(self.pos_embed, [grid, grid], num_prefix_tokens=0)
-        return resampled[0]
+        return positions_on(self.pos_embed, grid)
 
     def layer_ids(self) -> dict[str, int]:
         """Return the layer of every parameter as in BEiT (Bao et al. 2022); summary tokens belong to the embeddings."""

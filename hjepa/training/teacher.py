@@ -24,9 +24,11 @@ def parameter_pairs(model: HJEPA) -> tuple[list[Tensor], list[Tensor]]:
 
 def copy_buffers(model: HJEPA) -> None:
     """Give all teachers the buffers of their students, which are the statistics of batch norms."""
-    teachers, students = zip(*model.teacher_student_pairs(), strict=True)
-    for ours, theirs in zip(*([b for m in modules for b in m.buffers()] for modules in (teachers, students)), strict=True):
-        ours.copy_(theirs)
+    teachers, students = (
+        [b for m in modules for b in m.buffers()] for modules in zip(*model.teacher_student_pairs(), strict=True)
+    )
+    if teachers:
+        torch._foreach_copy_(teachers, students)
 
 
 class TeacherUpdate:

@@ -19,7 +19,8 @@ CONV = ("~model.encoder", f"+model.encoder={SMALL_CONV}", "model.patch_size=8")
 
 def sample_boxes(num_images: int, num_views: int, seed: int = 0) -> torch.Tensor:
     augment = Augment(scale=[0.1, 1.0], ratio=[0.75, 1.33], flip=0.5)
-    return augment.boxes(torch.rand(5, num_images, num_views, generator=torch.Generator().manual_seed(seed)))
+    params = torch.rand(5, num_images * num_views, generator=torch.Generator().manual_seed(seed))
+    return augment.boxes(params).unflatten(0, (num_images, num_views))
 
 
 def read(image: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
@@ -33,7 +34,7 @@ def test_a_cell_shows_the_same_pixels_in_the_other_view() -> None:
     axis = torch.linspace(0, 1, size)
     image = torch.stack([axis.expand(size, size), axis.view(-1, 1).expand(size, size), torch.zeros(size, size)])
     params = torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
-    crops, boxes = augment(image.expand(6, -1, -1, -1), params), augment.boxes(params.unsqueeze(1))[0]
+    crops, boxes = augment(image.expand(6, -1, -1, -1), params), augment.boxes(params)
     points, compared = cell_centers(4), 0
     for context in range(6):
         for target in range(6):
@@ -43,6 +44,13 @@ def test_a_cell_shows_the_same_pixels_in_the_other_view() -> None:
                     torch.testing.assert_close(read(crops[context], place), read(crops[target], point), atol=0.01, rtol=0)
                     compared += 1
     assert compared > 200
+
+
+def test_the_box_of_an_image_that_is_not_cropped_is_the_whole_image() -> None:
+    augment = Augment(scale=[1.0, 1.0], ratio=[0.75, 1.33], flip=0.0)
+    images, params = torch.rand(4, 3, 8, 8), torch.rand(5, 4)
+    assert torch.equal(augment(images, params), images)
+    assert torch.equal(augment.boxes(params), torch.eye(2, 3).expand(4, -1, -1))
 
 
 def test_places_are_inverse_to_each_other_and_the_same_view_changes_nothing() -> None:
@@ -72,7 +80,7 @@ def test_matches_are_the_cells_nearest_to_the_center_of_the_context() -> None:
     torch.testing.assert_close(distance.gather(3, match.cell).sort(-1).values, distance.sort(-1).values[..., :4])
     assert torch.equal(match.inside, distance.gather(3, match.cell) <= 1)
     assert match.inside.float().mean() > 0.9, "hardly any of the nearest cells lies outside"
-    rows = match.by_target_view(match.cell, 1)
+    rows = match.by_target_view(match.cell)
     assert torch.equal(rows.view(8, 2, 4), match.cell[:, :, 0])
 
 

@@ -38,13 +38,13 @@ def encode(images):
     "map": """
 
 def encode(images):
-    last = model.forward_intermediates(images, intermediates_only=True)[-1]{norm_last}
+    last = model.forward_intermediates(images, intermediates_only=True)[-1]{norm}
     return last.mean((2, 3)), last.flatten(2).mT
 """,
     "maps": """
 
 def encode(images):
-    maps = model.forward_intermediates(images, intermediates_only=True){norm_maps}
+    maps = model.forward_intermediates(images, intermediates_only=True){norm}
     return torch.cat([stage.mean((2, 3)) for stage in maps], dim=1), maps[-1].flatten(2).mT
 """,
 }
@@ -134,8 +134,8 @@ def timm_section(folder: Path, tokens: dict[str, int]) -> str:
         if num_summary:
             parts = "*(part for block in blocks[:-1] for part in block), "
             parts += f"tokens[:, {num_summary}:], tokens[:, :{num_summary}]"
-        norms = {f"norm_{name}": norm_code(folder, variable) for name, variable in (("last", "last"), ("maps", "maps[-1]"))}
-        function, text = TIMM_FUNCTIONS[outputs].format(parts=parts, **norms), "`encode(images)` returns features and tokens."
+        norm = "" if outputs == "blocks" else norm_code(folder, "last" if outputs == "map" else "maps[-1]")
+        function, text = TIMM_FUNCTIONS[outputs].format(parts=parts, norm=norm), "`encode(images)` returns features and tokens."
         imports += "import torch\n"
     return TIMM_SECTION.format(imports=imports, arguments=lines, function=function, text=text)
 

@@ -1,8 +1,8 @@
 """Schedules of learning rates, weight decay and EMA momentum, as lists indexed by optimizer step.
 
-Each schedule warms up linearly from 0 over its first steps (`warmup_epochs` or `warmup_steps`) and then goes from `start` to
-`end`. The value of step t is set before update t. To add a schedule, write a subclass of `Schedule` with `progress`, list it in
-`hjepa/optim/__init__.pyi`, and add one YAML in conf/schedule.
+Each schedule warms up linearly from 0 over its first steps (`warmup_ratio`, `warmup_epochs` or `warmup_steps`) and then goes from
+`start` to `end`. The value of step t is set before update t. To add a schedule, write a subclass of `Schedule` with `progress`,
+list it in `hjepa/optim/__init__.pyi`, and add one YAML in conf/schedule.
 """
 
 import math
@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 from hjepa.config.errors import UserError
-from hjepa.config.types import NonNegativeFloat, NonNegativeInt, PositiveFraction
+from hjepa.config.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFraction
 from hjepa.optim.step_plan import StepPlan
 
 
@@ -21,19 +21,21 @@ class Schedule(ABC):
     Args:
         start: Value after the warm-up.
         end: Value at the last step.
-        warmup_epochs: Length of the linear warm-up from 0 in epochs.
-        warmup_steps: Length of the warm-up in optimizer steps instead; at least one of the two lengths must be 0.
+        warmup_ratio: Length of the linear warm-up from 0 as a fraction of all optimizer steps.
+        warmup_epochs: Length of the warm-up in epochs, which replaces the fraction.
+        warmup_steps: Length of the warm-up in optimizer steps, which replaces the fraction too.
     """
 
     start: NonNegativeFloat
     end: NonNegativeFloat
-    warmup_epochs: NonNegativeFloat = 0.0
-    warmup_steps: NonNegativeInt = 0
+    warmup_ratio: Fraction = 0.0
+    warmup_epochs: NonNegativeFloat | None = None
+    warmup_steps: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
         if self.warmup_epochs and self.warmup_steps:
             raise UserError(
-                f"warmup_epochs={self.warmup_epochs} and warmup_steps={self.warmup_steps} exclude each other; set one to 0."
+                f"warmup_epochs={self.warmup_epochs} and warmup_steps={self.warmup_steps} exclude each other; set one to null."
             )
 
     @abstractmethod
@@ -42,11 +44,17 @@ class Schedule(ABC):
 
     def __call__(self, plan: StepPlan) -> list[float]:
         """Return the value at each of the plan's optimizer steps."""
-        num_warmup = min(plan.num_steps, self.warmup_steps or plan.steps_in_first(self.warmup_epochs))
+        num_warmup = self.num_warmup(plan)
         num_rest = plan.num_steps - num_warmup
         warmup = [self.start * step / num_warmup for step in range(num_warmup)]
         fractions = [step / max(1, num_rest - 1) for step in range(num_rest)]
         return warmup + [self.start + (self.end - self.start) * self.progress(fraction) for fraction in fractions]
+
+    def num_warmup(self, plan: StepPlan) -> int:
+        """Return the number of steps of the warm-up."""
+        if self.warmup_epochs is None and self.warmup_steps is None:
+            return round(self.warmup_ratio * plan.num_steps)
+        return min(plan.num_steps, self.warmup_steps or plan.steps_in_first(self.warmup_epochs or 0.0))
 
 
 class CosineSchedule(Schedule):

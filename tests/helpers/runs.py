@@ -16,8 +16,26 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Prediction of hidden patches by a ViT, at several levels: the machinery that most tests are about.
+MASKED = (
+    "model=vit_nano",
+    "levels=pyramid_summary",
+    "masking=random",
+    "loss=smooth_l1",
+    "regularizer=vicreg",
+    "projector=none",
+    "teacher=ema",
+    "schedule.lr.warmup_epochs=1",
+    "dataset.views=1",
+    "dataset.fade=0",
+    "dataset.augment.scale=[0.3,1.0]",
+    "dataset.augment.jitter=0",
+    "dataset.augment.grayscale=0",
+)
+
 # A run of a few seconds: a small ViT on few images.
 TINY = (
+    *MASKED,
     "model.encoder.dim=32",
     "model.encoder.depth=2",
     "model.encoder.heads=2",
@@ -34,12 +52,18 @@ TINY = (
     "hardware.threads=1",
     "tracking=none",
 )
+OF_SHAPES = ("dataset.train", "dataset.test", "dataset.fade")  # options that other datasets do not have
 
 
 def tiny(*overrides: str) -> list[str]:
-    """Return the overrides of a tiny run and further ones; another dataset keeps its own options."""
-    own_data = any(o.startswith("dataset=") for o in overrides)
-    return [*(o for o in TINY if not (own_data and o.startswith("dataset."))), *overrides]
+    """Return the overrides of a tiny run and further ones, which replace those with the same key.
+
+    Another dataset, and a recipe, keep what is their own.
+    """
+    keys = [override.split("=")[0] for override in overrides]
+    dropped = (*keys, *(OF_SHAPES if "dataset" in keys else ()))
+    options = TINY[len(MASKED) :] if "experiment" in keys else TINY
+    return [*(option for option in options if option.split("=")[0] not in dropped), *overrides]
 
 
 def compose(*overrides: str) -> Any:

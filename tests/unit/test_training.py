@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,14 @@ def test_schedules_equal_their_formulas() -> None:
     assert WSDSchedule(start=1.0, end=0.0, warmup_steps=2, decay=0.5)(plan(9, 3)) == pytest.approx(
         [0, 0.5, 1, 1, 1, 1, 2 / 3, 1 / 3, 0]
     )
+    assert ConstantSchedule(start=0.3, end=9.0, warmup_ratio=0.5)(plan(6, 4)) == [0.0, pytest.approx(0.1), 0.2, 0.3, 0.3, 0.3]
     assert len(CosineSchedule(start=1.0, end=0.0, warmup_epochs=50)(plan(10, 10))) == 10, "a long warm-up is cut off"
+
+
+@pytest.mark.parametrize("length", [{"warmup_epochs": 0.0}, {"warmup_steps": 0}, {"warmup_epochs": 1.0, "warmup_steps": 0}])
+def test_a_length_in_epochs_or_steps_replaces_the_fraction(length: dict[str, Any]) -> None:
+    expected = CosineSchedule(start=1.0, end=0.0, warmup_epochs=length.get("warmup_epochs", 0.0))
+    assert CosineSchedule(start=1.0, end=0.0, warmup_ratio=0.5, **length)(plan(10, 2)) == expected(plan(10, 2))
 
 
 def test_warmup_in_both_units_is_refused() -> None:

@@ -16,7 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle as Patch
 from matplotlib.ticker import PercentFormatter
+from matplotlib.transforms import Affine2D
 
 from hjepa.tracking.atomic import atomic_files
 
@@ -48,6 +50,7 @@ Box = tuple[float, float, float, float]  # left, bottom, width and height as fra
 CAPTIONS = {
     "curves": "Losses, probes beside the untrained network (dotted), and collapse statistics, by optimizer step.",
     "masks": "The patches that the student sees, and the cells that each level predicts.",
+    "views": "Two crops of an image, and how well the first one predicts the features of the second, by level and cell.",
     "predictions": "Cosine similarity of predictions and the teacher's targets, by cell, on held-out images.",
     "pca": "The first three principal components of patch features as colors: similar features have similar colors.",
     "attention": "Attention in the last block, and its rollout through all blocks.",
@@ -85,6 +88,17 @@ class ColorScale:
 
 
 @dataclass(frozen=True)
+class Rectangle:
+    """An outline on an image, in fractions of its width and height from the upper left corner."""
+
+    color: str
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
 class GridCell:
     """An image or a map in a cell of an image grid.
 
@@ -92,11 +106,13 @@ class GridCell:
         content: Image float [3, h, w] in [0, 1], or map [h, w], NaN where it has no value.
         scale: Color scale of a map; None for an image.
         frame: Color of the frame; None for no frame.
+        outlines: Rectangles to draw on an image.
     """
 
     content: Tensor
     scale: ColorScale | None = None
     frame: str | None = None
+    outlines: Sequence[Rectangle] = ()
 
 
 def image_grid(
@@ -153,6 +169,10 @@ def draw_cell(figure: Figure, cell: GridCell, box: Box) -> None:
         axis.imshow(cell.content.numpy(), cmap=COLORMAP, vmin=cell.scale.low, vmax=cell.scale.high, interpolation="nearest")
     else:
         axis.imshow(cell.content.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+    whole_axis = Affine2D().scale(1, -1).translate(0, 1) + axis.transAxes
+    for outline in cell.outlines:
+        corner, size = (outline.left, outline.top), (outline.width, outline.height)
+        axis.add_patch(Patch(corner, *size, transform=whole_axis, fill=False, edgecolor=outline.color, linewidth=2))
 
 
 def draw_color_bar(figure: Figure, scale: ColorScale, box: Box) -> None:

@@ -13,8 +13,7 @@ from hjepa.config.schema import Config
 from hjepa.data.datamodule import evenly_spaced_indices
 from hjepa.distributed.launch import launch
 from hjepa.distributed.process_group import destroy_process_group
-from hjepa.distributed.seeding import generator
-from hjepa.plotting import plot_curves, plot_masks
+from hjepa.plotting import plot_curves
 from hjepa.tracking.provenance import provenance_tags
 from hjepa.tracking.resend import send_run
 from hjepa.tracking.run_folder import UNSENT_MARKER, Record, RunFolder
@@ -22,6 +21,7 @@ from hjepa.tracking.tracker import TRACKER_STATUS, build_trackers
 from hjepa.training.build import build_components
 from hjepa.training.checkpoint import Checkpointer
 from hjepa.training.monitor import Monitor
+from hjepa.training.preview import plot_preview
 from hjepa.training.signals import StopFlag, Stopped
 from hjepa.training.summary import build_summary, print_summary
 from hjepa.training.trainer import Trainer
@@ -163,17 +163,15 @@ class TrainingRun:
         self.tracker.log_artifact(self.folder.path / "config.yaml")
 
     def log_description(self) -> None:
-        """Log what is about to run, and plot examples of its masks."""
+        """Log what is about to run, and plot examples of what it predicts."""
         c, plan = self.components, self.trainer.plan
         counts = ", ".join(f"{name} {count:,}" for name, count in c.model.parameter_counts().items())
         log.info("run folder %s", self.folder.path)
         log.info("%s; parameters: %s", c.hardware.describe(), counts)
         steps_per_epoch = plan.steps_in_epoch(plan.batch_warmup)
         log.info("%d steps of %d images, %d steps per epoch", plan.num_steps, plan.batch_size, steps_per_epoch)
-        masks = c.sampler(len(self.preview), generator(c.seed, "preview"))
-        plot = self.folder.path / "plots" / "masks.png"
-        plot_masks(self.preview / 255, masks, c.model, plot)
-        self.tracker.log_artifact(plot, "plots")
+        for plot in plot_preview(c, self.preview, self.folder.path / "plots"):
+            self.tracker.log_artifact(plot, "plots")
 
     def record(self, record: Record) -> None:
         """Write a record to the run folder and send it to the trackers."""

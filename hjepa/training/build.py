@@ -1,5 +1,6 @@
 """Build the components of a run from the config groups, in the order in which they depend on one another."""
 
+import logging
 from dataclasses import dataclass
 
 from torch.optim import Optimizer
@@ -11,7 +12,7 @@ from hjepa.data.datamodule import DataModule
 from hjepa.distributed.device import Hardware
 from hjepa.distributed.process_group import World, init_process_group
 from hjepa.distributed.seeding import seed_global
-from hjepa.losses import Objective
+from hjepa.losses import Contrastive, Objective
 from hjepa.masking import MaskSampler
 from hjepa.models.hjepa import HJEPA
 from hjepa.models.pretrained import load_model
@@ -19,6 +20,8 @@ from hjepa.models.stacked import StackedMaskSampler
 from hjepa.optim.schedules import OptimizerSchedules
 from hjepa.training.parallel import DDPStrategy, FSDPStrategy
 from hjepa.training.teacher import TeacherUpdate
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ def build_components(config: Config) -> Components:
         load_model(model, config["init_from"])
     teacher_update: TeacherUpdate = build(config["teacher"])
     teacher_update.attach(model)
+    if world.main:
+        warn_of_collapse(objective, model)
     hardware.prepare_model(model, model.blocks())
     strategy = FSDPStrategy(world) if hardware.shard else DDPStrategy(world)
     strategy.shard(model, hardware.device)
@@ -139,4 +144,15 @@ def check_view_count(objective: Objective, dataset: DataModule, sampler: MaskSam
         raise UserError(
             f"{type(regularizer).__name__} compares views of an image, but there is only one: set dataset.views=2 or more, "
             "dataset.local_views, or masking.contexts=2 or more."
+        )
+
+
+def warn_of_collapse(objective: Objective, model: HJEPA) -> None:
+    """Warn if nothing keeps the features of different images apart: no teacher, no regularizer and no contrastive loss."""
+    losses = [objective.loss, *objective.level_losses.values()]
+    if model.teacher_is_student and objective.regularizer is None and not any(isinstance(loss, Contrastive) for loss in losses):
+        log.warning(
+            "loss=%s with teacher=none and regularizer=none: equal features for all images are a perfect solution, so they will "
+            "collapse. Choose loss=infonce, a teacher or a regularizer.",
+            type(objective.loss).__name__,
         )

@@ -124,7 +124,7 @@ class Frozen(TeacherUpdate):
 class SharedWeights(TeacherUpdate):
     """No separate teacher: the student computes the targets, and gradients flow through both sides.
 
-    Without a regularizer, this collapses.
+    Without a regularizer or a contrastive loss, this collapses.
     """
 
     shares_weights = True

@@ -33,15 +33,8 @@ MASKED = (
     "dataset.augment.grayscale=0",
 )
 
-# A run of a few seconds: a small ViT on few images.
-TINY = (
-    *MASKED,
-    "model.encoder.dim=32",
-    "model.encoder.depth=2",
-    "model.encoder.heads=2",
-    "model.predictor.dim=32",
-    "model.predictor.depth=1",
-    "model.predictor.heads=2",
+# Few images and steps.
+BRIEF = (
     "dataset.train=240",
     "dataset.test=40",
     "train.batch_size=24",
@@ -51,6 +44,18 @@ TINY = (
     "hardware=cpu",
     "hardware.threads=1",
     "tracking=none",
+)
+
+# A run of a few seconds: a small ViT on few images.
+TINY = (
+    *MASKED,
+    "model.encoder.dim=32",
+    "model.encoder.depth=2",
+    "model.encoder.heads=2",
+    "model.predictor.dim=32",
+    "model.predictor.depth=1",
+    "model.predictor.heads=2",
+    *BRIEF,
 )
 OF_SHAPES = ("dataset.train", "dataset.test", "dataset.fade")  # options that other datasets do not have
 

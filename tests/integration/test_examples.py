@@ -13,7 +13,7 @@ from PIL import Image
 
 import hjepa
 from tests.helpers.children import launch
-from tests.helpers.runs import ROOT, tiny
+from tests.helpers.runs import BRIEF, ROOT, tiny
 
 EXAMPLES = ROOT / "examples"
 
@@ -26,7 +26,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytes
     notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "it is committed without outputs"
     (settings,) = (cell for cell in notebook.cells if cell.cell_type == "code" and "hjepa.compose(" in cell.source)
-    settings.source = SMALL.format(overrides=tiny())
+    settings.source = SMALL.format(overrides=list(BRIEF))
     monkeypatch.delenv("HJEPA_HOME")
     monkeypatch.delenv("MPLBACKEND")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -65,11 +65,11 @@ def test_the_search_finds_the_query_and_its_copy_first(tmp_path: Path) -> None:
 
 
 def test_the_checkerboard_trains_and_checks_its_option(tmp_path: Path) -> None:
-    arguments = ("--config-dir", "examples/checkerboard/conf", "masking=checkerboard", f"output_root={tmp_path}")
-    result = launch(*arguments, *tiny("train.epochs=1", "name=r"))
+    own, overrides = ("--config-dir", "examples/checkerboard/conf"), ("experiment=ijepa", "masking=checkerboard")
+    result = launch(*own, *tiny(*overrides, "train.epochs=1", "name=r", f"output_root={tmp_path}"))
     assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "default" / "r" / "summary.json").read_text())["status"] == "finished"
-    refused = launch(*arguments, "masking.offset=2")
+    assert json.loads((tmp_path / "ijepa" / "r" / "summary.json").read_text())["status"] == "finished"
+    refused = launch(*own, *overrides, "masking.offset=2", f"output_root={tmp_path}")
     assert refused.returncode == 1
     assert "masking.offset=2" in refused.stderr
 

@@ -18,7 +18,8 @@ FILES = example_files() | {
     "conf/loss/broken.yaml": "_target_: lab.broken.Loss\n",
 }
 
-OWN = ("masking=checkerboard", "loss=huber", "dataset=noise", "model=patch_mlp", "levels=pyramid")
+RECIPE = ("experiment=ijepa", "experiment_name=default", "masking=checkerboard", "loss=huber", "dataset=noise")
+OWN = (*RECIPE, "model=patch_mlp", "levels=pyramid")
 SHORT = (
     *("train.epochs=null", "train.steps=2", "train.batch_size=8", "tracking=none", "probe=none", "hardware=cpu"),
     *("hardware.threads=1", "output_root=out"),
@@ -52,10 +53,12 @@ def test_a_run_of_own_classes_records_its_choices(trained: Path) -> None:
 def test_the_processes_of_a_sweep_find_own_classes_through_the_search_path(project: Path) -> None:
     """The job of the sweep has two processes of its own, and is named after its choices."""
     sweep = (f"hydra.searchpath=[file://{project}/conf]", "seed=1", "hardware.processes=2", "experiment_name=sweep")
-    done = launch("--multirun", *sweep, "masking=checkerboard", "loss=huber", "dataset=noise", *SHORT, cwd=project)
+    done = launch(
+        "--multirun", *sweep, "experiment=ijepa", "masking=checkerboard", "loss=huber", "dataset=noise", *SHORT, cwd=project
+    )
     assert done.returncode == 0, done.stderr
     (folder,) = (project / "out" / "sweep").iterdir()
-    assert folder.name.rpartition("-")[0] == "noise-vit_nano-pyramid_summary-checkerboard-huber-s1"
+    assert folder.name.rpartition("-")[0] == "noise-vit_nano-flat-checkerboard-huber-s1"
 
 
 def test_the_config_of_a_run_folder_calls_own_classes_only_with_their_config_folder(trained: Path, project: Path) -> None:

@@ -19,7 +19,9 @@ from hjepa.tasks.visualize.pca import pca_colors
 from hjepa.tasks.visualize.predictions import LevelSimilarity, level_similarities
 from hjepa.tasks.visualize.samples import Samples, select_samples
 from hjepa.tasks.visualize.tsne import select_images
+from hjepa.tasks.visualize.views import predicted_levels, similarity_map
 from hjepa.tasks.visualize.visualize import PICTURES, picture_names
+from hjepa.training.preview import TwoCrops, outline
 from tests.helpers.runs import build_components, compose, tiny
 
 COMMAND = ("hardware=cpu", "hardware.threads=1", "tracking=none")
@@ -78,12 +80,55 @@ def test_the_same_command_draws_the_same_pictures(trained: Path) -> None:
     assert pixels[0] == pixels[1]
 
 
+VIEWS = ("levels=views", "loss=infonce", "regularizer=none", "projector=mlp", "teacher=none", "masking=none", "dataset.views=2")
+
+
+def test_run_across_views_has_a_picture_of_views_instead_of_masks(tmp_path: Path) -> None:
+    folder = train(tmp_path, "w", *VIEWS, "probe=none")
+    assert {file.stem for file in (folder / "plots").glob("*.png")} == {"curves", "views"}
+    visualize(folder)
+    assert {file.stem for file in (folder / "visualize").glob("*.png")} == PICTURES.keys() - {"masks", "predictions"}
+    for name, message in {"masks": "hides no patches", "predictions": "predicts no hidden cells"}.items():
+        with pytest.raises(UserError, match=message):
+            visualize(folder, f"task.pictures=[{name}]")
+
+
+def test_a_crop_predicts_itself_perfectly_and_everywhere(tmp_path: Path) -> None:
+    """Without augmentation, the two crops of an image are equal, and reading the student's output is the perfect prediction."""
+    plain = ("dataset.augment.scale=[1,1]", "dataset.augment.flip=0")
+    components = build_components(*VIEWS, *plain)
+    components.model.share_teacher()
+    images = torch.randint(256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    crops = TwoCrops.sample(components.dataset, images, 0, "test")
+    with torch.no_grad():
+        levels = predicted_levels(components.model.eval(), components.sampler, crops)
+    for level, side in zip(levels, (1, 8), strict=True):
+        torch.testing.assert_close(similarity_map(level), torch.ones(3, side, side))
+
+
+def test_outline_of_a_crop_marks_its_pixels() -> None:
+    """An image that is bright inside the outline of a crop, and dark outside, has a bright crop."""
+    dataset = build_components(*VIEWS).dataset
+    crops = TwoCrops.sample(dataset, torch.zeros(5, 3, 64, 64, dtype=torch.uint8), 0, "test")
+    for index, box in enumerate(crops.boxes[:, 0]):
+        mark = outline(box, "black")
+        columns = [round(64 * edge) for edge in (mark.left, mark.left + mark.width)]
+        rows = [round(64 * edge) for edge in (mark.top, mark.top + mark.height)]
+        image = torch.zeros(5, 3, 64, 64, dtype=torch.uint8)
+        image[index, :, rows[0] : rows[1], columns[0] : columns[1]] = 255
+        again = TwoCrops.sample(dataset, image, 0, "test")
+        assert again.pixels(index, 0).mean() > 0.95
+        assert image[index].float().mean() / 255 < 0.999
+
+
 def test_run_without_levels_has_all_pictures_except_predictions(tmp_path: Path) -> None:
     folder = train(tmp_path, "l", "levels=none", "masking=none", "dataset.views=2", "probe=none")
     visualize(folder)
-    assert {file.stem for file in (folder / "visualize").glob("*.png")} == PICTURES.keys() - {"predictions"}
+    assert {file.stem for file in (folder / "visualize").glob("*.png")} == PICTURES.keys() - {"masks", "views", "predictions"}
     with pytest.raises(UserError, match=r"predicts no hidden cells .*leave predictions out"):
         visualize(folder, "task.pictures=[predictions]")
+    with pytest.raises(UserError, match=r"predicts no other views: leave views out"):
+        visualize(folder, "task.pictures=[views]")
 
 
 def test_unlabeled_images_have_neighbors_and_scatter(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def config() -> dict[str, Any]:
 def test_choices_name_the_option_of_every_group(config: dict[str, Any]) -> None:
     choices = config["choices"]
     assert choices["masking"] == "block"
-    assert choices["model"] == "vit_nano"
+    assert choices["model"] == "conv_nano"
     assert not any(group.startswith("hydra/") for group in choices)
     assert "experiment" not in choices, "no recipe was chosen"
 
@@ -36,7 +36,7 @@ def test_choices_name_the_run_but_do_not_identify_it(config: dict[str, Any]) -> 
     changed["choices"]["masking"] = "mine"
     assert config_hash(changed) == config_hash(config)
     digits = config_hash(config)
-    assert str(run_path(config)) == f"/o/default/shapes-vit_nano-pyramid_summary-block-smooth_l1-s0-{digits}"
+    assert str(run_path(config)) == f"/o/default/shapes-conv_nano-views-block-infonce-s0-{digits}"
     assert run_path(changed).name == run_path(config).name.replace("block", "mine")
 
 

@@ -173,3 +173,21 @@ def test_training_can_begin_with_smaller_crops() -> None:
 def test_contradicting_options_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_components(*VIEWS, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warned"),
+    [
+        (["loss=mse"], True),
+        ([], False),
+        (["loss=mse", "teacher=ema"], False),
+        (["loss=mse", "regularizer=vicreg"], False),
+        (["loss=mse", "+loss@levels.loss.level2=infonce"], False),
+    ],
+)
+def test_a_config_that_must_collapse_is_called_so_at_the_start(
+    overrides: list[str], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = [override.split("=")[0] for override in overrides]
+    build_components(*(option for option in VIEWS if option.split("=")[0] not in keys), "dataset.views=2", *overrides)
+    assert ("equal features for all images are a perfect solution" in caplog.text) == warned

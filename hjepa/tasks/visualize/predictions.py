@@ -50,8 +50,8 @@ def check_predictions(samples: Samples) -> None:
     """Raise `UserError` if no level of the run predicts hidden cells of the same view."""
     if not samples.run.model.masked_levels:
         raise UserError(
-            f"{samples.run.folder.name} predicts no hidden cells (levels=none, or all targets lie in other views): leave "
-            "predictions out of task.pictures."
+            f"{samples.run.folder.name} predicts no hidden cells (levels=none, or all targets lie in other views, as in the "
+            "picture views): leave predictions out of task.pictures."
         )
 
 

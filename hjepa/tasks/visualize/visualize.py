@@ -22,11 +22,18 @@ from hjepa.tasks.visualize.pca import draw_pca
 from hjepa.tasks.visualize.predictions import check_predictions, draw_predictions
 from hjepa.tasks.visualize.samples import Samples, select_samples
 from hjepa.tasks.visualize.tsne import draw_tsne
+from hjepa.tasks.visualize.views import check_views, draw_views
 from hjepa.tracking.atomic import atomic_write
 from hjepa.tracking.run_folder import check_writable, read_records
 from hjepa.tracking.tracker import Artifacts, log_artifacts
 
 log = logging.getLogger(__name__)
+
+
+def check_masks(samples: Samples) -> None:
+    """Raise `UserError` if the run hides no patches."""
+    if not samples.run.sampler.hides_patches:
+        raise UserError(f"{samples.run.folder.name} hides no patches (masking=none): leave masks out of task.pictures.")
 
 
 def draw_masks(samples: Samples) -> list[Path]:
@@ -47,6 +54,7 @@ def draw_curves(samples: Samples) -> list[Path]:
 PICTURES: dict[str, Callable[[Samples], list[Path]]] = {
     "curves": draw_curves,
     "masks": draw_masks,
+    "views": draw_views,
     "predictions": draw_predictions,
     "pca": draw_pca,
     "attention": draw_attention,
@@ -55,7 +63,12 @@ PICTURES: dict[str, Callable[[Samples], list[Path]]] = {
 }
 
 # Pictures that not every run can have, with a function that raises `UserError` for runs that cannot.
-CHECKS: dict[str, Callable[[Samples], None]] = {"predictions": check_predictions, "attention": check_attention}
+CHECKS: dict[str, Callable[[Samples], None]] = {
+    "masks": check_masks,
+    "views": check_views,
+    "predictions": check_predictions,
+    "attention": check_attention,
+}
 
 
 def visualize_run(

@@ -90,9 +90,19 @@ def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
             upgraded[group] = options | upgraded[group]
     if isinstance(dataset := upgraded.get("dataset"), dict) and dataset.get("_target_") == "hjepa.data.Shapes":
         dataset.setdefault("fade", 0.0)
+    if isinstance(schedule := upgraded.get("schedule"), dict) and isinstance(lr := schedule.get("lr"), dict):
+        upgraded["schedule"] = {**schedule, "lr": upgrade_warmup(lr)}
     if isinstance(levels := upgraded.get("levels"), dict) and "depth" in levels:
         levels["stage"] = [-1 if fraction == 1 else fraction for fraction in levels.pop("depth")]  # 1.0 was the last layer
     return upgraded
+
+
+def upgrade_warmup(schedule: dict[str, Any]) -> dict[str, Any]:
+    """Return a learning-rate schedule whose warm-up may also be a fraction of the steps, which has no effect here."""
+    if "warmup_ratio" in schedule or "warmup_epochs" not in schedule:
+        return schedule
+    steps = schedule.get("warmup_steps") or (None if schedule["warmup_epochs"] else 0)
+    return schedule | {"warmup_ratio": 0.1, "warmup_steps": steps}
 
 
 def upgrade_names(config: Any) -> Any:

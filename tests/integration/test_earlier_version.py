@@ -17,9 +17,10 @@ from hjepa.config.schema import resolve
 from hjepa.config.upgrade import RENAMED_SUMMARY_KEYS
 from hjepa.tasks.trained_run import load_run
 from hjepa.tracking.run_folder import read_summary
-from tests.helpers.runs import ROOT, compose
+from tests.helpers.runs import MASKED, ROOT, compose
 
 FIXTURE = ROOT / "tests" / "fixtures" / "run_0.1"
+EARLIER_DEFAULTS = (*MASKED, "optimizer.lr=1.5e-3")
 COMPUTE = ("hardware=cpu", "hardware.threads=1", "tracking=none")
 
 
@@ -50,6 +51,7 @@ def test_a_report_of_the_run_can_be_written(old_run: Path) -> None:
 def test_the_run_continues_from_its_checkpoint_and_ends_with_the_same_weights(old_run: Path, tmp_path: Path) -> None:
     command = shlex.split(read_summary(old_run)["command"])
     options = [option for option in command[2:] if not option.startswith(("output_root=", "tracking"))]
+    options += [option for option in EARLIER_DEFAULTS if option.split("=")[0] not in {o.split("=")[0] for o in options}]
     (old_run / "summary.json").unlink()
     checkpoints = old_run / "checkpoints"
     shutil.copyfile(checkpoints / "epoch-00001.pt", checkpoints / "latest.pt")

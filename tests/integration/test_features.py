@@ -16,6 +16,7 @@ from tests.integration.test_evaluate import QUICK, evaluate, read_scores
 COMMAND = ("hardware=cpu", "hardware.threads=1", "tracking=none")
 CONV = (
     "model=conv_nano",
+    "model.features=all",
     "model.patch_size=4",
     "model.encoder.stem=8",
     "model.encoder.dims=[8,16]",
@@ -27,7 +28,7 @@ CONV = (
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a run."""
     root = tmp_path_factory.mktemp("o")
-    options = (*CONV, *(option for option in tiny("levels=flat") if not option.startswith("model.encoder")))
+    options = (*CONV, *(option for option in tiny("levels=flat") if not option.startswith(("model.encoder", "model="))))
     run_config(compose(*options, f"output_root={root}", "train.epochs=1", "dataset.test=200", "probe.every=1", "name=r"))
     return root / "default" / "r"
 

@@ -109,10 +109,10 @@ def test_a_finished_run_started_again_does_nothing_and_says_so(run, tmp_path: Pa
 
 def test_the_folder_of_another_config_is_refused_and_overwrite_replaces_it(run, tmp_path: Path) -> None:
     run("name=r")
-    with pytest.raises(UserError, match=r"optimizer.lr: 0.0015 -> 0.002"):
-        run("name=r", "optimizer.lr=0.002")
-    run("name=r", "optimizer.lr=0.002", "overwrite=true")
-    assert "lr: 0.002" in (tmp_path / "default" / "r" / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"optimizer.lr: 0.002 -> 0.003"):
+        run("name=r", "optimizer.lr=0.003")
+    run("name=r", "optimizer.lr=0.003", "overwrite=true")
+    assert "lr: 0.003" in (tmp_path / "default" / "r" / "config.yaml").read_text()
 
 
 def test_a_damaged_checkpoint_is_refused(run, tmp_path: Path) -> None:

@@ -237,14 +237,14 @@ def test_a_submitted_job_keeps_its_config_and_reports_changed_code(tmp_path: Pat
     output, (job,) = submit(ON_HOLD), jobs_of(tmp_path / "out")
     assert all(str(word) in output for word in (job["slurm_id"], job["folder"], "scancel", "task=sweep"))
     optimizer, code = source / "conf" / "optimizer" / "adamw.yaml", source / "hjepa" / "losses.py"
-    assert "lr: 1.5e-3" in optimizer.read_text()
-    optimizer.write_text(optimizer.read_text().replace("lr: 1.5e-3", "lr: 9.0"))
+    assert "lr: 2.0e-3" in optimizer.read_text()
+    optimizer.write_text(optimizer.read_text().replace("lr: 2.0e-3", "lr: 9.0"))
     code.write_text(code.read_text() + "# changed\n")
     slurm("scontrol", "release", job["slurm_id"])
     poll(lambda: not slurm("squeue", "-h"), 120, "end of the job")
     folder = tmp_path / "out" / "e" / "r"
     assert summary(folder)["status"] == "finished"
-    assert "lr: 0.0015" in (folder / "config.yaml").read_text()
+    assert "lr: 0.002" in (folder / "config.yaml").read_text()
     assert "THE CODE HAS CHANGED" in (folder / "run.log").read_text()
 
     import mlflow
@@ -252,7 +252,7 @@ def test_a_submitted_job_keeps_its_config_and_reports_changed_code(tmp_path: Pat
     tags = mlflow.MlflowClient(f"sqlite:///{tmp_path}/out/mlflow.db").get_run((folder / "run_id").read_text()).data.tags
     assert "dirty: False -> True" in tags["code_changed"]
     assert tags["slurm_job"] == job["slurm_id"]
-    optimizer.write_text(optimizer.read_text().replace("lr: 9.0", "lr: 1.5e-3"))
+    optimizer.write_text(optimizer.read_text().replace("lr: 9.0", "lr: 2.0e-3"))
     assert "finished" in rows(submit())["0"], "a finished run is not submitted again"
     assert not slurm("squeue", "-h")
 

@@ -63,8 +63,8 @@ SMALL = {  # the sizes of small networks that keep the stages of the large ones
 FILES = sorted(file.stem for file in (ROOT / "conf" / "model").glob("*.yaml") if not file.stem.startswith("_"))
 ENCODERS = {name: [f"model={name}", *SMALL[name.partition("_")[0]]] for name in FILES}
 ENCODERS |= {
-    "stem": [*SMALL["vit"], "model.encoder.stem=conv"],
-    "learned positions": [*SMALL["vit"], "model.encoder.positions=learned"],
+    "stem": ["model=vit_nano", *SMALL["vit"], "model.encoder.stem=conv"],
+    "learned positions": ["model=vit_nano", *SMALL["vit"], "model.encoder.positions=learned"],
     "group norm": ["model=conv_nano", "model.encoder.norm=group"],
     "strided stem": ["model=conv_nano", "model.patch_size=32"],
     "layer norm": ["model=timm", "model.encoder.name=convnext_atto"],

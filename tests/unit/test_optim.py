@@ -412,7 +412,7 @@ def test_every_level_can_follow_its_own_schedule() -> None:
     )
     t.train_step(t.get_batch(0), 0)
     rates = {(group["part"], group["lr"]) for group in t.components.optimizer.param_groups}
-    assert rates == {("student", 1.5e-3), ("predictor", 1.5e-3), ("stacked1", 0.5), ("stacked2", 0.25)}
+    assert rates == {("student", 2e-3), ("predictor", 2e-3), ("stacked1", 0.5), ("stacked2", 0.25)}
 
 
 def test_a_schedule_of_an_unknown_component_is_refused() -> None:

@@ -48,7 +48,7 @@ def test_the_batch_size_grows_linearly_and_the_learning_rate_in_proportion() -> 
     assert [t.plan.batch_size_in_epoch(epoch) for epoch in range(6)] == [8, 16, 24, 32, 40, 40]
     for step in (0, t.plan.epoch_ends[0], t.plan.epoch_ends[3]):
         assert len(t.get_batch(step)[0]) == t.plan.batch_size_at(step)
-        assert t.learning_rates[""][step] == pytest.approx(1.5e-3 * t.plan.batch_size_at(step) / 40)
+        assert t.learning_rates[""][step] == pytest.approx(2e-3 * t.plan.batch_size_at(step) / 40)
     assert t.train_step(t.get_batch(0), 0)["loss"].isfinite()
 
 

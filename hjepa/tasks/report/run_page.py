@@ -49,7 +49,7 @@ def run_facts(folder: Path) -> dict[str, Any]:
         "held_out": held_out_losses(records),
         "curves": [picture for picture in pictures if picture.name == "curves"],
         "pictures": [picture for picture in pictures if picture.name != "curves"],
-        "missing": [name for name in CAPTIONS if name not in names],
+        "missing": [name for name in CAPTIONS if name not in names and name not in impossible_pictures(config)],
         "evaluation": evaluation_tables(folder),
         "costs": cost_rows(summary),
         "groups": [group_row(group, config[group]) for group in GROUPS if group in config],
@@ -57,6 +57,14 @@ def run_facts(folder: Path) -> dict[str, Any]:
         "provenance": {key: summary.get(key) for key in ("command", "commit", "dirty")},
         "seed": config["seed"],
     }
+
+
+def impossible_pictures(config: Config) -> set[str]:
+    """Return the pictures of predictions that the run cannot have, because its targets are not hidden, or not in other views."""
+    levels, hidden = config["levels"], config["masking"]["_target_"] != "hjepa.masking.NoMasking"
+    views = set(levels["view"]) if levels["stage"] else set()
+    possible = {"masks": hidden, "predictions": "same" in views, "views": "other" in views}
+    return {name for name, is_possible in possible.items() if not is_possible}
 
 
 def describe_status(summary: Record, records: list[Record]) -> str:

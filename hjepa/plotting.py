@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle as Patch
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import Affine2D
 
@@ -88,8 +88,8 @@ class ColorScale:
 
 
 @dataclass(frozen=True)
-class Rectangle:
-    """An outline on an image, in fractions of its width and height from the upper left corner."""
+class Outline:
+    """A rectangle on an image, in fractions of its width and height from the upper left corner."""
 
     color: str
     left: float
@@ -112,7 +112,7 @@ class GridCell:
     content: Tensor
     scale: ColorScale | None = None
     frame: str | None = None
-    outlines: Sequence[Rectangle] = ()
+    outlines: Sequence[Outline] = ()
 
 
 def image_grid(
@@ -172,7 +172,7 @@ def draw_cell(figure: Figure, cell: GridCell, box: Box) -> None:
     whole_axis = Affine2D().scale(1, -1).translate(0, 1) + axis.transAxes
     for outline in cell.outlines:
         corner, size = (outline.left, outline.top), (outline.width, outline.height)
-        axis.add_patch(Patch(corner, *size, transform=whole_axis, fill=False, edgecolor=outline.color, linewidth=2))
+        axis.add_patch(Rectangle(corner, *size, transform=whole_axis, fill=False, edgecolor=outline.color, linewidth=2))
 
 
 def draw_color_bar(figure: Figure, scale: ColorScale, box: Box) -> None:

@@ -98,7 +98,7 @@ def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_warmup(schedule: dict[str, Any]) -> dict[str, Any]:
-    """Return a learning-rate schedule whose warm-up may also be a fraction of the steps, which has no effect here."""
+    """Add the option `warmup_ratio`, which has no effect beside a warm-up in epochs or steps, as earlier configs have it."""
     if "warmup_ratio" in schedule or "warmup_epochs" not in schedule:
         return schedule
     steps = schedule.get("warmup_steps") or (None if schedule["warmup_epochs"] else 0)

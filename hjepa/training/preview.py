@@ -9,7 +9,7 @@ from hjepa.data.datamodule import DataModule, to_unit_range
 from hjepa.distributed.seeding import generator
 from hjepa.models.hjepa import HJEPA
 from hjepa.models.views import match_levels, target_views
-from hjepa.plotting import COLORS, GridCell, Rectangle, image_grid, mask_overlay, plot_masks
+from hjepa.plotting import COLORS, GridCell, Outline, image_grid, mask_overlay, plot_masks
 from hjepa.training.build import Components
 
 
@@ -46,7 +46,7 @@ class TwoCrops:
         """Crop uint8 images [B, 3, S, S] by the augmentation of the dataset, with the random numbers of a stream."""
         params = dataset.augment.sample_params(2 * len(images), generator(seed, *stream)).unflatten(1, (len(images), 2))
         pixels = to_unit_range(images)
-        return cls(pixels, *dataset.crop(pixels, params.to(images.device), None, None), dataset)
+        return cls(pixels, *dataset.crop(pixels, params, None, None), dataset)
 
     def row(self, index: int) -> list[GridCell]:
         """Return an image with the outlines of its crops, and the first crop."""
@@ -58,11 +58,11 @@ class TwoCrops:
         return (self.crops[2 * index + crop] * self.dataset.std + self.dataset.mean).cpu()
 
 
-def outline(box: Tensor, color: str) -> Rectangle:
+def outline(box: Tensor, color: str) -> Outline:
     """Return the outline of a crop in fractions of the side of its image."""
     width, height = (2 * box.diagonal()).abs().tolist()
     x, y = box[:, 2].tolist()
-    return Rectangle(color, (x + 1 - width / 2) / 2, (y + 1 - height / 2) / 2, width / 2, height / 2)
+    return Outline(color, (x + 1 - width / 2) / 2, (y + 1 - height / 2) / 2, width / 2, height / 2)
 
 
 def plot_views(crops: TwoCrops, model: HJEPA, path: Path) -> None:

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Prediction of hidden patches by a ViT, at several levels: the machinery that most tests are about.
-MASKED = (
+MASKED_GROUPS = (
     "model=vit_nano",
     "levels=pyramid_summary",
     "masking=random",
@@ -25,12 +25,27 @@ MASKED = (
     "regularizer=vicreg",
     "projector=none",
     "teacher=ema",
+)
+MASKED = (
+    *MASKED_GROUPS,
     "schedule.lr.warmup_epochs=1",
     "dataset.views=1",
     "dataset.fade=0",
     "dataset.augment.scale=[0.3,1.0]",
     "dataset.augment.jitter=0",
     "dataset.augment.grayscale=0",
+)
+
+# Prediction across the views of an image, as in the default experiment.
+VIEWS = ("levels=views", "loss=infonce", "regularizer=none", "projector=mlp", "teacher=none", "masking=none")
+
+SMALL_VIT = (
+    "model.encoder.dim=32",
+    "model.encoder.depth=2",
+    "model.encoder.heads=2",
+    "model.predictor.dim=32",
+    "model.predictor.depth=1",
+    "model.predictor.heads=2",
 )
 
 # Few images and steps.
@@ -47,16 +62,7 @@ BRIEF = (
 )
 
 # A run of a few seconds: a small ViT on few images.
-TINY = (
-    *MASKED,
-    "model.encoder.dim=32",
-    "model.encoder.depth=2",
-    "model.encoder.heads=2",
-    "model.predictor.dim=32",
-    "model.predictor.depth=1",
-    "model.predictor.heads=2",
-    *BRIEF,
-)
+TINY = (*MASKED, *SMALL_VIT, *BRIEF)
 OF_SHAPES = ("dataset.train", "dataset.test", "dataset.fade")  # options that other datasets do not have
 
 
@@ -67,7 +73,7 @@ def tiny(*overrides: str) -> list[str]:
     """
     keys = [override.split("=")[0] for override in overrides]
     dropped = (*keys, *(OF_SHAPES if "dataset" in keys else ()))
-    options = TINY[len(MASKED) :] if "experiment" in keys else TINY
+    options = (*SMALL_VIT, *BRIEF) if "experiment" in keys else TINY
     return [*(option for option in options if option.split("=")[0] not in dropped), *overrides]
 
 

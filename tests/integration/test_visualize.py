@@ -22,7 +22,7 @@ from hjepa.tasks.visualize.tsne import select_images
 from hjepa.tasks.visualize.views import predicted_levels, similarity_map
 from hjepa.tasks.visualize.visualize import PICTURES, picture_names
 from hjepa.training.preview import TwoCrops, outline
-from tests.helpers.runs import build_components, compose, tiny
+from tests.helpers.runs import VIEWS, build_components, compose, tiny
 
 COMMAND = ("hardware=cpu", "hardware.threads=1", "tracking=none")
 SMALL = ("task.shown=3", "task.searched=24")
@@ -80,11 +80,8 @@ def test_the_same_command_draws_the_same_pictures(trained: Path) -> None:
     assert pixels[0] == pixels[1]
 
 
-VIEWS = ("levels=views", "loss=infonce", "regularizer=none", "projector=mlp", "teacher=none", "masking=none", "dataset.views=2")
-
-
 def test_run_across_views_has_a_picture_of_views_instead_of_masks(tmp_path: Path) -> None:
-    folder = train(tmp_path, "w", *VIEWS, "probe=none")
+    folder = train(tmp_path, "w", *VIEWS, "dataset.views=2", "probe=none")
     assert {file.stem for file in (folder / "plots").glob("*.png")} == {"curves", "views"}
     visualize(folder)
     assert {file.stem for file in (folder / "visualize").glob("*.png")} == PICTURES.keys() - {"masks", "predictions"}
@@ -93,10 +90,10 @@ def test_run_across_views_has_a_picture_of_views_instead_of_masks(tmp_path: Path
             visualize(folder, f"task.pictures=[{name}]")
 
 
-def test_a_crop_predicts_itself_perfectly_and_everywhere(tmp_path: Path) -> None:
+def test_a_crop_predicts_itself_perfectly_and_everywhere() -> None:
     """Without augmentation, the two crops of an image are equal, and reading the student's output is the perfect prediction."""
     plain = ("dataset.augment.scale=[1,1]", "dataset.augment.flip=0")
-    components = build_components(*VIEWS, *plain)
+    components = build_components(*VIEWS, "dataset.views=2", *plain)
     components.model.share_teacher()
     images = torch.randint(256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     crops = TwoCrops.sample(components.dataset, images, 0, "test")
@@ -108,7 +105,7 @@ def test_a_crop_predicts_itself_perfectly_and_everywhere(tmp_path: Path) -> None
 
 def test_outline_of_a_crop_marks_its_pixels() -> None:
     """An image that is bright inside the outline of a crop, and dark outside, has a bright crop."""
-    dataset = build_components(*VIEWS).dataset
+    dataset = build_components(*VIEWS, "dataset.views=2").dataset
     crops = TwoCrops.sample(dataset, torch.zeros(5, 3, 64, 64, dtype=torch.uint8), 0, "test")
     for index, box in enumerate(crops.boxes[:, 0]):
         mark = outline(box, "black")

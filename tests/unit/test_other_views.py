@@ -9,9 +9,8 @@ from hjepa.data.augment import Augment
 from hjepa.losses import Contrastive
 from hjepa.models.levels import Level, cell_centers
 from hjepa.models.views import match_levels, place_points, target_views, view_change
-from tests.helpers.runs import build_components, trainer
+from tests.helpers.runs import VIEWS, build_components, trainer
 
-VIEWS = ("levels=views", "loss=infonce", "regularizer=none", "projector=mlp", "teacher=none", "masking=none")
 CROPS = ("dataset.views=2", "dataset.local_views=2", "dataset.local_size=16")
 SMALL_CONV = "{_target_: hjepa.models.ConvEncoder, _partial_: true, stem: 4, dims: [4, 8, 16], residuals: [0, 0, 1]}"
 CONV = ("~model.encoder", f"+model.encoder={SMALL_CONV}", "model.patch_size=8")

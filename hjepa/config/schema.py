@@ -34,7 +34,9 @@ GROUPS = (
     *("hardware", "probe", "tracking", "task", "protocol", "train", "checkpoint"),
 )
 
-BOUNDED_TYPES = {name: value for name, value in vars(types).items() if name.endswith(("Int", "Float", "Fraction", "Range"))}
+BOUNDED_TYPES = {
+    name: value for name, value in vars(types).items() if name.endswith(("Int", "Float", "Fraction", "Range", "Color"))
+}
 PLAIN_TYPES = {t.__name__: t for t in (bool, int, float, str, list, dict, tuple)}
 TYPING = {"Literal": Literal, "Optional": Optional, "Union": Union, "Sequence": Sequence, "Callable": Callable, "Any": Any}
 KNOWN_TYPES = {"__builtins__": {}, **PLAIN_TYPES, **TYPING, **BOUNDED_TYPES}

@@ -31,5 +31,13 @@ def ascending(bound: float) -> Callable[[list[float]], list[float]]:
     return validate
 
 
+def color(channels: list[int]) -> list[int]:
+    """Validate the channels of a color."""
+    if len(channels) != 3 or not all(0 <= channel <= 255 for channel in channels):
+        raise ValueError("expected [red, green, blue] with numbers from 0 to 255")
+    return channels
+
+
 PositiveRange = Annotated[list[float], AfterValidator(ascending(float("inf")))]
 FractionRange = Annotated[list[float], AfterValidator(ascending(1.0))]
+Color = Annotated[list[int], AfterValidator(color)]

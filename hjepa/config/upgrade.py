@@ -88,8 +88,11 @@ def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
     for group, options in NEW_OPTIONS.items():
         if isinstance(upgraded.get(group), dict):
             upgraded[group] = options | upgraded[group]
-    if isinstance(dataset := upgraded.get("dataset"), dict) and dataset.get("_target_") == "hjepa.data.Shapes":
-        dataset.setdefault("fade", 0.0)
+    if isinstance(dataset := upgraded.get("dataset"), dict):
+        if dataset.get("_target_") == "hjepa.data.Shapes":
+            dataset.setdefault("fade", 0.0)
+        if "max_corrupt" in dataset:  # of image files, whose transparency was ignored
+            dataset.setdefault("background", None)
     if isinstance(schedule := upgraded.get("schedule"), dict) and isinstance(lr := schedule.get("lr"), dict):
         upgraded["schedule"] = {**schedule, "lr": upgrade_warmup(lr)}
     if isinstance(levels := upgraded.get("levels"), dict) and "depth" in levels:

@@ -9,6 +9,7 @@ To add a dataset, write a subclass of `DataModule` with `load(split)`, as in `sh
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -21,6 +22,7 @@ from hjepa.config.types import Fraction, FractionRange, NonNegativeInt, OpenFrac
 from hjepa.data.augment import Augment, AugmentParams
 from hjepa.data.color import Images
 from hjepa.data.image_files import ImageFiles
+from hjepa.data.pixels import WHITE
 from hjepa.distributed.seeding import generator
 
 
@@ -73,7 +75,12 @@ class DataModule(ABC):
         early_size: Side of the global crops in the first part of the training, when small crops teach as much in less time
             (progressive resizing, Howard 2018); None for `image_size`.
         early_share: That part, as a fraction of the steps.
+
+    Attributes:
+        background: Color behind the transparent pixels of image files, see `hjepa.data.pixels.to_rgb`.
     """
+
+    background: Sequence[int] | None = WHITE
 
     def __init__(
         self,

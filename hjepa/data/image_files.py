@@ -6,7 +6,7 @@ step (`hjepa.data.stream`), so that the pixels are the same.
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torchvision.transforms import functional as TF
 
 from hjepa.config.errors import UserError
 from hjepa.config.terminal import progress_bar
+from hjepa.data.pixels import WHITE, to_rgb
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +82,20 @@ class ImageFiles:
         size: Side of the decoded images in pixels.
         corrupt: Unreadable files, shared by all selections from a split.
         workers: Number of decoding processes, see `hjepa.data.stream.Stream`.
+        background: Color behind transparent pixels, see `hjepa.data.pixels.to_rgb`.
     """
 
-    def __init__(self, paths: np.ndarray, labels: Tensor, size: int, corrupt: CorruptFiles, workers: int | None) -> None:
+    def __init__(
+        self,
+        paths: np.ndarray,
+        labels: Tensor,
+        size: int,
+        corrupt: CorruptFiles,
+        workers: int | None,
+        background: Sequence[int] | None = WHITE,
+    ) -> None:
         self.paths, self.labels, self.size, self.corrupt, self.workers = paths, labels, size, corrupt, workers
+        self.background = background
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -104,7 +115,7 @@ class ImageFiles:
 
     def select(self, index: Tensor) -> "ImageFiles":
         """Return some of the files without decoding them."""
-        return ImageFiles(self.paths[index.numpy()], self.labels[index], self.size, self.corrupt, self.workers)
+        return ImageFiles(self.paths[index.numpy()], self.labels[index], self.size, self.corrupt, self.workers, self.background)
 
     def path(self, position: int) -> str:
         """Return the path of a file."""
@@ -129,7 +140,7 @@ class ImageFiles:
 
     def read(self, position: int) -> np.ndarray | str:
         """Return an image uint8 [S, S, 3], or the reason that it cannot be read."""
-        return read_image(self.path(position), self.size)
+        return read_image(self.path(position), self.size, self.background)
 
     def replace(self, position: int, image: Tensor, errors: dict[int, str]) -> None:
         """Fill an image with the first readable one that may replace it."""
@@ -156,15 +167,15 @@ def copy_pixels(pixels: np.ndarray | str, image: Tensor, position: int, errors: 
         image.copy_(torch.from_numpy(pixels).permute(2, 0, 1))
 
 
-def read_image(path: str, size: int) -> np.ndarray | str:
+def read_image(path: str, size: int, background: Sequence[int] | None = WHITE) -> np.ndarray | str:
     """Return an image uint8 [size, size, 3], or the reason that it cannot be read.
 
-    The shorter side is resized to `size`, and the center is cropped.
+    Pixels become 8-bit RGB by the rules of `hjepa.data.pixels`. The shorter side is resized to `size`, and the center is cropped.
     """
     try:
         with Image.open(path) as file:
             file.draft("RGB", (size, size))
-            image = file.convert("RGB")
+            image = to_rgb(file, background)
     except Exception as error:  # decoders raise all kinds of exceptions for broken files
         return str(error).replace(path, "").strip(" :'") or type(error).__name__
     if image.size != (size, size):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from hjepa.config.errors import UserError
-from hjepa.config.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from hjepa.config.types import Color, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from hjepa.data.datamodule import DataModule, Split, evenly_spaced_indices
 from hjepa.data.image_files import CorruptFiles, FileList, ImageFiles, class_folders, list_images
+from hjepa.data.pixels import WHITE
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ class FolderDataModule(DataModule):
         memory_limit_gb: Largest memory in GB for the decoded images of a split; larger splits are streamed, and 0 streams all.
         workers: Number of processes that decode streamed images; 0 decodes in the training process, and None uses one per CPU
             thread, at most 8.
+        background: Color behind transparent pixels, as [red, green, blue] from 0 to 255; None ignores transparency, so that the
+            colors under transparent pixels show, as in version 0.1.
         **common: Options of `DataModule`.
     """
 
@@ -42,9 +45,11 @@ class FolderDataModule(DataModule):
         max_corrupt: Fraction,
         memory_limit_gb: NonNegativeFloat,
         workers: NonNegativeInt | None,
+        background: Color | None = list(WHITE),  # noqa: B006  # it is never modified
         **common: Any,
     ) -> None:
         super().__init__(**common)
+        self.background = background
         self.roots, self.weights, self.classes = [Path(root).expanduser() for root in roots], weights, classes
         self.max_corrupt, self.memory_limit_gb, self.workers = max_corrupt, memory_limit_gb, workers
 
@@ -111,7 +116,8 @@ class FolderDataModule(DataModule):
             labels.append(torch.where(label < 0, label, label + first_label))
             first_label += max(classes) + 1
         paths = np.array([os.fsencode(path) for paths, _ in file_lists for path in paths])
-        return ImageFiles(paths, torch.cat(labels), self.image_size, CorruptFiles(len(paths), self.max_corrupt), self.workers)
+        corrupt = CorruptFiles(len(paths), self.max_corrupt)
+        return ImageFiles(paths, torch.cat(labels), self.image_size, corrupt, self.workers, self.background)
 
     def must_stream(self, count: int) -> bool:
         """Return whether the decoded images would exceed the memory limit, and log it if so."""

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -26,6 +27,7 @@ from hjepa.config.schema import Config
 from hjepa.config.terminal import progress_bar
 from hjepa.data.datamodule import DataModule
 from hjepa.data.image_files import read_image, walk_images
+from hjepa.data.pixels import WHITE, to_rgb
 from hjepa.tasks.export.timm_model import load_timm_model
 from hjepa.tasks.trained_run import load_run
 from hjepa.tracking.run_folder import read_config, read_records, read_summary
@@ -46,6 +48,7 @@ class Run:
         std: Standard deviation of every channel.
         device: Device of the encoder.
         dataset: Dataset of the run, None if it is not known.
+        background: Color behind transparent pixels, see `hjepa.data.pixels.to_rgb`.
 
     Attributes:
         folder (Path): Run folder, or folder of an export.
@@ -74,14 +77,14 @@ class Run:
         std: Sequence[float],
         device: torch.device,
         dataset: DataModule | None = None,
+        background: Sequence[int] | None = WHITE,
     ) -> None:
         self.folder, self.encoder, self.untrained, self.device = folder, encoder, untrained, device
-        self.image_size, self.dataset = image_size, dataset
+        self.image_size, self.dataset, self.background = image_size, dataset, background
         self._encode = encode
         self._normalize = transforms.Normalize(list(mean), list(std))
-        self._resize = transforms.Compose(
-            [transforms.Lambda(to_rgb), transforms.Resize(image_size, antialias=True), transforms.CenterCrop(image_size)]
-        )
+        rgb = transforms.Lambda(partial(to_rgb, background=background))
+        self._resize = transforms.Compose([rgb, transforms.Resize(image_size, antialias=True), transforms.CenterCrop(image_size)])
         self.transform = transforms.Compose([*self._resize.transforms, transforms.ToTensor(), self._normalize])
         self.config: DictConfig = OmegaConf.create(read_config(folder) if (folder / "config.yaml").exists() else {})
         self.summary: dict[str, Any] = read_summary(folder)
@@ -110,7 +113,8 @@ class Run:
     ) -> Tensor | pd.DataFrame:
         """Return the features of images, the ones that the probes and `task=features` use.
 
-        Images of another size are resized by their shorter side and center-cropped, as in training.
+        Images of another size are resized by their shorter side and center-cropped, and transparent images are composited onto
+        the background, as in training.
 
         Args:
             images: One of
@@ -188,7 +192,7 @@ class Run:
         """Return the pixels uint8 [S, S, 3] of an image, or the reason why it cannot be read."""
         if isinstance(image, Image.Image):
             return np.array(self._resize(image))
-        return read_image(os.fspath(image), self.image_size)
+        return read_image(os.fspath(image), self.image_size, self.background)
 
     @torch.no_grad()
     def _embed(self, encoder: nn.Module, images: Tensor, normalized: bool) -> Tensor:
@@ -200,11 +204,6 @@ class Run:
         if not normalized:
             images = self._normalize(images.float().div_(255) if images.dtype == torch.uint8 else images.float())
         return self._encode(encoder.eval(), images.float()).float().cpu()
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image with three channels."""
-    return image.convert("RGB")
 
 
 def check_tensor(images: Tensor, normalized: bool) -> Tensor:
@@ -254,15 +253,17 @@ def load_run_folder(folder: Path, checkpoint: str | None, command: Config) -> Ru
         return encoder.features(images)
 
     size, device = run.encoder.image_size, run.hardware.device
-    return Run(folder, run.encoder, run.untrained, encode, size, data["mean"], data["std"], device, run.dataset)
+    preprocessing = (size, data["mean"], data["std"], device, run.dataset, run.dataset.background)
+    return Run(folder, run.encoder, run.untrained, encode, *preprocessing)
 
 
 def load_export_folder(folder: Path, device: torch.device) -> Run:
     """Load the timm model that `task=export` wrote."""
-    preprocess = json.loads((folder / "preprocess.json").read_text())
+    preprocess = {"background": None} | json.loads((folder / "preprocess.json").read_text())  # earlier exports have none
     module, features_and_tokens = load_timm_model(folder)
 
     def encode(encoder: Any, images: Tensor) -> Tensor:
         return features_and_tokens(encoder, images)[0]
 
-    return Run(folder, module.to(device), None, encode, preprocess["image_size"], preprocess["mean"], preprocess["std"], device)
+    size, mean, std, background = (preprocess[key] for key in ("image_size", "mean", "std", "background"))
+    return Run(folder, module.to(device), None, encode, size, mean, std, device, None, background)

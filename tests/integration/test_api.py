@@ -154,6 +154,17 @@ def test_all_kinds_of_images_have_the_same_features(run: hjepa.Run, images: Path
     np.testing.assert_allclose(frame.to_numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_colors_under_transparent_pixels_do_not_change_features(run: hjepa.Run) -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(32, 32, 4), dtype=np.uint8)
+    pixels[:16, :, 3] = 0
+    other = pixels.copy()
+    other[:16, :, :3] = 255 - other[:16, :, :3]
+    first, second = run.features([Image.fromarray(pixels), Image.fromarray(other)])
+    assert torch.equal(first, second)
+    with pytest.raises(hjepa.UserError, match="mode F has no fixed range"):
+        run.features([Image.new("F", (32, 32))])
+
+
 def test_features_equal_those_of_the_task(run: hjepa.Run, images: Path, tmp_path: Path) -> None:
     run_config(
         compose("task=features", f"run={run.folder}", f"task.images={images}", f"task.out={tmp_path}/f.npy", "hardware=cpu")

@@ -1,5 +1,6 @@
 """Tests of `task=export` and `task=features`: exported encoders and features equal those of the run."""
 
+import json
 import os
 import re
 import signal
@@ -86,6 +87,11 @@ def code_blocks(folder: Path) -> dict[str, str]:
     """Return the code blocks of the README of an export, by the file that they load."""
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     return {next(file.name for file in folder.glob("encoder.*") if file.name in block): block for block in blocks}
+
+
+def test_an_export_says_what_becomes_of_transparency(exported: Path) -> None:
+    assert json.loads((exported / "preprocess.json").read_text())["background"] == [255, 255, 255]
+    assert "transparency composited onto the color [255, 255, 255]" in (exported / "README.md").read_text()
 
 
 def test_the_code_of_the_readme_computes_the_features_of_the_run(

@@ -128,9 +128,12 @@ def relative_difference(function: EncoderFunction, encoder: Encoder, images: Ten
 
 def preprocessing(run: TrainedRun) -> dict[str, Any]:
     """Return the preprocessing of image files, which is that of training without augmentation."""
+    background = run.dataset.background
     return {
         "image_size": run.encoder.image_size,
-        "color": "RGB",
+        "color": "RGB; 16-bit values are divided by 257, and color profiles are ignored",
+        "background": None if background is None else list(background),
+        "transparency": "ignored, colors under it show" if background is None else "composited onto the background",
         "resize": "shorter side to image_size, bilinear, antialiased",
         "crop": "center",
         "scale": "pixels to [0, 1], then (pixel - mean) / std per channel",

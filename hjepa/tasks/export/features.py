@@ -62,6 +62,7 @@ def export_features(
         run.encoder.image_size,
         corrupt,
         workers,
+        run.dataset.background,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     with StopFlag() as stop, WRITERS[target.suffix](target, run.encoder.feature_dim) as append:

@@ -93,15 +93,16 @@ def render_readme(summary: dict[str, Any], preprocess: dict[str, Any], folder: P
     """
     size, (num_summary, num_patches, dim) = preprocess["image_size"], summary["tokens"].values()
     count, (*earlier, last) = num_summary + num_patches, summary["feature_layers"]
+    background = "ignored" if preprocess["background"] is None else f"composited onto the color {preprocess['background']}"
     pooled = "the mean patch token" + (", then the mean summary token" if num_summary else "")
     if earlier:
         pooled = f"for each of {', '.join(earlier)} and {last} in turn: {pooled}"
     sections = [
         f"# The encoder of {summary['run']}\n\n"
         f"Exported from checkpoint {summary['checkpoint']} (step {summary['step']}, sha256 {summary['checkpoint_hash']}...). The "
-        f"input is a batch of RGB images, float32 [B, 3, {size}, {size}], for any B: shorter side resized to {size} (bilinear, "
-        f"antialiased), center crop, pixels in [0, 1], minus mean {preprocess['mean']}, divided by std {preprocess['std']} "
-        "(also in `preprocess.json`).\n\n"
+        f"input is a batch of RGB images, float32 [B, 3, {size}, {size}], for any B: "
+        f"transparency {background}, shorter side resized to {size} (bilinear, antialiased), center crop, pixels in [0, 1], "
+        f"minus mean {preprocess['mean']}, divided by std {preprocess['std']} (also in `preprocess.json`).\n\n"
         f"The outputs are `features` [B, {summary['feature_dim']}] ({pooled}) and `tokens` "
         f"[B, {count}, {dim}] of {last}{summary_first(num_summary)}. Paths below are relative to this folder.\n"
     ]

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ROUNDING = 1e-5  # variation of features that differ by rounding errors only
+
 
 def effective_rank(features: Tensor) -> float:
     """Return RankMe (Garrido et al. 2023, eq. 3) of features [N, D]: exp of the entropy of the singular values.
@@ -28,9 +30,9 @@ def collapse_statistics(features: Tensor) -> dict[str, float]:
     """Measure how features [N, D] vary across images.
 
     Returns:
-        `std`, the mean standard deviation per dimension; `norm`, the mean length; `variation`, the standard deviation divided
-        by the root mean square, which is 0 if all images have the same features; `cosine`, the mean cosine similarity of
-        different images; and `rank`, the effective rank (Roy & Vetterli 2007) of the centered features.
+        `std`, the mean standard deviation per dimension; `norm`, the mean length; `variation`, the standard deviation divided by
+        the root mean square, which is 0 if all images have the same features, and NaN for a single image; `cosine`, the mean
+        cosine similarity of different images; and `rank`, the effective rank (Roy & Vetterli 2007) of the centered features.
     """
     features = features.float()
     n = len(features)
@@ -41,14 +43,19 @@ def collapse_statistics(features: Tensor) -> dict[str, float]:
     return {
         "std": features.std(0).mean().item(),
         "norm": features.norm(dim=1).mean().item(),
-        "variation": (centered.square().mean().sqrt() / rms).item(),
+        "variation": (centered.square().mean().sqrt() / rms).item() if n > 1 else float("nan"),
         "cosine": cosine.item(),
         "rank": effective_rank(centered),
     }
 
 
 def describe_collapse(statistics: dict[str, float], untrained: dict[str, float]) -> str | None:
-    """Describe the collapse that `collapse_statistics` show beside those of the untrained network; return None if healthy."""
+    """Describe the collapse that `collapse_statistics` show beside those of the untrained network; return None if healthy.
+
+    Features that do not differ at all are a collapse even if those of the untrained network do not differ either.
+    """
+    if statistics["variation"] < ROUNDING:
+        return "complete collapse: features of different images do not differ at all"
     if statistics["variation"] < 0.1 * untrained["variation"]:
         return (
             f"complete collapse: features of different images differ by {statistics['variation']:.2g} of their size "

@@ -10,6 +10,7 @@ from hjepa.config.errors import UserError, explain_machine_error
 from hjepa.config.identity import config_hash, flatten, identity
 from hjepa.config.instantiate import build, build_or_none
 from hjepa.config.schema import Config
+from hjepa.data.checks import check_images_differ
 from hjepa.data.datamodule import evenly_spaced_indices
 from hjepa.distributed.launch import launch
 from hjepa.distributed.process_group import destroy_process_group
@@ -67,6 +68,7 @@ class TrainingRun:
         self.tracker = build_trackers(config["tracking"])
         self.components = build_components(config)
         train, validation = self.components.dataset.train_and_validation()
+        check_images_differ(train, validation)
         self.preview = validation.images[evenly_spaced_indices(len(validation), 4)]
         self.trainer: Trainer = build(config["train"], components=self.components, images=train.images)
         self.monitor = Monitor(self.components, build_or_none(config["probe"]), train, validation)

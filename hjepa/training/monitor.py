@@ -66,6 +66,11 @@ class Monitor:
         start = time.perf_counter()
         log.info("measuring the untrained network")
         self.untrained_statistics = self.collapse_statistics()["teacher"]
+        if self.components.world.main and describe_collapse(self.untrained_statistics, self.untrained_statistics):
+            log.warning(
+                "The features of the untrained network do not differ between images; look at the images, and at dataset.mean and "
+                "dataset.std, which must suit them."
+            )
         self.untrained_scores = self.latest_scores = self.probe_scores("probing the untrained network")
         measured = {
             **self.held_out_loss(),

@@ -172,6 +172,16 @@ def test_an_unlabeled_folder_trains_without_probes_and_is_refused_with_them(run,
     assert json.loads((tmp_path / "out" / "default" / "r" / "summary.json").read_text())["status"] == "finished"
 
 
+def test_a_folder_of_equal_images_is_refused_before_training(run, tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(10):
+            Image.new("I;16", (32, 32), 60000).save(tmp_path / "images" / label / f"{i}.png")
+    with pytest.raises(UserError, match="images that were compared have the same pixels"):
+        run("dataset=image_folder", f"dataset.root={tmp_path}/images", "train.batch_size=4")
+    assert [path.name for path in tmp_path.iterdir()] == ["images"], "nothing is written"
+
+
 def test_a_run_from_another_folder_prints_its_folder_last(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     result = launch(*TINY, "output_root=here", "experiment_name=e", "name=r", cwd=tmp_path / "elsewhere")

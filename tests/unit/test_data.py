@@ -20,6 +20,7 @@ from hjepa.config.errors import UserError
 from hjepa.config.instantiate import build
 from hjepa.config.schema import check, check_node, resolve
 from hjepa.data.augment import Augment
+from hjepa.data.checks import check_images_differ
 from hjepa.data.datamodule import stratified_indices
 from hjepa.data.image_folder import FolderMixture, ImageFolder, ImageNet
 from hjepa.data.shapes import Shapes
@@ -195,6 +196,25 @@ def test_the_validation_part_is_stratified_fixed_and_disjoint(tmp_path: Path) ->
     again, _ = data.train_and_validation()
     assert torch.equal(train.images, again.images)
     assert not set(map(pixels, train.images)) & set(map(pixels, held.images))
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+def test_a_dataset_of_equal_images_is_refused(tmp_path: Path, limit: float, caplog) -> None:
+    for c in ("a", "b"):
+        (tmp_path / c).mkdir()
+        for i in range(8):
+            Image.new("RGB", (16, 16), (7, 7, 7)).save(tmp_path / c / f"{i}.png")
+    data = folder(tmp_path, memory_limit_gb=limit)
+    with pytest.raises(UserError, match=r"All 16 images that were compared have the same pixels"):
+        check_images_differ(*data.train_and_validation())
+    train, _ = data.split_indices(torch.tensor([0] * 8 + [1] * 8))
+    chosen = sorted(tmp_path.rglob("*.png"))[int(train[0])]
+    Image.new("RGB", (16, 16), (8, 7, 7)).save(chosen)
+    check_images_differ(*data.train_and_validation())
+    assert "All 4 validation images that were compared have the same pixels" in caplog.text
+    caplog.clear()
+    check_images_differ(*folder(make_folder(tmp_path / "other"), memory_limit_gb=limit).train_and_validation())
+    assert caplog.text == ""
 
 
 def test_unknown_labels_are_never_held_out() -> None:

@@ -82,6 +82,20 @@ def test_identical_features_are_a_complete_collapse_even_if_layer_normalized() -
     assert describe_collapse(healthy, healthy) is None
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+@pytest.mark.parametrize("size", [0.0, 1.0, 1000.0])
+def test_features_that_do_not_differ_are_a_collapse_whatever_those_of_the_untrained_network(size: float, noise: float) -> None:
+    features = (size * torch.ones(64, 32)) * (1 + noise * torch.randn(64, 32, generator=torch.Generator().manual_seed(0)))
+    same = collapse_statistics(features)
+    assert "do not differ at all" in (describe_collapse(same, same) or "")
+    assert "do not differ at all" in (describe_collapse(same, collapse_statistics(torch.randn(64, 32))) or "")
+
+
+def test_a_single_image_shows_no_collapse() -> None:
+    single = collapse_statistics(torch.ones(1, 8))
+    assert describe_collapse(single, single) is None
+
+
 def test_features_in_few_directions_are_a_dimensional_collapse() -> None:
     g = torch.Generator().manual_seed(0)
     healthy = torch.randn(256, 32, generator=g)

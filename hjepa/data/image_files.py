@@ -1,4 +1,4 @@
-"""Image files: found in class folders and decoded on demand; unreadable files are replaced, counted and named.
+"""Image files: decoded on demand; unreadable files are replaced, counted and named.
 
 `ImageFiles.decode` reads the images both when they are decoded into memory once and when workers decode them ahead of every
 step (`hjepa.data.stream`), so that the pixels are the same.
@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 from warnings import catch_warnings
 
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import functional as TF
 
 from hjepa.config.errors import UserError
@@ -24,8 +22,6 @@ from hjepa.config.terminal import progress_bar
 from hjepa.data.pixels import WHITE, to_rgb
 
 log = logging.getLogger(__name__)
-
-FileList = tuple[list[str], list[int]]  # paths and class indices
 
 MapFunction = Callable[[Callable[[int], Any], list[int]], Iterable[Any]]  # the built-in `map`, or one that uses threads
 
@@ -181,43 +177,3 @@ def read_image(path: str, size: int, background: Sequence[int] | None = WHITE) -
     if image.size != (size, size):
         image = TF.center_crop(TF.resize(image, size, antialias=True), [size, size])
     return np.array(image)
-
-
-def walk_images(folder: Path) -> list[str]:
-    """Return the sorted paths of all images in a folder and its subfolders."""
-    folder = folder.absolute()
-    return [path for path, _ in make_dataset(str(folder.parent), {folder.name: 0}, IMG_EXTENSIONS, allow_empty=True)]
-
-
-def class_folders(folder: Path, chosen: list[str] | None) -> list[str]:
-    """Return the names of all class folders, or of the chosen ones, in the order of their class indices.
-
-    A chosen name that is no folder stands for its first word, since lists of classes often describe them: `n01440764 tench`.
-    """
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if chosen is None:
-        return classes
-    names = {name if name in classes else (name.split() or [""])[0] for name in chosen}
-    if missing := sorted(names - set(classes)):
-        raise UserError(
-            f"dataset.classes: {folder} has no class folder {missing[0]} ({len(missing)} of {len(names)} are missing); "
-            "use names of existing folders."
-        )
-    return sorted(names)
-
-
-def list_images(folder: Path, chosen: list[str] | None = None) -> FileList:
-    """Return the sorted paths and the class indices of all images in the (chosen) class folders.
-
-    Without class folders, images in the folder itself are returned with the class -1.
-    """
-    classes = class_folders(folder, chosen)
-    unlabeled = sorted(str(path) for path in folder.iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
-    if unlabeled and not classes:
-        return unlabeled, [-1] * len(unlabeled)
-    if not classes:
-        raise UserError(f"{folder} holds neither images nor class folders; expected {folder}/<class>/*.jpg.")
-    samples = make_dataset(str(folder), {name: i for i, name in enumerate(classes)}, IMG_EXTENSIONS, allow_empty=True)
-    if not samples:
-        raise UserError(f"The class folders of {folder} hold no images (looked for {', '.join(IMG_EXTENSIONS)}).")
-    return [path for path, _ in samples], [label for _, label in samples]

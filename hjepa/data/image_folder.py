@@ -12,7 +12,8 @@ from torch import Tensor
 from hjepa.config.errors import UserError
 from hjepa.config.types import Color, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from hjepa.data.datamodule import DataModule, Split, evenly_spaced_indices
-from hjepa.data.image_files import CorruptFiles, FileList, ImageFiles, class_folders, list_images
+from hjepa.data.file_lists import FileList, class_folders, list_images
+from hjepa.data.image_files import CorruptFiles, ImageFiles
 from hjepa.data.pixels import WHITE
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,8 @@ from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
 from hjepa.config.terminal import progress_bar
 from hjepa.data.datamodule import DataModule
-from hjepa.data.image_files import read_image, walk_images
+from hjepa.data.file_lists import walk_images
+from hjepa.data.image_files import read_image
 from hjepa.data.pixels import WHITE, to_rgb
 from hjepa.tasks.export.timm_model import load_timm_model
 from hjepa.tasks.trained_run import load_run

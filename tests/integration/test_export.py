@@ -15,7 +15,8 @@ from PIL import Image
 from hjepa.config.errors import UserError
 from hjepa.config.run import run as run_config
 from hjepa.config.schema import resolve
-from hjepa.data.image_files import CorruptFiles, ImageFiles, read_image, walk_images
+from hjepa.data.file_lists import walk_images
+from hjepa.data.image_files import CorruptFiles, ImageFiles, read_image
 from hjepa.tasks.export.export import relative_difference
 from hjepa.tasks.export.features import write_features
 from hjepa.tasks.export.formats import FORMATS, ExportedEncoder

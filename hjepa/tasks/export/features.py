@@ -15,7 +15,8 @@ from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
 from hjepa.config.terminal import progress_bar
 from hjepa.config.types import Fraction, NonNegativeInt, PositiveInt
-from hjepa.data.image_files import CorruptFiles, ImageFiles, walk_images
+from hjepa.data.file_lists import walk_images
+from hjepa.data.image_files import CorruptFiles, ImageFiles
 from hjepa.data.stream import Stream
 from hjepa.metrics.probes import extract_features
 from hjepa.tasks.export.writers import WRITERS, AppendRows, paths_file

@@ -8,6 +8,8 @@ To add a dataset, write a subclass of `DataModule` with `load(split)`, as in `sh
 `torchvision_datasets.py`, and a file in conf/dataset/ that names it.
 """
 
+import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from hjepa.data.color import Images
 from hjepa.data.image_files import ImageFiles
 from hjepa.data.pixels import WHITE
 from hjepa.distributed.seeding import generator
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,9 @@ class DataModule(ABC):
     def train_and_validation(self) -> tuple[Split, Split]:
         """Return the training split without the held-out part, and the held-out part; both are the same for every seed."""
         split = self.load("train")
-        train, held_out = self.split_indices(next(iter(split.labels.values()), torch.zeros(len(split))))
+        name, labels = next(iter(split.labels.items()), ("", torch.zeros(len(split))))
+        train, held_out = self.split_indices(labels)
+        warn_of_unscored_classes(labels, held_out, self.class_names(name), self.validation)
         return split[train], split[held_out]
 
     def split_indices(self, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,6 +178,28 @@ class DataModule(ABC):
         is_train = torch.ones(len(labels), dtype=torch.bool)
         is_train[held_out] = False
         return is_train.nonzero().squeeze(1), held_out
+
+
+def warn_of_unscored_classes(labels: Tensor, held_out: Tensor, names: list[str], validation: float) -> None:
+    """Log a warning if classes have too few images for one in the validation part.
+
+    Args:
+        labels: Labels of all images; -1 stands for an unknown label.
+        held_out: Indices of the validation part.
+        names: Names of the classes by label; empty if they have none.
+        validation: Fraction of the images that is held out.
+    """
+    classes, counts = labels[labels >= 0].long().unique(return_counts=True)
+    is_scored = torch.isin(classes, labels[held_out].long())
+    unscored = (~is_scored).nonzero().flatten().tolist()
+    if not unscored or os.environ.get("RANK", "0") != "0":
+        return
+    label, count = int(classes[unscored[0]]), int(counts[unscored[0]])
+    log.warning(
+        "%d of %d classes have so few images that none is held out for validation, for example %s with %d: the probes score only "
+        "the others; add images, or raise dataset.validation=%g.",
+        *(len(unscored), len(classes), names[label] if names else label, count, validation),
+    )
 
 
 def evenly_spaced_indices(total: int, count: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hjepa.config.errors import UserError
 from hjepa.config.types import Color, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from hjepa.data.datamodule import DataModule, Split, evenly_spaced_indices
+from hjepa.data.datamodule import DataModule, Split, evenly_spaced_indices, warn_of_unscored_classes
 from hjepa.data.file_lists import FileList, class_folders, list_images
 from hjepa.data.image_files import CorruptFiles, ImageFiles
 from hjepa.data.pixels import WHITE
@@ -79,6 +79,7 @@ class FolderDataModule(DataModule):
         files = self.join(file_lists)
         is_unlabeled = files.labels.max() < 0
         train, held_out = self.split_indices(torch.zeros(len(files)) if is_unlabeled else files.labels)
+        warn_of_unscored_classes(files.labels, held_out, self.class_names("class"), self.validation)
         if self.weights:
             train = repeat_to_shares(train, [len(paths) for paths, _ in file_lists], self.weights)
         stream = self.must_stream(len(train) + len(held_out))

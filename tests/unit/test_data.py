@@ -25,6 +25,7 @@ from hjepa.data.datamodule import stratified_indices
 from hjepa.data.image_folder import FolderMixture, ImageFolder, ImageNet
 from hjepa.data.shapes import Shapes
 from hjepa.data.torchvision_datasets import TorchvisionDataset
+from hjepa.metrics.probes import Probe
 from tests.helpers.runs import compose
 
 COMMON = {
@@ -221,6 +222,41 @@ def test_unknown_labels_are_never_held_out() -> None:
     labels = torch.tensor([-1] * 50 + [0] * 10 + [1] * 10)
     held = stratified_indices(labels, 0.2)
     assert torch.bincount(labels[held]).tolist() == [2, 2]
+
+
+class MeanColor:
+    """A network without weights, whose features are the mean color of an image."""
+
+    training, device = False, torch.device("cpu")
+
+    def train(self, mode: bool = True) -> None: ...
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3))
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+def test_classes_without_a_validation_image_are_counted_and_the_others_scored(tmp_path: Path, limit: float, caplog) -> None:
+    make_folder(tmp_path, classes=2, images=20)
+    for name, count in (("few", 4), ("fewer", 1)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.new("RGB", (16, 16), (0, 0, 9 * i)).save(tmp_path / name / f"{i}.png")
+    data = folder(tmp_path, memory_limit_gb=limit, validation=0.1)
+    train, held = data.train_and_validation()
+    assert torch.bincount(held.labels["class"], minlength=4).tolist() == [2, 2, 0, 0]
+    assert torch.bincount(train.labels["class"]).tolist() == [18, 18, 4, 1]
+    assert caplog.text.count("so few images") == 1
+    assert "2 of 4 classes have so few images that none is held out for validation, for example few with 4" in caplog.text
+    probe = Probe(1, train_images=50, validation_images=50, neighbors=3, temperature=0.1, penalties=[1e-3], batch_size=8)
+    assert probe(MeanColor(), *probe.select_images(train, held), data.normalize)["linear"] == 1.0
+
+
+def test_nothing_is_said_of_classes_that_are_all_scored_or_of_images_without_classes(tmp_path: Path, caplog) -> None:
+    folder(make_folder(tmp_path)).train_and_validation()
+    folder(tmp_path / "class0").train_and_validation()
+    Shapes(train=60, test=10, data_seed=0, **COMMON).train_and_validation()
+    assert "so few images" not in caplog.text
 
 
 def spoil(none: Path, half: Path) -> None:

@@ -46,7 +46,11 @@ def signature_of(target: str) -> Signature:
 
 
 def class_signature(module: str, definition: ast.ClassDef) -> Signature:
-    """Return the signature of a class: its own options before those of the bases to which it passes further options."""
+    """Return the signature of a class.
+
+    It has the options of its constructor and, if that passes further ones to a base, those of the base, except for the ones that
+    it passes by itself. Where both have an option, the annotation of the class itself counts.
+    """
     inherited: Signature = {}
     for base in reversed(definition.bases):
         name = ast.unparse(base).partition("[")[0]
@@ -58,12 +62,42 @@ def class_signature(module: str, definition: ast.ClassDef) -> Signature:
     for statement in definition.body:
         if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
             own = arguments(statement)
-            return inherited | own if statement.args.kwarg else own
+            if not statement.args.kwarg:
+                return own
+            passed = passed_to_base(statement, positional_options(module, definition.bases))
+            return {name: annotation for name, annotation in inherited.items() if name not in passed} | own
     if not any("dataclass" in ast.unparse(decorator) for decorator in definition.decorator_list):
         return inherited
     fields = [node for node in definition.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
     annotations = {ast.unparse(field.target): ast.unparse(field.annotation) for field in fields}
     return inherited | {name: annotation for name, annotation in annotations.items() if "ClassVar" not in annotation}
+
+
+def positional_options(module: str, bases: list[ast.expr]) -> list[str]:
+    """Return the options of the first constructor among some base classes, in the order of its positional arguments."""
+    for base in bases:
+        if path := find_definition(module, ast.unparse(base).partition("[")[0]):
+            owner, _, name = path.rpartition(".")
+            definition = definitions(owner)[name]
+            constructors = [node for node in definition.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+            if constructors:
+                return [argument.arg for argument in constructors[0].args.args[1:]]
+            if isinstance(definition, ast.ClassDef) and (options := positional_options(owner, definition.bases)):
+                return options
+    return []
+
+
+def passed_to_base(constructor: ast.FunctionDef, options: list[str]) -> set[str]:
+    """Return the options of a base that a constructor passes by itself: `root` in `super().__init__(root, **options)`.
+
+    Args:
+        constructor: The constructor of the class.
+        options: Options of the base in the order of its positional arguments.
+    """
+    for node in ast.walk(constructor):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "super().__init__":
+            return {*options[: len(node.args)], *(keyword.arg for keyword in node.keywords if keyword.arg)}
+    return set()
 
 
 def arguments(function: ast.FunctionDef) -> Signature:

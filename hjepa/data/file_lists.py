@@ -113,13 +113,13 @@ def class_folders(folder: Path, chosen: list[str] | None) -> list[str]:
     classes = Folder(folder).folders
     if chosen is None:
         return classes
-    names = {name if name in classes else (name.split() or [""])[0] for name in chosen}
-    if missing := sorted(names - set(classes)):
+    names = {name: name if name in classes else (name.split() or [""])[0] for name in chosen}
+    if missing := sorted(name for name, first_word in names.items() if first_word not in classes):
         raise UserError(
             f"dataset.classes: {folder} has no class folder {missing[0]} ({len(missing)} of {len(names)} are missing); "
             "use names of existing folders."
         )
-    return sorted(names)
+    return sorted(set(names.values()))
 
 
 def list_images(folder: Path, chosen: list[str] | None = None) -> FileList:

@@ -169,12 +169,16 @@ class ImageFolder(FolderDataModule):
 
 
 def read_lines(file: Path) -> list[str]:
-    """Return the lines of a text file that are not blank."""
+    """Return the lines of a text file in UTF-8 that are not blank."""
     if not file.is_file():
         raise UserError(
             f"dataset.classes={file} is no file; expected a text file of class folders, a list of them, or null for all."
         )
-    return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # without the mark that some editors put at the beginning
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"dataset.classes={file} cannot be read ({error}); save it as plain text in UTF-8.") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 class ImageNet(ImageFolder):

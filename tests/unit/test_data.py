@@ -114,6 +114,13 @@ def test_chosen_classes(tmp_path: Path) -> None:
         folder(tmp_path / "images", classes=["class0", "lion"]).load("train")
     with pytest.raises(UserError, match=r"nowhere.txt is no file"):
         folder(tmp_path / "images", classes=str(tmp_path / "nowhere.txt"))
+    with pytest.raises(UserError, match="no class folder lion and tiger"):
+        folder(tmp_path / "images", classes=["lion and tiger"]).load("train")
+    (tmp_path / "names.txt").write_text("class2\r\n", encoding="utf-8-sig")
+    assert folder(tmp_path / "images", classes=str(tmp_path / "names.txt")).class_names("class") == ["class2"]
+    (tmp_path / "names.txt").write_bytes("Bär".encode("latin-1"))
+    with pytest.raises(UserError, match=r"names.txt cannot be read .*; save it as plain text in UTF-8"):
+        folder(tmp_path / "images", classes=str(tmp_path / "names.txt"))
 
 
 def test_a_text_file_of_class_names_is_an_option_of_the_command_line(tmp_path: Path) -> None:

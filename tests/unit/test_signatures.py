@@ -9,7 +9,7 @@ import pytest
 from hydra.utils import get_object
 
 from hjepa.config.errors import UserError
-from hjepa.config.schema import check_type
+from hjepa.config.schema import check_node, check_type
 from hjepa.config.signatures import ANY_OPTION, definitions, imports, signature_of, statements
 from hjepa.config.targets import hjepa_targets
 
@@ -29,9 +29,25 @@ def accepted(target: object) -> set[str]:
     return names
 
 
+# Options of a base that a class passes by itself, so that Python would refuse a second value.
+PASSED = {"ImageFolder": {"roots", "weights"}, "ImageNet": {"roots", "weights"}, "FolderMixture": {"classes"}}
+
+
 @pytest.mark.parametrize("target", sorted(hjepa_targets()))
 def test_the_options_read_from_the_source_are_those_that_are_accepted(target: str) -> None:
-    assert set(signature_of(target)) == accepted(get_object(target))
+    assert set(signature_of(target)) == accepted(get_object(target)) - PASSED.get(target.rpartition(".")[2], set())
+
+
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name, options in PASSED.items() for option in options])
+def test_an_option_that_a_class_passes_to_its_base_is_refused_by_name(name: str, option: str) -> None:
+    with pytest.raises(UserError, match=rf"dataset.{option} is not an option of hjepa.data.{name}; its options are "):
+        check_node("dataset", {"_target_": f"hjepa.data.{name}", option: ["a"]})
+
+
+@pytest.mark.parametrize("name", ["ImageFolder", "ImageNet"])
+@pytest.mark.parametrize("classes", ["classes.txt", ["a", "b c"], None])
+def test_the_annotation_of_a_class_counts_more_than_that_of_its_base(name: str, classes: object) -> None:
+    check_node("dataset", {"_target_": f"hjepa.data.{name}", "classes": classes})
 
 
 def write_package(folder: Path, files: dict[str, str]) -> None:
@@ -55,6 +71,16 @@ OUTSIDE = {
         "from torch.nn import Module\nfrom .between import Base\n"
         "class X(Base, Module):\n    def __init__(self, root: str, **common: object): ...",
         {"root": "str", "size": "int"},
+    ),
+    "options that the class passes by itself, past a base without a constructor": (
+        "from .first import First\nclass Empty(First): ...\nclass X(Empty):\n"
+        "    def __init__(self, name: str, **more):\n        super().__init__(1, **more)",
+        {"root": "float", "name": "str"},
+    ),
+    "the same, by keyword, and an own option of the same name": (
+        "from .first import First\nclass X(First):\n"
+        "    def __init__(self, size: str, **more):\n        super().__init__(size=int(size), root=1.0, **more)",
+        {"size": "str"},
     ),
     "dotted base": (
         "import somebodys.first as f\nclass X(f.First[int]):\n    pass",

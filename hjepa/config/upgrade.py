@@ -70,7 +70,7 @@ RENAMED_TARGETS = {
 RENAMED_OPTIONS = {"neighbours": "neighbors"}
 NEW_OPTIONS: dict[str, dict[str, Any]] = {  # config group -> option -> value
     "model": {"features": "last"},
-    "dataset": {"early_size": None, "early_share": 0.5},
+    "dataset": {"early_size": None, "early_share": 0.5, "max_images": None},
     "levels": {
         "view": ["same"],
         "project": [False],

@@ -79,6 +79,8 @@ class DataModule(ABC):
         early_size: Side of the global crops in the first part of the training, when small crops teach as much in less time
             (progressive resizing, Howard 2018); None for `image_size`.
         early_share: That part, as a fraction of the steps.
+        max_images: Number of images of the training split to use, spread evenly over it, for training and validation together;
+            None uses all.
 
     Attributes:
         background: Color behind the transparent pixels of image files, see `hjepa.data.pixels.to_rgb`.
@@ -99,7 +101,9 @@ class DataModule(ABC):
         local_scale: FractionRange,
         early_size: PositiveInt | None = None,
         early_share: Fraction = 0.5,
+        max_images: PositiveInt | None = None,
     ) -> None:
+        self.max_images = max_images
         self.early_size, self.early_share = early_size, early_share
         self.views, self.local_views, self.local_size, self.local_scale = views, local_views, local_size, local_scale
         self.image_size, self.validation, self.augment = image_size, validation, augment
@@ -164,34 +168,35 @@ class DataModule(ABC):
         split = self.load("train")
         name, labels = next(iter(split.labels.items()), ("", torch.zeros(len(split))))
         train, held_out = self.split_indices(labels)
-        warn_of_unscored_classes(labels, held_out, self.class_names(name), self.validation)
+        warn_of_unscored_classes(labels[train], labels[held_out], self.class_names(name), self.validation)
         return split[train], split[held_out]
 
     def split_indices(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sorted indices of the images to train on, and of those held out for validation."""
-        held_out = stratified_indices(labels, self.validation)
-        if not 0 < len(held_out) < len(labels):
+        used = evenly_spaced_indices(len(labels), self.max_images or len(labels))
+        held_out = used[stratified_indices(labels[used], self.validation)]
+        if not 0 < len(held_out) < len(used):
             raise UserError(
-                f"dataset.validation={self.validation} of {len(labels)} images leaves no image to "
+                f"dataset.validation={self.validation} of {len(used)} images leaves no image to "
                 f"{'validate' if len(held_out) == 0 else 'train'} on; use more images or another share."
             )
-        is_train = torch.ones(len(labels), dtype=torch.bool)
+        is_train = torch.zeros(len(labels), dtype=torch.bool)
+        is_train[used] = True
         is_train[held_out] = False
         return is_train.nonzero().squeeze(1), held_out
 
 
-def warn_of_unscored_classes(labels: Tensor, held_out: Tensor, names: list[str], validation: float) -> None:
+def warn_of_unscored_classes(train: Tensor, held_out: Tensor, names: list[str], validation: float) -> None:
     """Log a warning if classes have too few images for one in the validation part.
 
     Args:
-        labels: Labels of all images; -1 stands for an unknown label.
-        held_out: Indices of the validation part.
+        train: Labels of the images to train on; -1 stands for an unknown label.
+        held_out: Labels of the validation part.
         names: Names of the classes by label; empty if they have none.
         validation: Fraction of the images that is held out.
     """
-    classes, counts = labels[labels >= 0].long().unique(return_counts=True)
-    is_scored = torch.isin(classes, labels[held_out].long())
-    unscored = (~is_scored).nonzero().flatten().tolist()
+    classes, counts = train[train >= 0].long().unique(return_counts=True)
+    unscored = (~torch.isin(classes, held_out.long())).nonzero().flatten().tolist()
     if not unscored or os.environ.get("RANK", "0") != "0":
         return
     label, count = int(classes[unscored[0]]), int(counts[unscored[0]])

@@ -79,7 +79,7 @@ class FolderDataModule(DataModule):
         files = self.join(file_lists)
         is_unlabeled = files.labels.max() < 0
         train, held_out = self.split_indices(torch.zeros(len(files)) if is_unlabeled else files.labels)
-        warn_of_unscored_classes(files.labels, held_out, self.class_names("class"), self.validation)
+        warn_of_unscored_classes(files.labels[train], files.labels[held_out], self.class_names("class"), self.validation)
         if self.weights:
             train = repeat_to_shares(train, [len(paths) for paths, _ in file_lists], self.weights)
         stream = self.must_stream(len(train) + len(held_out))

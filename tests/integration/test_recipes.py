@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from hjepa.config.run import run
+from hjepa.config.schema import check, resolve
 from tests.helpers.runs import ROOT, compose
+from tests.unit.test_data import make_folder
 
 RECIPES = sorted(p.stem for p in (ROOT / "conf" / "experiment").glob("*.yaml"))
 
@@ -25,6 +27,24 @@ def test_recipe_takes_two_steps(recipe: str, tmp_path: Path) -> None:
     assert summary["images_per_second"] > 0
     if recipe != "reference_step":
         assert summary["steps"] == 2
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("dataset", ["image_folder", "mixture", "imagenet100", "cifar10"])
+def test_recipe_fits_every_kind_of_dataset(recipe: str, dataset: str) -> None:
+    roots = {"mixture": ["dataset.roots=[a,b]"], "cifar10": []}.get(dataset, ["dataset.root=a"])
+    check(resolve(compose(f"experiment={recipe}", f"dataset={dataset}", *roots)))
+
+
+@pytest.mark.parametrize("recipe", ["smoke", "overfit"])
+def test_recipe_runs_on_a_folder_of_images(recipe: str, tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images", images=40)
+    overrides = [f"experiment={recipe}", "dataset=image_folder", f"dataset.root={root}", "name=r", "model.encoder.depth=1"]
+    overrides += ["hardware=cpu", "hardware.threads=1", "tracking=none", f"output_root={tmp_path}", "train.epochs=1"]
+    run(compose(*(override for override in overrides if recipe == "overfit" or "depth" not in override)))
+    summary = json.loads((tmp_path / recipe / "r" / "summary.json").read_text())
+    assert summary["status"] in ("finished", "collapsed")
+    assert summary["steps"] == (2 if recipe == "overfit" else 1)
 
 
 @pytest.mark.parametrize("off", ["probe=none", "regularizer=none"])

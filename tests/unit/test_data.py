@@ -225,6 +225,25 @@ def test_a_dataset_of_equal_images_is_refused(tmp_path: Path, limit: float, capl
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+def test_max_images_uses_a_fixed_part_of_every_class(tmp_path: Path, limit: float) -> None:
+    make_folder(tmp_path, images=16)
+    every, part = (folder(tmp_path, memory_limit_gb=limit, max_images=count) for count in (None, 24))
+    train, held = part.train_and_validation()
+    assert torch.bincount(train.labels["class"]).tolist() == [6, 6, 6]
+    assert torch.bincount(held.labels["class"]).tolist() == [2, 2, 2]
+    all_pixels = {pixels(image) for image in every.load("train").images[:]}
+    used = [pixels(image) for split in (train, held) for image in split.images[:]]
+    assert len(set(used)) == 24
+    assert set(used) <= all_pixels
+    again, _ = part.train_and_validation()
+    assert torch.equal(again.images[:], train.images[:])
+    more, _ = folder(tmp_path, memory_limit_gb=limit, max_images=1000).train_and_validation()
+    assert torch.equal(more.images[:], every.train_and_validation()[0].images[:])
+    shapes, validation = Shapes(train=50, test=50, data_seed=0, max_images=20, **COMMON).train_and_validation()
+    assert len(shapes) + len(validation) == 20
+
+
 def test_unknown_labels_are_never_held_out() -> None:
     labels = torch.tensor([-1] * 50 + [0] * 10 + [1] * 10)
     held = stratified_indices(labels, 0.2)

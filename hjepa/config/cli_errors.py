@@ -1,8 +1,10 @@
 """Mistakes in a command line, reported in one sentence that suggests the nearest option."""
 
 import os
+import re
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 
@@ -11,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hjepa.config.errors import UserError
 from hjepa.config.paths import CONF
+from hjepa.config.quoting import correct, find_choice_of_no_option, quote
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # environment variable: if set, Hydra prints stack traces
 
@@ -24,30 +27,52 @@ def friendly_cli_errors() -> Iterator[None]:
     os.environ[FULL_ERROR] = "1"  # otherwise Hydra prints its own message and exits
     try:
         yield
-    except CompactHydraException as error:
-        print(format_hydra_error(error), file=sys.stderr)
+    except (CompactHydraException, ValueError) as error:
+        print(format_hydra_error(error, sys.argv[1:]), file=sys.stderr)
         sys.exit(1)
     finally:
         del os.environ[FULL_ERROR]
 
 
-def format_hydra_error(error: CompactHydraException) -> str:
-    """Return one sentence that says what is wrong and what was probably meant."""
-    cause = error.__cause__
+def format_hydra_error(error: CompactHydraException | ValueError, arguments: Sequence[str]) -> str:
+    """Return one sentence that says what is wrong and what was probably meant.
+
+    Args:
+        error: The error.
+        arguments: All arguments of the command.
+
+    Raises:
+        ValueError: The error is a `ValueError` that has nothing to do with the arguments.
+    """
+    cause, message = error.__cause__, str(error)
+    if isinstance(error, ValueError):  # Hydra raises one if a config group is given a number or null
+        groups = [folder.name for folder in CONF.iterdir()]
+        argument = find_choice_of_no_option(arguments, groups) if message.startswith("Config group override") else None
+        if argument is None:
+            raise error
+        return f"{argument} chooses no option of a config group; write group=option, as in model=vit_tiny."
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OverrideParseException):
-        reason = error.message.splitlines()[0]
-        return f"{error.override} cannot be parsed ({reason}); write key=value, in quotes for the shell: 'key=[1,2]'."
+        if corrected := correct(error.override, arguments):
+            return f"{error.override} cannot be parsed as it is; write {corrected}"
+        return f"{error.override} cannot be parsed; write group=option or key=value, in quotes for the shell: 'key=[1,2]'."
+    if ambiguous := re.match(r"Ambiguous value for argument '(.*)'$", message.strip().partition("\n")[0]):
+        key, _, value = ambiguous[1].partition("=")
+        text, values = (shlex.quote(f"{key}={form}") for form in (quote(value), f"[{value}]"))
+        return f"{key}={value} has several values; add --multirun to try each, or write {values} for a list, {text} for a text"
+    if message.startswith("Multiple values for ") and (group := message.split()[3].rstrip(".")):
+        return f"{group} already has an option; write {group}=OPTION without the plus sign to choose another one."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         # Hydra does not know the options of lists such as tracking=[mlflow]
         options = error.options or [file.stem for file in (CONF / group).glob("[!_]*.yaml")]
-        return f"{group}={option} is not an option{suggest(option, list(options))}"
+        name = f"{group}={option}" if group else f"--config-name={option}"
+        return f"{name} is not an option{suggest(option, [name for name in options if not name.startswith('_')])}"
     if isinstance(cause, OmegaConfBaseException) and cause.parent_node is not None and "not in struct" in str(cause):
         path, key = str(cause.full_key), str(cause.key)
         return f"{path} is not an option{suggest(key, [str(name) for name in cause.parent_node])}"
-    message = " ".join(f"{error} {cause or ''}".split())
+    message = " ".join(f"{message} {cause or ''}".split())
     if isinstance(error, InstantiationException):
         return f"{message} (set {FULL_ERROR}=1 for the stack trace)"
     return message

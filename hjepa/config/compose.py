@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from hjepa.config.cli_errors import format_hydra_error
 from hjepa.config.errors import UserError
 from hjepa.config.paths import CONF, FILES, path_variables
+from hjepa.config.quoting import quote
 
 
 def compose_config(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None) -> DictConfig:
@@ -34,13 +35,8 @@ def compose_config(overrides: Sequence[str], config_dir: str | os.PathLike[str] 
     try:
         with environment(path_variables()), initialize_config_dir(str(CONF), job_name="hjepa", version_base="1.3"):
             return compose("config", [*overrides, f"hydra.searchpath=[{searchpath}]"], return_hydra_config=True)
-    except CompactHydraException as error:
-        raise UserError(format_hydra_error(error)) from None
-
-
-def quote(text: str) -> str:
-    """Quote a string for Hydra's override grammar."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    except (CompactHydraException, ValueError) as error:
+        raise UserError(format_hydra_error(error, overrides)) from None
 
 
 @contextmanager

@@ -4,15 +4,18 @@ The schema of a config node is the signature of its `_target_`, read from the so
 reported in under a second, before any work starts, and a new class needs no second declaration of its options.
 """
 
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Optional, Union
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from hjepa.config import types
 from hjepa.config.errors import UserError
+from hjepa.config.quoting import as_text, render
 from hjepa.config.signatures import ANY_OPTION, Signature, signature_of
 from hjepa.config.targets import iter_targets, validate_targets
 
@@ -48,12 +51,16 @@ def resolve(cfg: DictConfig) -> Config:
     `choices` keeps the option of every group, without Hydra's own groups and groups without an option.
 
     Raises:
-        UserError: A mandatory value is missing.
+        UserError: A mandatory value is missing, or a value refers to one that does not exist.
     """
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise UserError(f"{missing[0]} has no value; set it with {missing[0]}=... on the command line.")
-    config: Config = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise UserError(f"{missing[0]} has no value; set it with {missing[0]}=... on the command line.")
+        config: Config = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UserError(f"{error.full_key} refers to a value that does not exist ({reason}); correct or remove it.") from None
     chosen = {group: option for group, option in config.get("choices", {}).items() if option and not group.startswith("hydra/")}
     return config | {"choices": dict(sorted(chosen.items()))}
 
@@ -63,6 +70,9 @@ def check(config: Config) -> None:
     for key in config:
         if key not in TOP_LEVEL and key not in GROUPS:
             raise UserError(f"{key} is not an option; the options at the top level are {', '.join((*TOP_LEVEL, *GROUPS))}.")
+    for group in GROUPS:
+        if not isinstance(config.get(group, {}), dict):
+            raise UserError(f"{group}={config[group]!r}: expected an option of the group, or its values as {group}.KEY=VALUE.")
     for option, annotation in TOP_LEVEL.items():
         check_type(option, config[option], annotation)
     validate_targets(config)
@@ -95,11 +105,27 @@ def check_type(path: str, value: Any, annotation: str | None) -> None:
     if annotation is None or (isinstance(value, dict) and "_target_" in value):
         return
     try:
-        TypeAdapter(eval(annotation, dict(KNOWN_TYPES)), config=ConfigDict(strict=True)).validate_python(value)
+        adapter(annotation).validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{path}={value!r}: expected {annotation} ({explain(error)}).") from None
+        raise UserError(f"{path}={value!r}: expected {annotation} ({explain(error)}){hint(path, value, annotation)}.") from None
     except (NameError, AttributeError, TypeError, PydanticUserError):
-        return
+        if annotation.startswith("Callable") and "None" not in annotation and not callable(value):
+            raise UserError(f"{path}={value!r}: expected options with a _target_, as in the YAML file of the group.") from None
+
+
+def hint(path: str, value: Any, annotation: str) -> str:
+    """Return what to write if a number was typed where a text belongs, as the end of a sentence; empty for other mistakes."""
+    text = as_text(value)
+    try:
+        adapter(annotation).validate_python(text)
+    except ValidationError:
+        return ""
+    return f"; write {shlex.quote(f'{path}={render(text)}')}"
+
+
+def adapter(annotation: str) -> TypeAdapter[Any]:
+    """Return what validates the values of an annotation, without converting them."""
+    return TypeAdapter(eval(annotation, dict(KNOWN_TYPES)), config=ConfigDict(strict=True))
 
 
 def explain(error: ValidationError) -> str:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
 
 # These options may differ between two starts of one run: they change where and how it computes, not its result.
@@ -16,6 +17,8 @@ NOT_IDENTITY = (
     *("tracking", "checkpoint", "task", "hardware"),
 )
 NOT_IDENTITY_DATASET = ("memory_limit_gb", "workers")
+
+LONGEST_NAME = 200  # bytes; file systems allow 255, of which `benchmark-` and temporary files need some
 
 NAME_GROUPS = ("dataset", "model", "levels", "masking", "loss")
 
@@ -48,13 +51,28 @@ def run_path(config: Config) -> Path:
     """Return the absolute path of the run folder: output_root / experiment_name / name.
 
     The default name consists of the chosen options, the seed and the hash of the config.
+
+    Raises:
+        UserError: `name` or `experiment_name` is not the name of a folder inside of the one that holds it.
     """
+    check_name("experiment_name", config["experiment_name"])
+    if config["name"]:
+        check_name("name", config["name"])
     words = [config["choices"][group] for group in NAME_GROUPS if group in config["choices"]]
     if config["task"]["_target_"] == BENCHMARK:
         name = "benchmark-" + (config["name"] or "-".join([*words, config_hash(config)]))
     else:
         name = config["name"] or "-".join([*words, f"s{config['seed']}", config_hash(config)])
     return Path(config["output_root"]).expanduser().absolute() / config["experiment_name"] / name
+
+
+def check_name(key: str, name: str) -> None:
+    """Refuse a name that leads out of the folder that holds it, is empty, or is too long for a file system."""
+    path = Path(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise UserError(f"{key}={name} is not the name of a folder inside of output_root; set output_root for another place.")
+    if any(len(part.encode()) > LONGEST_NAME for part in path.parts):
+        raise UserError(f"{key}={name[:20]}... is longer than {LONGEST_NAME} bytes; choose a shorter one.")
 
 
 def flatten(config: Any, prefix: str = "") -> Config:

@@ -1,5 +1,6 @@
 """From a config node to the object that it describes."""
 
+import re
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -28,11 +29,22 @@ def build(node: Config, **arguments: Any) -> Any:
         import_target(inner["_target_"])
     try:
         if arguments:  # Hydra would take dataclass arguments for configs
-            return instantiate(node, _partial_=True, _convert_="all")(**arguments)
+            return call(instantiate(node, _partial_=True, _convert_="all"), node["_target_"], arguments)
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
+        raise
+
+
+def call(partial: Any, target: str, arguments: dict[str, Any]) -> Any:
+    """Call a partial constructor; raise `UserError` if an option without a default value is missing."""
+    try:
+        return partial(**arguments)
+    except TypeError as error:
+        name = target.rpartition(".")[2]
+        if re.match(rf"{name}(\.__init__)?\(\) missing", str(error)):
+            raise UserError(f"{target} lacks an option ({error}); add it to the YAML file or the command line.") from None
         raise
 
 

@@ -47,7 +47,7 @@ def compare_runs(config: Config, path: Path, runs: list[str], sweep: str | None,
         add_evaluation(job)
     check_metric(jobs, metric)
     check_enough_runs(jobs)
-    name = config["name"] or short_hash([str(job.folder) for job in jobs])
+    name = config["name"] or short_hash([str(job.folder) for job in jobs])  # `run_path` has checked the name
     folder = Path(config["output_root"]).expanduser().absolute() / "comparisons" / name
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)

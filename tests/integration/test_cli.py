@@ -78,6 +78,13 @@ def test_help_lists_the_options_in_less_than_two_seconds() -> None:
         (["levels.pool=2"], ["levels.pool=2", "list[PositiveInt | Literal['whole']]"]),
         (["hardware.precision=float8"], ["hardware.precision='float8'", "bfloat16"]),
         (["dataset=image_folder"], ["dataset.root has no value", "dataset.root=..."]),
+        (["name=lr=0.1"], ["""name=lr=0.1 cannot be parsed as it is; write 'name="lr=0.1"'"""]),
+        (["seed=1", "dataset.root=/data/My", "Photos", "(2024)"], ["""; write 'dataset.root="/data/My Photos (2024)"'"""]),
+        (["name=../../x"], ["name=../../x is not the name of a folder inside of output_root"]),
+        (["experiment_name=.."], ["experiment_name=.. is not the name of a folder inside of output_root"]),
+        (["model=3"], ["model=3 chooses no option"]),
+        (["train.steps=${nope}"], ["train.steps refers to a value that does not exist"]),
+        (["--config-name=foo"], ["--config-name=foo is not an option"]),
     ],
 )
 def test_errors_in_a_config_are_reported_before_torch_is_imported(tmp_path: Path, overrides: list[str], words: list[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import hjepa
 from hjepa.config.errors import UserError
 from hjepa.config.identity import config_hash, identity, run_path
+from hjepa.config.instantiate import build
 from hjepa.config.paths import CONF
 from hjepa.config.run import COMMAND, record_command
 from hjepa.config.schema import check, check_node, resolve
@@ -52,6 +53,29 @@ def test_the_recorded_command_can_be_typed_again() -> None:
     compose("masking=block", "optimizer.betas=[0.9,0.95]")
     record_command()
     assert os.environ[COMMAND].endswith("launch.py masking=block 'optimizer.betas=[0.9,0.95]'")
+
+
+@pytest.mark.parametrize("key", ["name", "experiment_name"])
+@pytest.mark.parametrize("value", ["..", "../x", "../../x", "a/../../x", "/tmp/x", ".", "./", "x" * 300, "実" * 100])
+def test_a_name_that_is_no_folder_inside_of_output_root_is_refused(key: str, value: str, config: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"^{key}=") as caught:
+        run_path(config | {key: value})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["x", "a/b", "..x", "実験", "a b", "lr=0.1"])
+def test_any_name_of_a_folder_inside_of_output_root_is_a_name(value: str, config: dict[str, Any]) -> None:
+    assert run_path(config | {"name": value}) == Path("/o/default") / value
+    assert run_path(config | {"experiment_name": value, "name": "r"}) == Path("/o") / value / "r"
+    assert run_path(config | {"name": ""}) == run_path(config | {"name": None})
+    with pytest.raises(UserError, match=r"^experiment_name="):
+        run_path(config | {"experiment_name": ""})
+
+
+def test_an_option_that_is_missing_is_named(config: dict[str, Any]) -> None:
+    node = {key: value for key, value in config["train"].items() if key != "epochs"}
+    with pytest.raises(UserError, match=r"hjepa.training.Trainer lacks an option .*'epochs'"):
+        build(node, components=None, images=None)
 
 
 @pytest.mark.parametrize("option", ["threads", "processes", "slots"])

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hjepa.config.errors import UserError
+from hjepa.distributed.process_group import all_gather_with_grad, own_part
 from hjepa.models.levels import Level
 
 
@@ -17,7 +19,13 @@ def build_heads(levels: list[Level], projector: Callable[..., nn.Module] | None)
     return nn.ModuleDict({level.name: projector(dim=level.dim) for level in projected if projector})
 
 
-def project(head: nn.Module, tokens: Float[Tensor, "b g k _"]) -> Float[Tensor, "b g k _"]:
-    """Apply a projector, which normalizes over the batch, to all tokens."""
-    projected: Tensor = head(tokens.flatten(0, 2))
-    return projected.unflatten(0, tokens.shape[:3])
+def project(head: nn.Module, tokens: Float[Tensor, "b k _"]) -> Float[Tensor, "b k _"]:
+    """Apply a projector to all tokens of each image; in training, it normalizes over the images of all processes."""
+    every = all_gather_with_grad(tokens) if head.training else tokens
+    projected: Tensor = head(every.flatten(0, 1))
+    return own_part(projected.unflatten(0, every.shape[:2]), len(tokens))
+
+
+def normalize_targets(cells: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape d"]:
+    """Normalize every target cell to mean 0 and variance 1, without learned parameters."""
+    return F.layer_norm(cells.float(), cells.shape[-1:])

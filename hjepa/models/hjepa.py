@@ -7,29 +7,26 @@ The targets of a level are cells that are hidden from the context in its own vie
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hjepa.config.types import PositiveInt
-from hjepa.distributed.process_group import all_gather, all_gather_with_grad
+from hjepa.distributed.process_group import all_gather_with_grad
 from hjepa.masking import Masks
 from hjepa.models.encoder import Encoder, Stage
-from hjepa.models.heads import build_heads, project
-from hjepa.models.layers import gather_tokens
-from hjepa.models.levels import Level, Levels, cell_centers
+from hjepa.models.heads import build_heads
+from hjepa.models.level_prediction import LevelPrediction
+from hjepa.models.levels import Level, Levels
 from hjepa.models.output import LevelOutput, Output
-from hjepa.models.predictor import Context, Fusion, Predictor
+from hjepa.models.predictor import Fusion, Predictor
 from hjepa.models.pretrained import load_encoder
 from hjepa.models.stacked import StackedLevel
-from hjepa.models.views import Queries, match_levels, target_views
 
 
-class HJEPA(nn.Module):
+class HJEPA(LevelPrediction):
     """Student, teacher and predictor over a hierarchy of levels.
 
     Args:
@@ -89,11 +86,6 @@ class HJEPA(nn.Module):
             self.upper.share_teacher()
 
     @property
-    def teacher_is_student(self) -> bool:
-        """True if the student is its own teacher."""
-        return self.teacher is self.student
-
-    @property
     def masked_levels(self) -> list[Level]:
         """The levels whose targets are hidden cells of the context's own view; the masks name their targets in this order."""
         return [level for level in self.levels if not level.other]
@@ -148,10 +140,6 @@ class HJEPA(nn.Module):
             features = [torch.cat(pair, dim=1) for pair in zip(features, local, strict=True)]
         return Output(levels, features, num_global)
 
-    def sees_all(self, masks: Masks) -> bool:
-        """Return True if the masks hide nothing."""
-        return masks.context.shape[1:] == (1, self.grid**2)
-
     def teacher_stages(self, images: Float[Tensor, "b 3 h w"], by_student: list[Stage] | None = None) -> dict[int, Stage]:
         """Encode whole images by the teacher, in one pass for all levels, contexts and target blocks.
 
@@ -203,125 +191,6 @@ class HJEPA(nn.Module):
             rows = [(weight, *(x.flatten(1, 3).unsqueeze(1) for x in pair)) for weight, *pair in stacked]
             levels += [LevelOutput(f"stacked{i}", *row) for i, row in enumerate(rows, start=1)]
         return levels
-
-    def predict_masked(self, masks: Masks, stages: list[Stage], cells: list[Tensor]) -> dict[str, LevelOutput]:
-        """Predict the cells that are hidden from the contexts in their own views.
-
-        Args:
-            masks: Masks of the global crops.
-            stages: Stages of the student at `self.layers` for all contexts.
-            cells: Cells [B, N, D] of every level, computed by the teacher.
-
-        Returns:
-            The outputs by level; with the summary pass, also that of "summary".
-        """
-        context, queries, targets, sampled = self.masked_context(stages, masks), [], [], iter(masks.targets)
-        for level, own in zip(self.levels, cells, strict=True):
-            if not level.other:
-                index = level.target_cells(next(sampled))
-                queries.append(Queries(level, cell_centers(level.grid, index.device)[index]))
-                targets.append(gather_tokens(own, index).flatten(1, 3).unsqueeze(1))
-        outputs = {}
-        for query, prediction, target in zip(queries, self.answer(context, queries), targets, strict=True):
-            outputs[query.level.name] = self.compare(query.level, prediction.flatten(1, 3).unsqueeze(1), target)
-        if self.summary_weight:
-            context = Context(context.tokens[:, : self.student.num_summary_tokens], None, self.grid)
-            prediction = self.answer(context, queries[:1])[0].flatten(1, 3).unsqueeze(1)
-            first = self.compare(self.levels[0], prediction, targets[0])
-            outputs["summary"] = replace(first, name="summary", weight=self.summary_weight)
-        return outputs
-
-    def answer(self, context: Context, queries: list[Queries]) -> list[Float[Tensor, "b c p t _"]]:
-        """Return the predictions of all queries, each by the predictor of its level."""
-        answers: dict[str, Tensor] = {}
-        for predictor, match in ((self.predictor, False), (self.matching, True)):
-            own = [query for query in queries if query.level.match == match]
-            if predictor is not None and own:
-                answers |= zip((query.level.name for query in own), predictor(context, own), strict=True)
-        return [answers[query.level.name] for query in queries]
-
-    def predict_other_views(
-        self,
-        masks: Masks,
-        stages: list[Stage],
-        local_stages: list[Stage],
-        cells: list[Tensor],
-        boxes: Float[Tensor, "b n 2 3"],
-        num_crops: int,
-    ) -> dict[str, LevelOutput]:
-        """Predict the cells of the other global crops of an image from each of its global and local crops.
-
-        Args:
-            masks: Masks of the global crops.
-            stages: Stages of the student at `self.layers` for all contexts of the global crops.
-            local_stages: The same for the local crops; empty if there are none.
-            cells: Cells [B*V, N, D] of every level, computed by the teacher.
-            boxes: See `forward`.
-            num_crops: Number V of global crops per image.
-
-        Returns:
-            The outputs by level.
-        """
-        global_boxes, local_boxes = boxes[:, :num_crops], boxes[:, num_crops:]
-        contexts, grid, num_contexts = [], stages[-1].grid, masks.context.shape[1]
-        if num_crops > 1:
-            context = self.whole_context(stages) if self.sees_all(masks) else self.masked_context(stages, masks)
-            views = target_views(num_crops, num_contexts, False, boxes.device)
-            contexts.append((context, global_boxes.repeat_interleave(num_contexts, dim=1), views))
-        if local_stages:
-            views = target_views(num_crops, local_boxes.shape[1], True, boxes.device)
-            contexts.append((self.whole_context(local_stages), local_boxes, views))
-        parts: dict[str, list[list[Tensor]]] = {level.name: [] for level in self.levels}
-        for context, own_boxes, views in contexts:
-            matches = match_levels(self.levels, own_boxes, global_boxes, views, (context.grid, grid, self.grid))
-            predictions = self.answer(context, [match.queries for match in matches])
-            for match, prediction in zip(matches, predictions, strict=True):
-                rows = [match.by_target_view(x) for x in (prediction, match.cell, match.inside)]
-                parts[match.queries.level.name].append(rows)
-        outputs = {}
-        for level, level_cells in zip(self.levels, cells, strict=True):
-            if parts[level.name]:
-                rows = [torch.cat(values, dim=2) for values in zip(*parts[level.name], strict=True)]
-                outputs[level.name] = self.compare(level, rows[0], level_cells.unflatten(0, (-1, num_crops)), *rows[1:])
-        return outputs
-
-    def masked_context(self, stages: list[Stage], masks: Masks) -> Context:
-        """Return what the predictors know of contexts that are parts of their views."""
-        tokens = self.fusion(stages)
-        return Context(tokens, cell_centers(self.grid, tokens.device)[masks.context.flatten(0, 1)], self.grid)
-
-    def whole_context(self, stages: list[Stage]) -> Context:
-        """Return what the predictors know of contexts that are complete views, of any size."""
-        tokens, grid = self.fusion(stages), stages[-1].grid
-        places = cell_centers(grid, tokens.device).expand(len(tokens), -1, -1)
-        return Context(tokens, places, grid, self.by_layer(stages))
-
-    def by_layer(self, stages: list[Stage]) -> dict[int, Stage]:
-        """Return the stages at `self.layers` by layer."""
-        return dict(zip(self.layers, stages, strict=True))
-
-    def compare(
-        self,
-        level: Level,
-        prediction: Float[Tensor, "b g q _"],
-        cells: Float[Tensor, "b g k _"],
-        index: Tensor | None = None,
-        valid: Tensor | None = None,
-    ) -> LevelOutput:
-        """Bring predictions and target cells of a level into the space in which they are compared; see `LevelOutput`.
-
-        In training, B counts the images of all processes if projectors normalize over the batch, or if the number of valid
-        targets differs between processes.
-        """
-        if self.training and (level.other or level.project):
-            prediction, cells = all_gather_with_grad(prediction), all_gather_with_grad(cells)
-            index, valid = (None if x is None else all_gather(x) for x in (index, valid))
-        if level.project:
-            prediction = project(self.student_heads[level.name], prediction)
-            cells = project(self.teacher_heads[level.name], cells)
-        else:
-            cells = F.layer_norm(cells.float(), cells.shape[-1:])
-        return LevelOutput(level.name, level.weight, prediction, cells, index, valid)
 
     def features(self, stages: list[Stage], num_views: int) -> list[Float[Tensor, "b v _"]]:
         """Pool and project the stages of the student for every regularized level.

@@ -7,7 +7,7 @@ With cross-attention, queries attend to the context only (CrossMAE, Fu et al. 20
 the others and one pass is equivalent to many. A query for a cell of another view also knows how the two views differ (image world
 models, Garrido et al. 2024).
 
-`MatchingPredictor` reads the student's output at the place of the target. It is cheap, and serves levels whose targets lie in
+`MatchingPredictor` reads the student's cells at the place of the target. It is cheap, and serves levels whose targets lie in
 other views.
 
 `Fusion` precedes the transformer: it combines the student's stages at several depths, as a feature pyramid does (Lin et al.
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from hjepa.config.errors import UserError
 from hjepa.config.types import NonNegativeInt, PositiveInt
-from hjepa.models.encoder import Encoder, Stage
+from hjepa.models.encoder import Stage
 from hjepa.models.layers import CrossBlock, LeanMlp, init_xavier, sincos_positions
 from hjepa.models.levels import Level
 from hjepa.models.views import Queries
@@ -44,13 +44,13 @@ class Context(NamedTuple):
         tokens: Tokens [B*C, S+K, D] after the fusion of the stages: S summary tokens followed by the K visible patches.
         places: Centers (row, column) [B*C, K, 2] of the visible patches, from -1 to 1; None if `tokens` are summary tokens only.
         grid: Side of the grid of patches of the context's view.
-        stages: Stages by layer, for `MatchingPredictor`; empty if patches are hidden.
+        cells: The cells [B, C, N, D] by level that `MatchingPredictor` reads; empty if patches are hidden.
     """
 
     tokens: Float[Tensor, "m n d"]
     places: Float[Tensor, "m k 2"] | None
     grid: int
-    stages: Mapping[int, Stage] = MappingProxyType({})
+    cells: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Predictor(nn.Module):
@@ -135,10 +135,11 @@ class Predictor(nn.Module):
 
 
 class MatchingPredictor(nn.Module):
-    """Reads the student's stage of a level at the place of the target, by bilinear interpolation of its cells.
+    """Reads the student's cells of a level at the place of the target, by bilinear interpolation.
 
-    An MLP may follow. Without one, the prediction is the student's own output there, as in the contrast of matched cells of
-    VICRegL (Bardes et al. 2022) and, for a whole image, of SimCLR (Chen et al. 2020).
+    An MLP may map the cells first. Without one, the prediction is the student's own output there, as in the contrast of matched
+    cells of VICRegL (Bardes et al. 2022) and, for a whole image, of SimCLR (Chen et al. 2020). If the level has a projector, the
+    cells are projected before they are interpolated, so that each cell is projected once, whatever the number of queries.
 
     Args:
         levels: The levels; their targets lie in other views.
@@ -148,6 +149,7 @@ class MatchingPredictor(nn.Module):
 
     def __init__(self, levels: Sequence[Level], depth: NonNegativeInt = 0, hidden: PositiveInt = 512) -> None:
         super().__init__()
+        self.depth = depth
         self.mlps = nn.ModuleList(self.build_mlp(level.dim, hidden, depth) for level in levels)
 
     @staticmethod
@@ -159,21 +161,25 @@ class MatchingPredictor(nn.Module):
             modules += [nn.Linear(before, after), nn.GELU()]
         return nn.Sequential(*modules[:-1])
 
-    def forward(self, context: Context, queries: Sequence[Queries]) -> list[Float[Tensor, "b c p t d"]]:
-        """Return the predictions [B, C, P, T, D] of the queries of some levels, where D is the width of the level's targets."""
-        return [self.mlps[q.level.slot](self.read(context.stages[q.level.layer], q)) for q in queries]
+    def map(self, level: Level, cells: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape d"]:
+        """Apply the MLP of a level to its cells."""
+        mapped: Tensor = self.mlps[level.slot](cells)
+        return mapped
 
-    def read(self, stage: Stage, queries: Queries) -> Float[Tensor, "b c p t d"]:
-        """Return the output of the student at the places of the targets."""
-        level, places = queries.level, queries.places
-        if level.pool is None:
-            pooled = Encoder.pool_tokens(stage).unflatten(0, places.shape[:2])
-            return pooled[:, :, None, None].expand(*places.shape[:4], -1)
-        cells, points = level.cells(stage), places.flatten(0, 1).flatten(1, 2).unsqueeze(1).flip(-1)  # (x, y)
-        side = math.isqrt(cells.shape[1])
-        grid = cells.mT.unflatten(2, (side, side)).to(points.dtype)
-        read = F.grid_sample(grid, points, padding_mode="border", align_corners=False)
-        return read.squeeze(2).mT.reshape(*places.shape[:4], -1)
+    def forward(self, context: Context, queries: Sequence[Queries]) -> list[Float[Tensor, "b c p t d"]]:
+        """Return the predictions [B, C, P, T, D] of the queries of some levels, where D is the width of the level's cells."""
+        return [read_cells(context.cells[query.level.name], query.places) for query in queries]
+
+
+def read_cells(cells: Float[Tensor, "b c n d"], places: Float[Tensor, "b c p t 2"]) -> Float[Tensor, "b c p t d"]:
+    """Interpolate the cells of C views at places (row, column) from -1 to 1; a single cell is the same everywhere."""
+    if cells.shape[2] == 1:
+        return cells.unsqueeze(2).expand(*places.shape[:4], -1)
+    points = places.flatten(0, 1).flatten(1, 2).unsqueeze(1).flip(-1)  # (x, y)
+    side = math.isqrt(cells.shape[2])
+    grid = cells.flatten(0, 1).mT.unflatten(2, (side, side)).to(points.dtype)
+    read = F.grid_sample(grid, points, padding_mode="border", align_corners=False)
+    return read.squeeze(2).mT.reshape(*places.shape[:4], -1)
 
 
 class Fusion(nn.Module):

@@ -236,7 +236,7 @@ def test_a_submitted_job_keeps_its_config_and_reports_changed_code(tmp_path: Pat
 
     output, (job,) = submit(ON_HOLD), jobs_of(tmp_path / "out")
     assert all(str(word) in output for word in (job["slurm_id"], job["folder"], "scancel", "task=sweep"))
-    optimizer, code = source / "conf" / "optimizer" / "adamw.yaml", source / "hjepa" / "losses.py"
+    optimizer, code = source / "conf" / "optimizer" / "adamw.yaml", source / "hjepa" / "losses" / "prediction.py"
     assert "lr: 2.0e-3" in optimizer.read_text()
     optimizer.write_text(optimizer.read_text().replace("lr: 2.0e-3", "lr: 9.0"))
     code.write_text(code.read_text() + "# changed\n")

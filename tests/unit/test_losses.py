@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hjepa.config.errors import UserError
 from hjepa.config.schema import check_node
 from hjepa.losses import MSE, Contrastive, Cosine, Objective, PredictionLoss, SmoothL1, VICReg
+from hjepa.losses.negatives import select_cells
 from hjepa.models.output import LevelOutput, Output
 
 
@@ -77,20 +78,29 @@ def test_levels_can_have_losses_of_their_own() -> None:
     assert torch.allclose(Objective(MSE(), None, {"level2": Cosine()})(out)[0], first + 0.5 * second)
 
 
-def test_the_contrastive_loss_is_cross_entropy_over_the_target_and_the_cells_of_other_images() -> None:
+@pytest.mark.parametrize("negatives", [None, 2, 9])
+def test_the_contrastive_loss_is_cross_entropy_over_the_target_and_cells_of_other_images(negatives: int | None) -> None:
     g = torch.Generator().manual_seed(0)
     prediction, cells = torch.randn(4, 2, 3, 8, generator=g), torch.randn(4, 2, 5, 8, generator=g)
     index = torch.randint(5, (4, 2, 3), generator=g)
-    losses = []
+    keys, losses = select_cells(cells, 2) if negatives == 2 else cells, []
     for image in range(4):
         for group in range(2):
-            others = [F.normalize(cells[i, group], dim=-1) for i in range(4) if i != image]
+            others = [F.normalize(keys[i, group], dim=-1) for i in range(4) if i != image]
             for query in range(3):
                 target = F.normalize(cells[image, group, index[image, group, query]], dim=-1)
                 logits = torch.cat([target[None], *others]) @ F.normalize(prediction[image, group, query], dim=-1) / 0.2
                 losses.append(F.cross_entropy(logits[None], torch.zeros(1, dtype=torch.long)))
-    loss = Contrastive(temperature=0.2).level_loss(LevelOutput("level1", 1.0, prediction, cells, index))
+    loss = Contrastive(temperature=0.2, negatives=negatives).level_loss(LevelOutput("level1", 1.0, prediction, cells, index))
     torch.testing.assert_close(loss, torch.stack(losses).mean())
+
+
+def test_selected_cells_are_different_ones_of_each_image_and_all_places_are_selected_equally_often() -> None:
+    places = torch.arange(9.0).view(1, 1, 9, 1).expand(18, 2, 9, 1)
+    selected = select_cells(places, 4)
+    assert selected.shape == (18, 2, 4, 1)
+    assert all(len(set(row.flatten().tolist())) == 4 for row in selected.flatten(0, 1))
+    assert selected.flatten().int().bincount().tolist() == [18 * 2 * 4 // 9] * 9
 
 
 @pytest.mark.parametrize("loss", [MSE(), Contrastive(0.1)])

@@ -125,6 +125,20 @@ def test_hidden_cells_and_other_views_can_be_levels_of_one_hierarchy() -> None:
     assert t.train_step(t.get_batch(1), 1)["loss"].isfinite()
 
 
+def test_matching_predictions_are_the_projected_cells_between_which_they_are_interpolated() -> None:
+    """With equal boxes, every target cell lies exactly on a cell of the context, whose projection is the prediction."""
+    parts = build_components(*VIEWS, "dataset.views=2")
+    model, images = parts.model.eval(), torch.randn(4, 3, 32, 32)
+    boxes = torch.eye(2, 3).expand(2, 2, 2, 3)
+    cells = model(images, parts.sampler(4, torch.Generator()), None, boxes, 2).levels[1]
+    stage = model.student(images)[-1].cells.unflatten(0, (2, 2))
+    assert cells.index is not None
+    for image in range(2):
+        for view in range(2):
+            expected = model.student_heads["level2"](stage[image, 1 - view])[cells.index[image, view]]
+            torch.testing.assert_close(cells.prediction[image, view], expected, atol=1e-5, rtol=1e-4)
+
+
 def test_a_complete_context_is_encoded_once_if_the_student_is_its_own_teacher() -> None:
     t = trainer(*VIEWS, *CROPS)
     sizes: list[int] = []

@@ -9,7 +9,8 @@ import torch
 
 from hjepa.config.errors import UserError
 from hjepa.config.schema import check_node
-from hjepa.losses import InfoNCE, Regularizer, SIGReg, VICReg, epps_pulley
+from hjepa.losses import InfoNCE, Regularizer, SIGReg, VICReg
+from hjepa.losses.statistics import epps_pulley
 from hjepa.metrics.collapse import effective_rank
 from hjepa.models.hjepa import Output
 from tests.helpers.runs import build_components, trainer

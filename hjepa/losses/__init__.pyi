@@ -1,0 +1,10 @@
+from .objective import Objective as Objective
+from .prediction import MSE as MSE
+from .prediction import Contrastive as Contrastive
+from .prediction import Cosine as Cosine
+from .prediction import PredictionLoss as PredictionLoss
+from .prediction import SmoothL1 as SmoothL1
+from .regularizers import InfoNCE as InfoNCE
+from .regularizers import Regularizer as Regularizer
+from .regularizers import SIGReg as SIGReg
+from .regularizers import VICReg as VICReg

@@ -31,7 +31,7 @@ SAMPLERS: dict[str, Callable[[int, list[int]], MaskSampler]] = {
 
 
 def check_contract(masks: Masks, grid: int, pools: list[int], batch: int) -> None:
-    """Assert that masks keep to the contract in the docstring of `hjepa.masking.samplers`."""
+    """Assert that masks keep to the contract in the docstring of `hjepa.masking.base`."""
     b, c, k = masks.context.shape
     assert b == batch
     assert k >= 1

@@ -144,6 +144,11 @@ class Encoder(nn.Module, ABC):
         """Convert the state dict of a related network, such as a classifier, to one of this encoder where possible."""
         return weights
 
+    def unused_names(self, weights: dict[str, Tensor], adapted: dict[str, Tensor]) -> list[str]:
+        """Return the names in a state dict of which `adapt_state_dict` made no use, given its result."""
+        used = {id(value) for value in adapted.values()}
+        return [name for name, value in weights.items() if name not in adapted and id(value) not in used]
+
     def attention_blocks(self, layer: int) -> list[nn.Module]:
         """Return the timm blocks up to a layer, whose attention maps over all tokens are to be drawn.
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hjepa.config.errors import UserError
 from hjepa.config.types import PositiveInt
 from hjepa.distributed.process_group import all_gather, all_gather_with_grad
 from hjepa.masking import Masks
@@ -43,6 +44,7 @@ class HJEPA(nn.Module):
         levels: The hierarchy. Without levels, nothing is predicted and the regularizer is the whole objective.
         num_regularized: Number of levels, starting with the first, of which the regularizer uses the features.
         features: Layers of the encoder of which the image features of probes and exports consist: "last" or "all".
+        pretrained_key: Entry or prefix to take from the checkpoint of another trainer, such as "student"; None finds it.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class HJEPA(nn.Module):
         levels: Levels,
         num_regularized: int,
         features: Literal["last", "all"] = "last",
+        pretrained_key: str | None = None,
     ) -> None:
         super().__init__()
         self.student = encoder(image_size=image_size, patch_size=patch_size, num_summary_tokens=levels.summary_tokens)
@@ -78,7 +81,9 @@ class HJEPA(nn.Module):
             self.projectors[str(layer)] = projector(dim=width) if projector else nn.Identity()
         self.student_heads = build_heads(self.levels, projector)
         if pretrained:
-            load_encoder(self.student, pretrained, "model.pretrained")
+            load_encoder(self.student, pretrained, "model.pretrained", pretrained_key)
+        elif pretrained_key is not None:
+            raise UserError(f"model.pretrained_key={pretrained_key} chooses a part of a checkpoint: set model.pretrained too.")
         self.teacher = deepcopy(self.student).requires_grad_(False).eval()
         self.teacher_heads = deepcopy(self.student_heads).requires_grad_(False).eval()
 

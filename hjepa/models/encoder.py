@@ -163,4 +163,7 @@ class Encoder(nn.Module, ABC):
         Raises:
             UserError: If timm has no such model.
         """
-        raise UserError(f"timm has no model that loads the weights of {type(self).__name__}; leave timm out of task.formats.")
+        raise UserError(
+            f"timm has no model that loads the weights of {type(self).__name__}; use task.formats=[torch_export], which needs "
+            "nothing but PyTorch, or task.formats=[onnx]."
+        )

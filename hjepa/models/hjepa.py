@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hjepa.config.errors import UserError
 from hjepa.config.types import PositiveInt
 from hjepa.distributed.process_group import all_gather, all_gather_with_grad
 from hjepa.masking import Masks
@@ -25,7 +24,7 @@ from hjepa.models.layers import gather_tokens
 from hjepa.models.levels import Level, Levels, cell_centers
 from hjepa.models.output import LevelOutput, Output
 from hjepa.models.predictor import Context, Fusion, Predictor
-from hjepa.models.pretrained import load_encoder
+from hjepa.models.pretrained import load_initial_weights
 from hjepa.models.stacked import StackedLevel
 from hjepa.models.views import Queries, match_levels, target_views
 
@@ -38,9 +37,8 @@ class HJEPA(nn.Module):
         patch_size: Side of a patch in pixels.
         encoder: Constructor of student and teacher (see `hjepa.models.encoder`).
         predictor: Constructor of the predictor that takes the sizes as further arguments.
-        projector: Constructor of the map from pooled features to the features that the regularizer uses, and of those after
-            which the levels with `project` are compared; None for none.
-        pretrained: Source of initial weights of student and teacher (see `load_encoder`); None for random weights.
+        projector: Constructor of the maps from pooled features to what the regularizer and levels with `project` use, or None.
+        pretrained: Source of initial weights of student and teacher (see `load_initial_weights`); None for random weights.
         levels: The hierarchy. Without levels, nothing is predicted and the regularizer is the whole objective.
         num_regularized: Number of levels, starting with the first, of which the regularizer uses the features.
         features: Layers of the encoder of which the image features of probes and exports consist: "last" or "all".
@@ -80,10 +78,7 @@ class HJEPA(nn.Module):
             width = self.student.feature_dims[layer - 1]
             self.projectors[str(layer)] = projector(dim=width) if projector else nn.Identity()
         self.student_heads = build_heads(self.levels, projector)
-        if pretrained:
-            load_encoder(self.student, pretrained, "model.pretrained", pretrained_key)
-        elif pretrained_key is not None:
-            raise UserError(f"model.pretrained_key={pretrained_key} chooses a part of a checkpoint: set model.pretrained too.")
+        load_initial_weights(self.student, pretrained, pretrained_key)
         self.teacher = deepcopy(self.student).requires_grad_(False).eval()
         self.teacher_heads = deepcopy(self.student_heads).requires_grad_(False).eval()
 

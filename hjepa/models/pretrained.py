@@ -55,6 +55,14 @@ def load_encoder(encoder: Encoder, source: str, option: str, key: str | None = N
     encoder.load_state_dict(find_encoder(read_weight_file(path, given), encoder, key, given, f"{option}_key"))
 
 
+def load_initial_weights(encoder: Encoder, pretrained: str | None, pretrained_key: str | None) -> None:
+    """Do what `load_encoder` does for `model.pretrained` and `model.pretrained_key`, or nothing if both are None."""
+    if pretrained:
+        load_encoder(encoder, pretrained, "model.pretrained", pretrained_key)
+    elif pretrained_key is not None:
+        raise UserError(f"model.pretrained_key={pretrained_key} chooses a part of a checkpoint: set model.pretrained too.")
+
+
 def load_stacked_teachers(model: nn.Module, source: str) -> None:
     """Load the teachers of the stacked levels from a run with the same levels; other files contain no such weights."""
     checkpoint: Weights = read_checkpoint(find_checkpoint(Path(source).expanduser()), CPU)["model"]

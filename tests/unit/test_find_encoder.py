@@ -178,7 +178,7 @@ def test_class_and_register_tokens_become_as_many_summary_tokens(
     torch.save(layout(source.state_dict()), tmp_path / "c.pth")
     encoder = loaded(small_vit(num_summary_tokens=tokens), tmp_path / "c.pth", caplog)
     with torch.no_grad():
-        torch.testing.assert_close(encoder.eval()(images)[-1].tokens, source.forward_features(images))
+        torch.testing.assert_close(encoder.eval()(images)[-1].tokens, source.forward_features(images), atol=1e-4, rtol=0)
     assert "cls_token" not in caplog.text
 
 

@@ -60,7 +60,7 @@ def write_timm_model(run: TrainedRun, folder: Path) -> None:
     weights = {name: value.contiguous() for name, value in run.encoder.state_dict().items()}
     (folder / WEIGHTS).write_bytes(save(weights, {"format": "pt"}))
     if "embed_layer" in spec:  # its value holds the arguments of `conv_embed`
-        source = {"file": WEIGHTS, "custom_load": False} | pretrained_config(run, name)
+        source = {"file": WEIGHTS, "custom_load": False} | pretrained_config(run, name, spec)
         content = {"model_name": name, **spec, "pretrained": True, "pretrained_cfg_overlay": source, "outputs": outputs}
     else:
         arguments = {key: value for key, value in spec.items() if key not in WEIGHT_ARGUMENTS}
@@ -69,14 +69,14 @@ def write_timm_model(run: TrainedRun, folder: Path) -> None:
             "num_classes": 0,
             "num_features": run.encoder.layer_dims[-1],
             "model_args": arguments,
-            "pretrained_cfg": pretrained_config(run, name),
+            "pretrained_cfg": pretrained_config(run, name, spec),
             "hjepa": {"outputs": outputs},
         }
     file = folder / ("timm.json" if "embed_layer" in spec else "config.json")
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def pretrained_config(run: TrainedRun, name: str) -> dict[str, Any]:
+def pretrained_config(run: TrainedRun, name: str, spec: dict[str, Any]) -> dict[str, Any]:
     """Return what timm calls the pretrained config: the preprocessing, and the names of first convolution and classifier.
 
     Nothing else of the config of timm's own weights is repeated, such as their license.
@@ -85,7 +85,7 @@ def pretrained_config(run: TrainedRun, name: str) -> dict[str, Any]:
     return {
         "num_classes": 0,
         "input_size": [3, size, size],
-        "fixed_input_size": bool(known and known.fixed_input_size),
+        "fixed_input_size": bool(known and known.fixed_input_size and spec.get("strict_img_size", True)),
         "pool_size": None,
         "crop_pct": 1.0,
         "crop_mode": "center",

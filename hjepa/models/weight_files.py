@@ -4,6 +4,7 @@ import argparse
 import re
 import zipfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -47,14 +48,24 @@ def read_weight_file(path: Path, source: str) -> Any:
     Raises:
         UserError: If it cannot be read, or only by executing code that it contains.
     """
-    with path.open("rb") as file:
-        if file.read(len(GIT_LFS)) == GIT_LFS:
-            raise UserError(f"{source} is a pointer of Git LFS instead of the weights; fetch them with git lfs pull.")
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(GIT_LFS))
+    except OSError as error:
+        raise UserError(f"{source} cannot be read ({error.strerror}); change its permissions or copy it.") from error
+    if start == GIT_LFS:
+        raise UserError(f"{source} is a pointer of Git LFS instead of the weights; fetch them with git lfs pull.")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{source} cannot be read as safetensors ({first_line(error)}); fetch the file again.") from error
+    if is_torchscript(path):
+        raise UserError(
+            f"{source} is a TorchScript program, which is code. If you trust where it comes from, save its weights alone: "
+            f"""python -c "import torch; torch.save(torch.jit.load('{path}').state_dict(), 'weights.pth')" """
+            "and use weights.pth."
+        )
     with torch.serialization.safe_globals(HARMLESS):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -62,14 +73,17 @@ def read_weight_file(path: Path, source: str) -> Any:
             raise UserError(explain_refusal(path, source, error)) from error
 
 
+def is_torchscript(path: Path) -> bool:
+    """Return whether a file is an archive of TorchScript, by the entry that distinguishes it from other archives of torch."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
 def explain_refusal(path: Path, source: str, error: Exception) -> str:
     """Return why torch does not load a file as weights, and what to do."""
-    if "TorchScript" in str(error):
-        return (
-            f"{source} is a TorchScript program, which is code. If you trust where it comes from, save its weights alone: "
-            f"""python -c "import torch; torch.save(torch.jit.load('{path}').state_dict(), 'weights.pth')" """
-            "and use weights.pth."
-        )
     names = unsafe_names(path, error)
     if not names:
         return (
@@ -87,7 +101,7 @@ def explain_refusal(path: Path, source: str, error: Exception) -> str:
 
 def unsafe_names(path: Path, error: Exception) -> list[str]:
     """Return the classes and functions in a pickle that `weights_only` does not allow; at most three, and how many more."""
-    names = re.findall(r"GLOBAL (\S+) was not an allowed", str(error))
-    if names and zipfile.is_zipfile(path):
+    names = re.findall(r"\bGLOBAL (\w[\w.]*)", str(error))
+    if isinstance(error, UnpicklingError) and zipfile.is_zipfile(path):
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or names
     return [", ".join(names[:3]), f"{len(names) - 3} more"] if len(names) > 3 else names

@@ -32,6 +32,8 @@ ENCODE_TEXT = {  # whether the model itself computes the features
     "architecture differently, such as with a norm after the pooling.",
 }
 
+LAST_TEXT = "`encode(images)` returns features and tokens. `model(images)` pools the last layer alone."
+
 HUB = """
 `timm.create_model("local-dir:PATH", pretrained=True)` loads the model from anywhere; `num_classes=10` gives it a new classifier.
 This folder can be uploaded to the Hugging Face Hub as it is, by `hf upload USER/NAME .` of the package huggingface_hub (first add
@@ -174,7 +176,8 @@ def timm_section(folder: Path, tokens: dict[str, int], size: int) -> str:
             parts = "*(part for block in blocks[:-1] for part in block), "
             parts += f"tokens[:, {num_summary}:], tokens[:, :{num_summary}]"
         norm = "" if outputs == "blocks" else norm_code(folder, "last" if outputs == "map" else "maps[-1]")
-        function, text = TIMM_FUNCTIONS[outputs].format(parts=parts, norm=norm), ENCODE_TEXT[computes_features(folder, size)]
+        function = TIMM_FUNCTIONS[outputs].format(parts=parts, norm=norm)
+        text = ENCODE_TEXT[computes_features(folder, size)] if outputs == "map" else LAST_TEXT
         imports += "import torch\n"
     code = TIMM_SECTION.format(imports=imports, arguments=format_call(arguments, hub=not stem), function=function, text=text)
     return code + (NO_JSON if stem else HUB)

@@ -188,12 +188,12 @@ def load(
 
         command: Config = resolve(compose(hardware, "tracking=none", config_dir=config_dir))
         return load_run_folder(path, checkpoint, command)
-    if (path / "timm.json").exists():
+    if any((path / name).exists() for name in ("config.json", "timm.json")) and (path / "preprocess.json").exists():
         from hjepa.config.instantiate import build
         from hjepa.tasks.inference import load_export_folder
 
         if checkpoint is not None:
             raise UserError(f"{path} is an export, which has no checkpoints; leave checkpoint={checkpoint!r} out.")
         return load_export_folder(path, build(resolve(compose(hardware))["hardware"]).device)
-    reason = "has neither config.yaml nor timm.json" if path.is_dir() else "does not exist"
+    reason = "is neither a run folder nor an export with a model of timm" if path.is_dir() else "does not exist"
     raise UserError(f"{path} {reason}; expected a run folder (outputs/EXPERIMENT/NAME) or its export folder.")

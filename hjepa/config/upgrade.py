@@ -69,7 +69,7 @@ RENAMED_TARGETS = {
 }
 RENAMED_OPTIONS = {"neighbours": "neighbors"}
 NEW_OPTIONS: dict[str, dict[str, Any]] = {  # config group -> option -> value
-    "model": {"features": "last"},
+    "model": {"features": "last", "pretrained_key": None},
     "dataset": {"early_size": None, "early_share": 0.5, "max_images": None},
     "levels": {
         "view": ["same"],
@@ -93,6 +93,8 @@ def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
             dataset.setdefault("fade", 0.0)
         if "max_corrupt" in dataset:  # of image files, whose transparency was ignored
             dataset.setdefault("background", None)
+    if isinstance(teacher := upgraded.get("teacher"), dict) and teacher.get("_target_") == "hjepa.training.Frozen":
+        teacher.setdefault("weights_key", None)
     if isinstance(schedule := upgraded.get("schedule"), dict) and isinstance(lr := schedule.get("lr"), dict):
         upgraded["schedule"] = {**schedule, "lr": upgrade_warmup(lr)}
     if isinstance(levels := upgraded.get("levels"), dict) and "depth" in levels:

@@ -144,6 +144,11 @@ class Encoder(nn.Module, ABC):
         """Convert the state dict of a related network, such as a classifier, to one of this encoder where possible."""
         return weights
 
+    def unused_names(self, weights: dict[str, Tensor], adapted: dict[str, Tensor]) -> list[str]:
+        """Return the names in a state dict of which `adapt_state_dict` made no use, given its result."""
+        used = {id(value) for value in adapted.values()}
+        return [name for name, value in weights.items() if name not in adapted and id(value) not in used]
+
     def attention_blocks(self, layer: int) -> list[nn.Module]:
         """Return the timm blocks up to a layer, whose attention maps over all tokens are to be drawn.
 
@@ -158,4 +163,7 @@ class Encoder(nn.Module, ABC):
         Raises:
             UserError: If timm has no such model.
         """
-        raise UserError(f"timm has no model that loads the weights of {type(self).__name__}; leave timm out of task.formats.")
+        raise UserError(
+            f"timm has no model that loads the weights of {type(self).__name__}; use task.formats=[torch_export], which needs "
+            "nothing but PyTorch, or task.formats=[onnx]."
+        )

@@ -22,7 +22,7 @@ from hjepa.models.level_prediction import LevelPrediction
 from hjepa.models.levels import Level, Levels
 from hjepa.models.output import LevelOutput, Output
 from hjepa.models.predictor import Fusion, Predictor
-from hjepa.models.pretrained import load_encoder
+from hjepa.models.pretrained import load_initial_weights
 from hjepa.models.stacked import StackedLevel
 
 
@@ -34,12 +34,12 @@ class HJEPA(LevelPrediction):
         patch_size: Side of a patch in pixels.
         encoder: Constructor of student and teacher (see `hjepa.models.encoder`).
         predictor: Constructor of the predictor that takes the sizes as further arguments.
-        projector: Constructor of the map from pooled features to the features that the regularizer uses, and of those after
-            which the levels with `project` are compared; None for none.
-        pretrained: Source of initial weights of student and teacher (see `load_encoder`); None for random weights.
+        projector: Constructor of the maps from pooled features to what the regularizer and levels with `project` use, or None.
+        pretrained: Source of initial weights of student and teacher (see `load_initial_weights`); None for random weights.
         levels: The hierarchy. Without levels, nothing is predicted and the regularizer is the whole objective.
         num_regularized: Number of levels, starting with the first, of which the regularizer uses the features.
         features: Layers of the encoder of which the image features of probes and exports consist: "last" or "all".
+        pretrained_key: Entry or prefix to take from the checkpoint of another trainer, such as "student"; None finds it.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class HJEPA(LevelPrediction):
         levels: Levels,
         num_regularized: int,
         features: Literal["last", "all"] = "last",
+        pretrained_key: str | None = None,
     ) -> None:
         super().__init__()
         self.student = encoder(image_size=image_size, patch_size=patch_size, num_summary_tokens=levels.summary_tokens)
@@ -74,8 +75,7 @@ class HJEPA(LevelPrediction):
             width = self.student.feature_dims[layer - 1]
             self.projectors[str(layer)] = projector(dim=width) if projector else nn.Identity()
         self.student_heads = build_heads(self.levels, projector)
-        if pretrained:
-            load_encoder(self.student, pretrained, "model.pretrained")
+        load_initial_weights(self.student, pretrained, pretrained_key)
         self.teacher = deepcopy(self.student).requires_grad_(False).eval()
         self.teacher_heads = deepcopy(self.student_heads).requires_grad_(False).eval()
 

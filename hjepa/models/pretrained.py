@@ -1,26 +1,17 @@
-"""Weights from files: those of an encoder from a run or a checkpoint of timm, and those of a whole model from a run."""
+"""Weights from files: those of an encoder from a run or any other trainer, and those of a whole model from a run."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from hjepa.config.errors import UserError
 from hjepa.models.encoder import Encoder
-
-Weights = dict[str, Tensor]
+from hjepa.models.find_encoder import Weights, find_differences, find_encoder
+from hjepa.models.weight_files import find_checkpoint, find_weights, read_weight_file
 
 CPU = torch.device("cpu")
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint of a run folder, the best by probe or else the latest; return any other path unchanged."""
-    if not path.is_dir():
-        return path
-    best, latest = (path / "checkpoints" / name for name in ("best.pt", "latest.pt"))
-    return best if best.exists() else latest
 
 
 def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
@@ -39,47 +30,37 @@ def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
         ) from error
     missing = sorted({"identity", "step", "model", "optimizer"} - set(state if isinstance(state, dict) else ()))
     if missing:
-        raise UserError(f"{path} is not a checkpoint of this framework: it lacks {', '.join(missing)}.")
+        raise UserError(
+            f"{path} is not a checkpoint of this framework: it lacks {', '.join(missing)}. "
+            "(model.pretrained starts the encoder from checkpoints of other trainers.)"
+        )
     return state
 
 
-def read_encoder(source: str, option: str) -> Weights:
-    """Read the weights of a run's teacher, or those in a file of timm (safetensors, or a state dict saved by torch).
-
-    Args:
-        source: Run folder or file.
-        option: Config key that names the source, for error messages.
-    """
-    path = find_checkpoint(Path(source).expanduser())
-    if not path.is_file():
-        raise UserError(f"{option}={source}: no such file or run folder with checkpoints exists.")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        state = torch.load(path, map_location=CPU, weights_only=True)
-    except Exception as error:  # torch raises many kinds for foreign files
-        raise UserError(f"{option}={source} cannot be read as a checkpoint ({type(error).__name__}).") from error
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]
-        teacher = {name.removeprefix("teacher."): value for name, value in state.items() if name.startswith("teacher.")}
-        return teacher or state
-    return dict(state)
-
-
-def load_encoder(encoder: Encoder, source: str, option: str) -> None:
-    """Load the weights that `read_encoder` returns, converted by the encoder's `adapt_state_dict`.
+def load_encoder(encoder: Encoder, source: str, option: str, key: str | None = None) -> None:
+    """Load weights into an encoder: those of a run's teacher, of timm, or of a checkpoint of another trainer.
 
     Args:
         encoder: Encoder to change.
-        source: Run folder or file.
-        option: Config key that names the source, for error messages.
+        source: Run folder, export folder or file.
+        option: Config key that names the source, for messages; the one that names `key` ends in `_key`.
+        key: Entry or prefix of the checkpoint to take, such as "student"; None finds it.
 
     Raises:
-        UserError: If the weights do not fit the encoder.
+        UserError: If there is no such file, it cannot be read safely, or its weights do not fit the encoder.
     """
-    weights = encoder.adapt_state_dict(read_encoder(source, option))
-    check_fits(encoder.state_dict(), weights, f"{option}={source}")
-    encoder.load_state_dict(weights)
+    path, given = find_weights(Path(source).expanduser()), f"{option}={source}"
+    if not path.is_file():
+        raise UserError(f"{given}: no such file or run folder with checkpoints exists.")
+    encoder.load_state_dict(find_encoder(read_weight_file(path, given), encoder, key, given, f"{option}_key"))
+
+
+def load_initial_weights(encoder: Encoder, pretrained: str | None, pretrained_key: str | None) -> None:
+    """Do what `load_encoder` does for `model.pretrained` and `model.pretrained_key`, or nothing if both are None."""
+    if pretrained:
+        load_encoder(encoder, pretrained, "model.pretrained", pretrained_key)
+    elif pretrained_key is not None:
+        raise UserError(f"model.pretrained_key={pretrained_key} chooses a part of a checkpoint: set model.pretrained too.")
 
 
 def load_stacked_teachers(model: nn.Module, source: str) -> None:
@@ -107,17 +88,7 @@ def check_fits(expected: Weights, weights: Weights, source: str) -> None:
         weights: State dict to load.
         source: Origin of the weights, for the message.
     """
-    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    shapes = [
-        f"{key} {tuple(weights[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in weights and value.shape != weights[key].shape
-    ]
-    differences = [
-        f"{verb} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for verb, names in (("lacks", missing), ("has the unknown", unknown), ("has", shapes))
-        if names
-    ]
+    differences = find_differences(expected, weights)
     if differences:
         raise UserError(
             f"{source} does not fit the model: it {'; it '.join(differences)}. Choose the same model and levels as in the source."

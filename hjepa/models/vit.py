@@ -134,17 +134,34 @@ class ViTEncoder(Encoder, VisionTransformer):
         return ids | {f"norm.{name}": self.num_layers + 1 for name, _ in self.norm.named_parameters()}
 
     def adapt_state_dict(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Convert a state dict of timm: drop class token and head, and resample positions and patch embedding if necessary.
+        """Convert a state dict of timm: drop the head, and resample positions and patch embedding if necessary.
 
-        Summary tokens that the state dict lacks are those of this encoder.
+        Class token and register tokens become the summary tokens if there are as many, in which case this encoder computes the
+        same as the other network. Otherwise the class token is dropped. Summary tokens that the state dict lacks are those of
+        this encoder.
         """
-        weights = {name: value for name, value in weights.items() if not name.startswith(("head.", "fc_norm.", "cls_token"))}
-        if "pos_embed" in weights and math.isqrt(count := weights["pos_embed"].shape[1]) ** 2 == count - 1:
-            weights["pos_embed"] = weights["pos_embed"][:, 1:]  # without the position of the class token
+        weights = {name: value for name, value in weights.items() if not name.startswith(("head.", "fc_norm.", "mask_token"))}
+        class_token, positions = weights.pop("cls_token", None), weights.get("pos_embed")
+        if positions is not None and math.isqrt(count := positions.shape[1]) ** 2 == count - 1:
+            weights["pos_embed"] = positions[:, 1:]
+            class_token = None if class_token is None else class_token + positions[:, :1]
+        if "register_tokens" in weights:
+            weights["reg_token"] = weights.pop("register_tokens")
         if "pos_embed" in weights and "patch_embed.proj.weight" in weights:
             weights = checkpoint_filter_fn(weights, self)
+        if class_token is not None and self.takes_class_token(weights):
+            weights["reg_token"] = torch.cat([class_token, *([weights["reg_token"]] if "reg_token" in weights else [])], dim=1)
         own = {} if self.reg_token is None else {"reg_token": self.reg_token.detach()}
         return own | weights
+
+    def takes_class_token(self, weights: dict[str, Tensor]) -> bool:
+        """Return whether the summary tokens are as many as the register tokens of a state dict and a class token together."""
+        registers = next((weights[name].shape[1] for name in ("reg_token", "register_tokens") if name in weights), 0)
+        return self.num_summary_tokens == registers + 1
+
+    def unused_names(self, weights: dict[str, Tensor], adapted: dict[str, Tensor]) -> list[str]:
+        used = ("cls_token", "reg_token", "register_tokens") if self.takes_class_token(weights) else ()
+        return [name for name in super().unused_names(weights, adapted) if name not in used]
 
     def attention_blocks(self, layer: int) -> list[nn.Module]:
         return list(self.blocks[:layer])

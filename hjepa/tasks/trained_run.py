@@ -25,8 +25,9 @@ from hjepa.masking import MaskSampler
 from hjepa.models.encoder import Encoder, Stage
 from hjepa.models.hjepa import HJEPA
 from hjepa.models.levels import pool_cells
-from hjepa.models.pretrained import check_fits, find_checkpoint, read_checkpoint
+from hjepa.models.pretrained import check_fits, read_checkpoint
 from hjepa.models.stacked import StackedLevel
+from hjepa.models.weight_files import find_checkpoint
 from hjepa.tracking.run_folder import read_config
 from hjepa.training.build import build_model
 from hjepa.training.teacher import TeacherUpdate
@@ -144,7 +145,7 @@ def load_run_config(folder: Path, config: Config, root: str | None) -> Config:
         check(run)
     except (UserError, KeyError) as error:
         raise UserError(f"{folder}/config.yaml is of another version of hjepa, or was changed: {error}") from None
-    run["model"]["pretrained"] = None
+    run["model"] |= {"pretrained": None, "pretrained_key": None}
     if root:
         if "root" not in run["dataset"]:
             raise UserError(f"task.root={root}: the dataset of {folder.name} does not read a folder; leave task.root out.")

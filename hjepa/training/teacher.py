@@ -108,15 +108,16 @@ class Frozen(TeacherUpdate):
     """Pretrained weights that never change.
 
     Args:
-        weights: Run folder, checkpoint of a run (its teacher is used), or timm checkpoint file of the same architecture. A timm
-            checkpoint has no weights for stacked levels.
+        weights: Run folder, checkpoint of a run (its teacher is used), or checkpoint of timm or another trainer with the same
+            architecture, which has no weights for stacked levels.
+        weights_key: See `pretrained_key` of `hjepa.models.HJEPA`.
     """
 
-    def __init__(self, weights: str) -> None:
-        self.weights = weights
+    def __init__(self, weights: str, weights_key: str | None = None) -> None:
+        self.weights, self.weights_key = weights, weights_key
 
     def attach(self, model: HJEPA) -> None:
-        load_encoder(model.teacher, self.weights, "teacher.weights")
+        load_encoder(model.teacher, self.weights, "teacher.weights", self.weights_key)
         if model.upper:
             load_stacked_teachers(model, self.weights)
 

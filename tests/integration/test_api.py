@@ -173,7 +173,7 @@ def test_features_equal_those_of_the_task(run: hjepa.Run, images: Path, tmp_path
 
 
 def test_an_export_has_the_features_of_its_run(run: hjepa.Run, images: Path) -> None:
-    run_config(compose("task=export", f"run={run.folder}", "task.formats=[timm]", "tracking=none"))
+    run_config(compose("task=export", f"run={run.folder}", "tracking=none"))
     export = hjepa.load(run.folder / "export", device="cpu")
     torch.testing.assert_close(export.features(paths(images)), run.features(paths(images)), rtol=1e-4, atol=1e-4)
     assert export.metrics.empty
@@ -224,7 +224,7 @@ def test_wrong_arguments_are_refused(run: hjepa.Run, tmp_path: Path) -> None:
             run.features(argument)
     for arguments, message in [
         ((tmp_path / "missing",), "does not exist"),
-        ((tmp_path,), "neither config.yaml nor timm.json"),
+        ((tmp_path,), "neither a run folder nor an export"),
         ((run.folder, "missing"), "no checkpoint"),
         ((run.folder, None, "gpu"), "hardware.device='gpu'"),
     ]:

@@ -1,14 +1,20 @@
 """Tests of `task=export` and `task=features`: exported encoders and features equal those of the run."""
 
+import copy
 import json
 import os
 import re
 import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -17,9 +23,15 @@ from hjepa.config.run import run as run_config
 from hjepa.config.schema import resolve
 from hjepa.data.file_lists import walk_images
 from hjepa.data.image_files import CorruptFiles, ImageFiles, read_image
-from hjepa.tasks.export.export import relative_difference
+from hjepa.models.hiera import HieraEncoder
+from hjepa.models.pretrained import load_encoder
+from hjepa.models.timm_encoder import TimmEncoder
+from hjepa.models.vit import ViTEncoder
+from hjepa.tasks.export.export import build_summary, preprocessing, relative_difference
 from hjepa.tasks.export.features import write_features
 from hjepa.tasks.export.formats import FORMATS, ExportedEncoder
+from hjepa.tasks.export.readme import render_readme
+from hjepa.tasks.export.timm_model import load_timm_model
 from hjepa.tasks.export.writers import ROW_GROUP_SIZE, WRITERS, paths_file
 from hjepa.tasks.trained_run import TrainedRun, load_run
 from hjepa.tracking.atomic import atomic_folder
@@ -85,9 +97,8 @@ def own_features(run: TrainedRun, paths: list[Path]) -> torch.Tensor:
 
 
 def code_blocks(folder: Path) -> dict[str, str]:
-    """Return the code blocks of the README of an export, by the file that they load."""
-    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    return {next(file.name for file in folder.glob("encoder.*") if file.name in block): block for block in blocks}
+    """Return the code blocks of the README of an export, by their format."""
+    return dict(re.findall(r"^## (\S+)\n.*?```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE))
 
 
 def test_an_export_says_what_becomes_of_transparency(exported: Path) -> None:
@@ -104,7 +115,7 @@ def test_the_code_of_the_readme_computes_the_features_of_the_run(
     code = code_blocks(exported)
     assert len(code) == len(FORMATS)
     scope: dict = {}
-    exec(code.pop("encoder.safetensors"), scope)
+    exec(code.pop("timm"), scope)
     images = torch.stack([scope["transform"](Image.open(path)) for path in paths])  # the preprocessing of timm
     with torch.no_grad():
         patches, tokens = scope["model"](images), scope["model"].forward_features(images)
@@ -143,10 +154,129 @@ def test_encoder_with_conv_stem_and_without_summary_tokens_is_exported(tmp_path:
     assert read_summary(flat / "export")["feature_dim"] == 32
     monkeypatch.chdir(flat / "export")
     scope: dict = {}
-    exec(code_blocks(flat / "export")["encoder.safetensors"], scope)
+    exec(code_blocks(flat / "export")["timm"], scope)
     encoder, images = load_run(resolve(compose(f"run={flat}", *COMMAND)), None, None).encoder, torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(scope["model"](images), encoder.features(images), atol=1e-5, rtol=0)
+
+
+VIT = {"image_size": 16, "patch_size": 4, "dim": 32, "depth": 2, "heads": 2}
+HIERA = {"image_size": 16, "patch_size": 4, "dim": 8, "stages": [1, 1]}
+EXPORTED = {  # encoders, and the functions that the README defines; without one, the model itself computes the features
+    "vit": (lambda: ViTEncoder(**VIT), "model"),
+    "vit with summary tokens": (lambda: ViTEncoder(**VIT, num_summary_tokens=2), "tokens"),
+    "all blocks": (lambda: every_layer(ViTEncoder(**VIT, num_summary_tokens=2)), "encode"),
+    "convolutional stem": (lambda: ViTEncoder(**VIT, stem="conv"), "model"),
+    "hiera": (lambda: HieraEncoder(**HIERA), "encode"),
+    "all stages": (lambda: every_layer(HieraEncoder(**HIERA)), "encode"),
+    "resnet": (lambda: TimmEncoder(32, 32, "test_resnet", {}), "encode"),
+    "convnext": (lambda: TimmEncoder(32, 32, "test_convnext.r160_in1k", {"drop_path_rate": 0.1}), "encode"),
+}
+
+LOAD_WITHOUT_HJEPA = """
+import os, sys, torch
+for folder in sys.argv[1:]:
+    os.chdir(folder)
+    scope = {}
+    exec(open("code.py").read(), scope)
+    images, model = torch.load("images.pt"), scope["model"]
+    with torch.no_grad():
+        features, tokens = scope["encode"](images) if "encode" in scope else (model(images), model.forward_features(images))
+        torch.save((features, tokens, model(images), scope["transform"].transforms[0].size), "outputs.pt")
+assert "hjepa" not in sys.modules
+"""
+
+
+def every_layer(encoder: Any) -> Any:
+    encoder.pooled = "all"
+    return encoder
+
+
+@pytest.fixture(scope="module")
+def hub_folders(opened: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    """Return a timm export of every encoder above, whose README has been followed by a process without hjepa, and the encoder."""
+    root, folders = tmp_path_factory.mktemp("hub"), {}
+    torch.manual_seed(0)
+    for name, (create, _) in EXPORTED.items():
+        folder, model = root / name, copy.copy(opened.model)
+        folder.mkdir()
+        model._modules = model._modules | {"teacher": create().eval()}
+        run = replace(opened, model=model)
+        FORMATS["timm"].export(run, torch.empty(0), folder)
+        summary = build_summary(run, {"timm": 0.0}, "random images", folder)
+        (folder / "README.md").write_text(render_readme(summary, preprocessing(run), folder, run.encoder))
+        (folder / "code.py").write_text(code_blocks(folder)["timm"])
+        torch.save(torch.randn(3, 3, run.encoder.image_size, run.encoder.image_size), folder / "images.pt")
+        folders[name] = (folder, run.encoder)
+    paths = [str(folder) for folder, _ in folders.values()]
+    subprocess.run([sys.executable, "-c", LOAD_WITHOUT_HJEPA, *paths], check=True, timeout=300)
+    return folders
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_without_hjepa_an_export_computes_the_features_and_tokens_of_the_encoder(
+    name: str, hub_folders: dict[str, tuple[Path, Any]]
+) -> None:
+    folder, encoder = hub_folders[name]
+    features, tokens, output, size = torch.load(folder / "outputs.pt")
+    with torch.no_grad():
+        images = torch.load(folder / "images.pt")
+        expected, expected_tokens = encoder.features(images), encoder(images)[-1].tokens
+    torch.testing.assert_close(tokens, expected_tokens, atol=1e-5, rtol=1e-4)
+    if EXPORTED[name][1] == "tokens":  # the mean patch token, to which the mean summary token has to be added
+        features = torch.cat([features, tokens[:, : encoder.num_summary_tokens].mean(1)], dim=1)
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
+    text = (folder / "README.md").read_text()
+    if EXPORTED[name][1] == "encode":
+        same = output.shape == expected.shape and torch.allclose(output, expected, atol=1e-5, rtol=1e-4)
+        other = "pools the last layer alone" if encoder.pooled == "all" else "`model(images)` are not the features"
+        assert ("`model(images)` are the same features" if same else other) in text
+    assert size == encoder.image_size
+
+
+def test_a_hub_folder_holds_the_weights_once_and_says_nothing_about_those_of_timm(
+    hub_folders: dict[str, tuple[Path, Any]],
+) -> None:
+    for name, (folder, encoder) in hub_folders.items():
+        own = {file.name for file in folder.iterdir()} - {"README.md", "code.py", "images.pt", "outputs.pt"}
+        head = "---\nlibrary_name: timm\n"
+        if name == "convolutional stem":
+            assert own == {"model.safetensors", "timm.json"}
+            assert not (folder / "README.md").read_text().startswith(head)
+            continue
+        assert own == {"model.safetensors", "config.json"}
+        assert (folder / "README.md").read_text().startswith(head)
+        config = json.loads((folder / "config.json").read_text())
+        assert not {"license", "tag", "label_names", "hf_hub_id"} & {*config, *config["pretrained_cfg"]}
+        assert config["num_features"] == encoder.layer_dims[-1]
+
+
+def test_a_hub_folder_gets_a_new_classifier(hub_folders: dict[str, tuple[Path, Any]]) -> None:
+    for name in ("vit", "hiera", "convnext"):
+        folder, encoder = hub_folders[name]
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=7)
+        assert model(torch.randn(2, 3, encoder.image_size, encoder.image_size)).shape == (2, 7)
+        state = model.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in encoder.state_dict().items())
+
+
+def test_a_hub_folder_starts_another_run(hub_folders: dict[str, tuple[Path, Any]]) -> None:
+    folder, encoder = hub_folders["hiera"]
+    other = HieraEncoder(**HIERA)
+    load_encoder(other, str(folder), "model.pretrained")
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in encoder.state_dict().items())
+
+
+def test_an_export_of_an_earlier_version_is_loaded(hub_folders: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
+    folder, encoder = hub_folders["vit"]
+    config, images = json.loads((folder / "config.json").read_text()), torch.load(folder / "images.pt")
+    overlay = config["pretrained_cfg"] | {"file": "encoder.safetensors"}
+    call = {"model_name": config["architecture"], **config["model_args"], "pretrained": True, "pretrained_cfg_overlay": overlay}
+    (tmp_path / "timm.json").write_text(json.dumps(call))
+    (tmp_path / "encoder.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    model = load_timm_model(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode(model.module, images)[0], encoder.features(images), atol=1e-5, rtol=1e-4)
 
 
 def test_unfaithful_format_is_refused_and_earlier_export_is_kept(exported: Path, trained: Path) -> None:

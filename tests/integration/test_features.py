@@ -59,8 +59,23 @@ def test_pictures_include_the_features_of_all_layers(trained: Path) -> None:
 def test_an_export_has_the_features_of_all_layers(trained: Path) -> None:
     run_config(compose("task=export", f"run={trained}", *COMMAND, "task.formats=[onnx,torch_export]"))
     summary = read_summary(trained / "export")
+    assert {"encoder.onnx", "encoder.pt2"} <= {file.name for file in (trained / "export").iterdir()}
     assert summary["feature_dim"] == 8 + 16
     assert summary["feature_layers"] == ["stage 1", "stage 2"]
     encoder, images = load_run(resolve(compose(f"run={trained}", *COMMAND)), None, None).encoder, torch.rand(3, 3, 32, 32)
     features = hjepa.load(trained, device="cpu").features(images, normalized=True)
     torch.testing.assert_close(features, encoder.features(images).detach())
+
+
+def test_an_encoder_that_timm_does_not_have_is_exported_in_a_format_of_torch(trained: Path) -> None:
+    run_config(compose("task=export", f"run={trained}", *COMMAND))
+    files = sorted(file.name for file in (trained / "export").iterdir())
+    assert files == ["README.md", "encoder.pt2", "preprocess.json", "summary.json"]
+    text = (trained / "export" / "README.md").read_text()
+    assert (
+        "timm has no model of this architecture, ConvEncoder: use `encoder.pt2` below, which needs nothing but PyTorch." in text
+    )
+    with pytest.raises(hjepa.UserError, match=r"timm has no model .* of ConvEncoder; use task.formats=\[torch_export\]"):
+        run_config(compose("task=export", f"run={trained}", *COMMAND, "task.formats=[timm]"))
+    with pytest.raises(hjepa.UserError, match="neither a run folder nor an export with a model of timm"):
+        hjepa.load(trained / "export")

@@ -18,7 +18,7 @@ from hjepa.config.terminal import progress_bar
 from hjepa.config.types import PositiveFloat
 from hjepa.distributed.seeding import generator
 from hjepa.models.encoder import Encoder
-from hjepa.tasks.export.formats import FORMATS, EncoderFunction, check_packages
+from hjepa.tasks.export.formats import FORMATS, EncoderFunction, check_packages, default_formats
 from hjepa.tasks.export.readme import render_readme
 from hjepa.tasks.trained_run import TrainedRun, load_run
 from hjepa.tracking.atomic import atomic_folder
@@ -35,7 +35,7 @@ COMPARED_BATCH_SIZES = (1, 3, 8)
 def export_encoder(
     config: Config,
     path: Path,
-    formats: list[Literal["timm", "onnx", "torch_export"]],
+    formats: list[Literal["timm", "onnx", "torch_export"]] | None,
     tolerance: PositiveFloat,
     checkpoint: str | None,
     root: str | None,
@@ -45,7 +45,7 @@ def export_encoder(
     Args:
         config: Resolved config, whose `run` names the run folder.
         path: Not used.
-        formats: Formats to write.
+        formats: Formats to write. None: timm, or torch_export if timm has no models of this kind.
         tolerance: Largest difference from the outputs of the run's encoder, relative to their largest absolute value.
         checkpoint: See `hjepa.tasks.trained_run.load_run`.
         root: See `hjepa.tasks.trained_run.load_run`.
@@ -53,12 +53,12 @@ def export_encoder(
     Raises:
         UserError: If a format requires a package that is not installed, or its outputs differ by more than the tolerance.
     """
-    names = list(dict.fromkeys(formats))
-    if not names:
+    if formats == []:
         raise UserError(f"task.formats=[]: expected at least one of {', '.join(FORMATS)}.")
-    check_packages(names)
+    check_packages(formats or [])
     config = config | {"hardware": config["hardware"] | {"device": "cpu", "precision": "float32"}}
     run = load_run(config, checkpoint, root)
+    names = list(dict.fromkeys(formats or default_formats(run.encoder)))
     folder = run.folder / "export"
     check_writable(folder, "copy the run to a folder that can be written, and set run=COPY")
     pixels, image_source = comparison_images(run, root)
@@ -71,7 +71,7 @@ def export_encoder(
                 raise UserError(f"Interrupted: nothing is exported, {folder} is unchanged; repeat the command to start again.")
         summary = build_summary(run, differences, image_source, temporary)
         (temporary / "preprocess.json").write_text(json.dumps(preprocessing(run), indent=2) + "\n")
-        (temporary / "README.md").write_text(render_readme(summary, preprocessing(run), temporary))
+        (temporary / "README.md").write_text(render_readme(summary, preprocessing(run), temporary, run.encoder))
         (temporary / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     log_artifacts(config, run.folder, Artifacts(sorted(folder.iterdir()), "export"))
     print_summary(summary, folder)

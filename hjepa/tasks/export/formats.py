@@ -5,19 +5,17 @@ A loaded encoder is a function that maps normalized images [B, 3, S, S], for any
 `hjepa.tasks.export_encoder`, and explain in `readme.py` how to load it.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.export import Dim
 
 from hjepa.config.errors import import_optional
 from hjepa.models.encoder import Encoder
-from hjepa.tasks.export.timm_model import FeaturesAndTokens, load_timm_model, timm_call
+from hjepa.tasks.export.timm_model import FeaturesAndTokens, has_timm_model, load_timm_model, write_timm_model
 from hjepa.tasks.trained_run import TrainedRun
 
 EncoderFunction = Callable[[Tensor], FeaturesAndTokens]
@@ -60,13 +58,10 @@ class Format(Protocol):
 
 
 class Timm(Format):
-    """The weights as safetensors, and the arguments with which `timm.create_model` loads them."""
+    """A folder of timm's model hub: the weights as safetensors, and the config with which timm loads them."""
 
     def export(self, run: TrainedRun, images: Tensor, folder: Path) -> None:
-        (folder / "encoder.safetensors").write_bytes(
-            save({name: value.contiguous() for name, value in run.encoder.state_dict().items()}, {"format": "pt"})
-        )
-        (folder / "timm.json").write_text(json.dumps(timm_call(run), indent=2) + "\n")
+        write_timm_model(run, folder)
 
     def load(self, folder: Path) -> EncoderFunction:
         module, encode = load_timm_model(folder)
@@ -118,6 +113,11 @@ class TorchExport(Format):
 
 
 FORMATS: dict[str, Format] = {"timm": Timm(), "onnx": Onnx(), "torch_export": TorchExport()}
+
+
+def default_formats(encoder: Encoder) -> list[str]:
+    """Return the format that an encoder is exported in if none is chosen: timm, or else one that PyTorch alone can load."""
+    return ["timm"] if has_timm_model(encoder) else ["torch_export"]
 
 
 def check_packages(formats: Sequence[str]) -> None:

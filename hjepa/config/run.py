@@ -9,9 +9,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from hjepa.config.errors import friendly_errors
-from hjepa.config.identity import run_path
 from hjepa.config.instantiate import build
 from hjepa.config.paths import PROGRAM
+from hjepa.config.run_path import run_path
 from hjepa.config.schema import Config, check, resolve
 from hjepa.config.targets import allow_targets_of_command_line
 

@@ -19,8 +19,9 @@ from hjepa.tracking.provenance import provenance_tags
 from hjepa.tracking.resend import send_run
 from hjepa.tracking.run_folder import UNSENT_MARKER, Record, RunFolder
 from hjepa.tracking.tracker import TRACKER_STATUS, build_trackers
-from hjepa.training.build import build_components
+from hjepa.training.build import build_components, build_untrained
 from hjepa.training.checkpoint import Checkpointer
+from hjepa.training.extension import describe_extension
 from hjepa.training.monitor import Monitor
 from hjepa.training.preview import plot_preview
 from hjepa.training.signals import StopFlag, Stopped
@@ -71,7 +72,8 @@ class TrainingRun:
         check_images_differ(train, validation)
         self.preview = validation.images[evenly_spaced_indices(len(validation), 4)]
         self.trainer: Trainer = build(config["train"], components=self.components, images=train.images)
-        self.monitor = Monitor(self.components, build_or_none(config["probe"]), train, validation)
+        untrained = build_untrained(config, self.components.hardware.device)
+        self.monitor = Monitor(self.components, build_or_none(config["probe"]), train, validation, untrained)
         self.checkpointer: Checkpointer = build(config["checkpoint"])
         self.checkpointer.attach(folder.path / "checkpoints", identity(config), self.components.world)
         self.records: list[Record] = []
@@ -141,13 +143,15 @@ class TrainingRun:
     def resume(self) -> None:
         """Continue from the latest checkpoint, if there is one, and drop the metrics recorded after it."""
         self.checkpointer.clean()
-        resumed = self.load_checkpoint()
-        if resumed:
+        saved = self.load_checkpoint()
+        if saved:
             log.info("resuming at step %d of %d", self.trainer.completed_steps, self.trainer.num_steps)
-        self.records = self.folder.rewind(self.trainer.completed_steps if resumed else -1)
+            if extension := describe_extension(self.trainer, saved):
+                log.info("%s", extension)
+        self.records = self.folder.rewind(self.trainer.completed_steps if saved else -1)
 
-    def load_checkpoint(self) -> bool:
-        """Load the latest checkpoint and return whether there was one; every process must call this."""
+    def load_checkpoint(self) -> Config | None:
+        """Load the latest checkpoint and return the identity that it holds, if any; every process must call this."""
         return self.checkpointer.load(self.trainer, self.monitor, self.components.hardware.device)
 
     def start_tracking(self) -> None:

@@ -112,7 +112,7 @@ class Trainer:
         self.scaler = components.hardware.scaler()
         self.meter = Meter(self.world)
         self.order_epoch, self.order = -1, torch.empty(0)
-        self.completed_steps, self.seconds = 0, 0.0
+        self.started, self.completed_steps, self.seconds = False, 0, 0.0
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ class Trainer:
         """Train from the current state to the last step, and measure, record and save along the way.
 
         Args:
-            monitor: Measures the untrained network and the model at the end of every epoch.
+            monitor: Measures the weights at the start, and those at the end of every epoch.
             checkpointer: Saves the state.
             record: Called with every record of metrics.
             stop: Ends the training after the current step when it is set.
@@ -199,10 +199,11 @@ class Trainer:
             UserError: A loss was not finite, or the run collapsed and `stop_on_collapse` is set.
         """
         with logging_redirect_tqdm() if self.world.main and shows_progress() else nullcontext():  # log lines above the bars
-            if self.completed_steps == 0:
-                measured = monitor.measure_untrained() if self.components.strategy.measures() else {}
+            if not self.started:
+                measured = monitor.measure_start() if self.components.strategy.measures() else {}
                 record({"step": 0, "seconds": 0.0, **measured})
                 self.save(monitor, checkpointer)
+            self.started = True
             self.model.train()
             steps = {"total": self.num_steps, "initial": self.completed_steps, "unit": "step"}
             with progress_bar(**steps, disable=not self.world.main) as bar:
@@ -254,11 +255,12 @@ class Trainer:
     def end_epoch(self, monitor: Monitor, checkpointer: Checkpointer, record: Recorder) -> None:
         """Measure, record and save at the end of an epoch or of the run."""
         self.check_finite()
-        epoch, last = math.ceil(self.plan.epochs_done(self.completed_steps)), self.completed_steps == self.num_steps
+        epochs_done, last = self.plan.epochs_done(self.completed_steps), self.completed_steps == self.num_steps
+        epoch, is_partial = math.ceil(epochs_done), not epochs_done.is_integer()  # the last epoch, which a longer run completes
         run_probe = monitor.probe is not None and (last or epoch % monitor.probe.every == 0)
         measured = monitor.measure_epoch(run_probe) if self.components.strategy.measures() else {}
         monitor.collapse = self.world.broadcast_object(monitor.collapse)
-        means = {f"epoch/{name}": value for name, value in self.meter.epoch_means().items()}
+        means = {f"epoch/{name}": value for name, value in self.meter.epoch_means(keep=is_partial).items()}
         record({"step": self.completed_steps, "epoch": epoch, "seconds": self.seconds, **means, **measured})
         scores = monitor.latest_scores if run_probe else {}
         self.save(monitor, checkpointer, epoch, scores.get("linear"))
@@ -311,7 +313,7 @@ class Trainer:
                 "the run started with %d processes and continues with %d; its results are the same up to rounding",
                 *(state["processes"], self.world.size),
             )
-        self.completed_steps, self.seconds = state["step"], state["seconds"]
+        self.started, self.completed_steps, self.seconds = True, state["step"], state["seconds"]
         self.components.strategy.load_state_dict(state)
         self.scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["meter"])

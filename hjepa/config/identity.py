@@ -12,6 +12,7 @@ NOT_IDENTITY = (
     *("tracking", "checkpoint", "task", "hardware"),
 )
 NOT_IDENTITY_DATASET = ("memory_limit_gb", "workers")
+NOT_IDENTITY_TRAIN = ("histograms",)
 
 TRAINING, BENCHMARK = "hjepa.tasks.train_model", "hjepa.tasks.run_benchmark"  # the tasks with a run folder of their own
 
@@ -22,6 +23,7 @@ def identity(config: Config) -> Config:
     The result of a benchmark is its speed, which also depends on the hardware, the data loading and the options of the task.
     """
     kept = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
+    kept["train"] = {key: value for key, value in config["train"].items() if key not in NOT_IDENTITY_TRAIN}
     if config["task"]["_target_"] == BENCHMARK:
         return kept | {key: config[key] for key in ("hardware", "task")}
     dataset = {key: value for key, value in config["dataset"].items() if key not in NOT_IDENTITY_DATASET}

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from hjepa.config.errors import friendly_errors
 from hjepa.config.instantiate import build
+from hjepa.config.passwords import hide_passwords
 from hjepa.config.paths import PROGRAM
 from hjepa.config.run_path import run_path
 from hjepa.config.schema import Config, check, resolve
@@ -65,4 +66,4 @@ def record_command() -> None:
     words = [word for folder in folders for word in ("--config-dir", folder)]
     words += [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
     words += [override for override in hydra.overrides.task if not override.startswith("+sweeps=")]
-    os.environ[COMMAND] = f"{PROGRAM} {shlex.join(words)}".rstrip()
+    os.environ[COMMAND] = f"{PROGRAM} {shlex.join(map(hide_passwords, words))}".rstrip()

@@ -9,12 +9,14 @@ from pathlib import Path
 from hjepa.config.errors import UserError, explain_machine_error
 from hjepa.config.identity import config_hash, flatten, identity
 from hjepa.config.instantiate import build, build_or_none
+from hjepa.config.passwords import hide_passwords
 from hjepa.config.schema import Config
 from hjepa.data.checks import check_images_differ
 from hjepa.data.datamodule import evenly_spaced_indices
 from hjepa.distributed.launch import launch
 from hjepa.distributed.process_group import destroy_process_group
 from hjepa.plotting import plot_curves
+from hjepa.tracking.histograms import Histogram, write_histograms
 from hjepa.tracking.provenance import provenance_tags
 from hjepa.tracking.resend import send_run
 from hjepa.tracking.run_folder import UNSENT_MARKER, Record, RunFolder
@@ -37,6 +39,10 @@ def train_model(config: Config, path: Path) -> float | None:
     Returns:
         The accuracy of the linear probe, or None without probes.
     """
+    if config["tracking"].get("mlflow", {}).get("register"):
+        raise UserError(
+            "tracking.mlflow.register belongs to task=export, which makes the model that it registers; leave it out here."
+        )
     folder = RunFolder(path, config)
     summary = folder.finished_summary()
     if not summary:
@@ -76,6 +82,7 @@ class TrainingRun:
         self.monitor = Monitor(self.components, build_or_none(config["probe"]), train, validation, untrained)
         self.checkpointer: Checkpointer = build(config["checkpoint"])
         self.checkpointer.attach(folder.path / "checkpoints", identity(config), self.components.world)
+        self.trainer.record_histograms = self.record_histograms
         self.records: list[Record] = []
         self.run_id: str | None = None
 
@@ -162,7 +169,7 @@ class TrainingRun:
         self.run_id = self.tracker.start(
             self.folder.path,
             self.config["experiment_name"],
-            {**flatten(self.config), **flatten(counts, "parameters")},
+            {**flatten(hide_passwords(self.config)), **flatten(counts, "parameters")},
             provenance_tags() | {"config": config_hash(self.config)},
             self.records,
         )
@@ -184,6 +191,10 @@ class TrainingRun:
         self.records.append(record)
         self.folder.append(record)
         self.tracker.log(record)
+
+    def record_histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
+        """Write the histograms of a step to the run folder and send them to the trackers."""
+        self.tracker.log_histograms(write_histograms(self.folder.path, step, histograms))
 
     def finish(self, status: str, reason: str | None, tracked_status: str) -> None:
         """Write the summary and the curves, finish the tracked run, and print the result of a finished run."""

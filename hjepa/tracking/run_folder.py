@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from hjepa.config.errors import UserError
 from hjepa.config.extension import check_same_run
 from hjepa.config.identity import starts_from_weights
+from hjepa.config.passwords import Formatter, hide_passwords
 from hjepa.config.saved import read_config as read_config  # belongs to what this module reads
 from hjepa.config.upgrade import upgrade_summary
 from hjepa.tracking.atomic import atomic_write
@@ -139,7 +140,7 @@ class RunFolder:
         self.check_same_config()
         (self.path / "plots").mkdir(exist_ok=True)
         (self.path / "summary.json").unlink(missing_ok=True)  # of an earlier session
-        self.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.config)))
+        self.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(hide_passwords(self.config))))
 
     def acquire_lock(self) -> None:
         """Lock the folder, or raise BlockingIOError if another process keeps it locked."""
@@ -180,7 +181,7 @@ class RunFolder:
     def log_handler(self) -> logging.Handler:
         """Return a logging handler that appends to run.log."""
         handler = LogFile(self.path / "run.log")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s"))
         return handler
 
     def append(self, record: Record) -> None:

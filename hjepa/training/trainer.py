@@ -26,8 +26,10 @@ from hjepa.distributed.seeding import generator, seed_global
 from hjepa.masking import Masks
 from hjepa.optim.optimizers import check_components, set_hyperparameters
 from hjepa.optim.step_plan import StepPlan
+from hjepa.tracking.histograms import Histogram
 from hjepa.training.build import Components
 from hjepa.training.checkpoint import Checkpointer, State
+from hjepa.training.histograms import count_weights_and_gradients
 from hjepa.training.meter import Meter, Terms
 from hjepa.training.monitor import Monitor, Scores
 from hjepa.training.parallel import full_tensor
@@ -77,6 +79,7 @@ class Trainer:
         clip_norm: Maximum norm of the gradient; None for no clipping.
         log_every: Number of steps between two records of the losses.
         stop_on_collapse: Whether a collapse ends the run instead of only causing a warning.
+        histograms: Number of epochs between histograms of weights and gradients, which `record_histograms` receives; None for none.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Trainer:
         clip_norm: PositiveFloat | None,
         log_every: PositiveInt,
         stop_on_collapse: bool,
+        histograms: PositiveInt | None = None,
     ) -> None:
         self.components, self.world, self.model = components, components.world, components.model
         self.device, optimizer = components.hardware.device, components.optimizer
@@ -100,6 +104,8 @@ class Trainer:
         self.num_steps = self.plan.num_steps
         self.network = components.strategy.wrap(self.model, optimizer)
         self.accumulate, self.log_every, self.stop_on_collapse = accumulate, log_every, stop_on_collapse
+        self.record_histograms: Callable[[int, dict[str, Histogram]], None] | None = None
+        self.histogram_every = histograms if components.strategy.measures() and self.world.main else None
         self.clip_norm = math.inf if clip_norm is None else clip_norm
         self.images = (
             images.to(self.device) if isinstance(images, Tensor) else Stream(images, self.indices, self.num_steps, self.device)
@@ -178,10 +184,18 @@ class Trainer:
         sums["gradient_norm"] = full_tensor(clip_grad_norm_(self.trainable, self.clip_norm))
         self.scaler.step(c.optimizer)
         self.scaler.update()
+        if self.record_histograms and self.ends_epoch_with_histograms(step + 1):
+            self.record_histograms(step + 1, count_weights_and_gradients(self.model))
         c.optimizer.zero_grad()
         # The teacher follows after the update, once per step.
         c.teacher_update.apply(self.model, step)
         return sums
+
+    def ends_epoch_with_histograms(self, num_steps: int) -> bool:
+        """Return whether the first `num_steps` steps end with an epoch whose histograms are recorded."""
+        if self.histogram_every is None or num_steps not in self.plan.epoch_ends:
+            return False
+        return (self.plan.epoch_ends.index(num_steps) + 1) % self.histogram_every == 0 or num_steps == self.num_steps
 
     # -- the run -------------------------------------------------------------------------------------------------------
 

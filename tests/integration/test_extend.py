@@ -118,7 +118,7 @@ def test_what_is_no_longer_run_is_refused_and_changes_nothing(finished: Path, ov
 
     files = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
     with pytest.raises(UserError, match=message) as caught:
-        run_config(compose(f"output_root={finished}", *tiny(*SHORT, *{"train.epochs=1", *overrides})))
+        run_config(compose(f"output_root={finished}", *tiny(*SHORT, "train.epochs=1", *overrides)))
     assert "\n" not in str(caught.value)
     assert files == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
 

@@ -23,7 +23,8 @@ def identity(config: Config) -> Config:
     The result of a benchmark is its speed, which also depends on the hardware, the data loading and the options of the task.
     """
     kept = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
-    kept["train"] = {key: value for key, value in config["train"].items() if key not in NOT_IDENTITY_TRAIN}
+    if "train" in kept:
+        kept["train"] = {key: value for key, value in kept["train"].items() if key not in NOT_IDENTITY_TRAIN}
     if config["task"]["_target_"] == BENCHMARK:
         return kept | {key: config[key] for key in ("hardware", "task")}
     dataset = {key: value for key, value in config["dataset"].items() if key not in NOT_IDENTITY_DATASET}

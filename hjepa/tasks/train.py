@@ -16,7 +16,7 @@ from hjepa.data.datamodule import evenly_spaced_indices
 from hjepa.distributed.launch import launch
 from hjepa.distributed.process_group import destroy_process_group
 from hjepa.plotting import plot_curves
-from hjepa.tracking.histograms import Histogram, write_histograms
+from hjepa.tracking.histograms import Histogram, histogram_files, write_histograms
 from hjepa.tracking.provenance import provenance_tags
 from hjepa.tracking.resend import send_run
 from hjepa.tracking.run_folder import UNSENT_MARKER, Record, RunFolder
@@ -40,9 +40,7 @@ def train_model(config: Config, path: Path) -> float | None:
         The accuracy of the linear probe, or None without probes.
     """
     if config["tracking"].get("mlflow", {}).get("register"):
-        raise UserError(
-            "tracking.mlflow.register belongs to task=export, which makes the model that it registers; leave it out here."
-        )
+        raise UserError("tracking.mlflow.register belongs to task=export, which exports what is registered; leave it out here.")
     folder = RunFolder(path, config)
     summary = folder.finished_summary()
     if not summary:
@@ -156,6 +154,9 @@ class TrainingRun:
             if extension := describe_extension(self.trainer, saved):
                 log.info("%s", extension)
         self.records = self.folder.rewind(self.trainer.completed_steps if saved else -1)
+        for file in histogram_files(self.folder.path):
+            if not saved or int(file.stem) > self.trainer.completed_steps:
+                file.unlink()
 
     def load_checkpoint(self) -> Config | None:
         """Load the latest checkpoint and return the identity that it holds, if any; every process must call this."""

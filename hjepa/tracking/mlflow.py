@@ -5,7 +5,6 @@ It tries again from time to time and at its end: it asks the server for the poin
 metrics.jsonl, so that nothing is lost or duplicated.
 """
 
-import json
 import logging
 import os
 import shlex
@@ -20,6 +19,7 @@ from hjepa.config.passwords import HIDDEN, hide_passwords
 from hjepa.config.paths import PROGRAM
 from hjepa.tracking.atomic import atomic_write
 from hjepa.tracking.dead_runs import close_dead_runs, end_run, machine_tags
+from hjepa.tracking.mlflow_models import onnx_options
 from hjepa.tracking.mlflow_server import database_lock, find_experiment, find_run, tracking_uri, view_command
 from hjepa.tracking.run_folder import Record, read_records
 from hjepa.tracking.run_name import display_name
@@ -317,28 +317,6 @@ class MLflow(Tracker):
     def end(self, status: str) -> None:
         """Set the final status."""
         end_run(self.client, self.run_id, self.folder, status)
-
-
-def onnx_options(folder: Path) -> dict[str, Any]:
-    """Return what MLflow needs to know of an exported ONNX encoder; its signature names inputs and outputs and their shapes."""
-    import numpy as np
-    import onnx
-    import onnxruntime
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    model = onnx.load(folder / "encoder.onnx")
-
-    def schema(values: Any) -> Schema:
-        shapes = [[d.dim_value or -1 for d in value.type.tensor_type.shape.dim] for value in values]
-        return Schema([TensorSpec(np.dtype("float32"), tuple(s), v.name) for v, s in zip(values, shapes, strict=True)])
-
-    return {
-        "onnx_model": model,
-        "signature": ModelSignature(inputs=schema(model.graph.input), outputs=schema(model.graph.output)),
-        "pip_requirements": [f"onnxruntime=={onnxruntime.__version__}", f"onnx=={onnx.__version__}", f"numpy=={np.__version__}"],
-        "metadata": {"preprocess": json.loads((folder / "preprocess.json").read_text())},
-    }
 
 
 def batches(items: list[Any], size: int) -> Iterator[list[Any]]:

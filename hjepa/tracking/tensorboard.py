@@ -1,7 +1,7 @@
 """TensorBoard: event files in the run folder's `tensorboard/`.
 
-Every session of a run writes the event files from the start, so that no point is duplicated. Pictures and metrics that a task adds
-to a finished run are in event files of their own, which the same task replaces.
+Every session of a run writes the event files from the start, so that no point is duplicated. Pictures and metrics that a task
+adds to a finished run are in event files of their own, which the same task replaces.
 """
 
 import shlex

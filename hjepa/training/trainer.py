@@ -79,7 +79,7 @@ class Trainer:
         clip_norm: Maximum norm of the gradient; None for no clipping.
         log_every: Number of steps between two records of the losses.
         stop_on_collapse: Whether a collapse ends the run instead of only causing a warning.
-        histograms: Number of epochs between histograms of weights and gradients, which `record_histograms` receives; None for none.
+        histograms: Number of epochs between calls of `record_histograms` with those of weights and gradients; None for no calls.
     """
 
     def __init__(

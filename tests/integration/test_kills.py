@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and started again ends as if it had never been killed: everything that it leaves is compared.
+"""A run that is killed at any moment and started again ends as if it had never been killed: all that it leaves is compared.
 
 HJEPA_KILLS is the number of kills, as in `HJEPA_KILLS=1000 pytest -s tests/integration/test_kills.py`.
 """

@@ -92,7 +92,7 @@ def find_experiment(client: Any, uri: str, name: str, root: Path) -> str:
     if experiment.lifecycle_stage == "deleted":
         raise UserError(
             f"the experiment {name} was deleted there; restore it (mlflow experiments restore --experiment-id "
-            f"{experiment.experiment_id}), or choose another name: experiment_name=NAME for runs, task.experiment=NAME for task=sync"
+            f"{experiment.experiment_id}), or choose another name (experiment_name=NAME, or task.experiment=NAME with task=sync)"
         )
     return str(experiment.experiment_id)
 

@@ -28,8 +28,16 @@ def hide_passwords(value: Any) -> Any:
     return value
 
 
-class Formatter(logging.Formatter):
-    """A formatter of log records that hides passwords."""
+class PasswordFilter(logging.Filter):
+    """A filter of log handlers that hides passwords."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        return str(hide_passwords(super().format(record)))
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = hide_passwords(record.getMessage()), ()
+        return True
+
+
+def hide_passwords_in_logs() -> None:
+    """Let the handlers of the root logger hide passwords."""
+    for handler in logging.getLogger().handlers:
+        if not any(isinstance(existing, PasswordFilter) for existing in handler.filters):
+            handler.addFilter(PasswordFilter())

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from hjepa.config.errors import friendly_errors
 from hjepa.config.instantiate import build
-from hjepa.config.passwords import hide_passwords
+from hjepa.config.passwords import hide_passwords, hide_passwords_in_logs
 from hjepa.config.paths import PROGRAM
 from hjepa.config.run_path import run_path
 from hjepa.config.schema import Config, check, resolve
@@ -42,6 +42,7 @@ def perform(config: Config, path: Path) -> float | None:
     """
     import_from_working_directory()
     record_command()
+    hide_passwords_in_logs()
     with friendly_errors():
         result: float | None = build(config["task"])(config, path)
     return result

@@ -82,6 +82,7 @@ class TrainingRun:
         self.checkpointer.attach(folder.path / "checkpoints", identity(config), self.components.world)
         self.trainer.record_histograms = self.record_histograms
         self.records: list[Record] = []
+        self.tags = {"config": config_hash(config)}
         self.run_id: str | None = None
 
     def run(self) -> float | None:
@@ -153,6 +154,7 @@ class TrainingRun:
             log.info("resuming at step %d of %d", self.trainer.completed_steps, self.trainer.num_steps)
             if extension := describe_extension(self.trainer, saved):
                 log.info("%s", extension)
+                self.tags["extended"] = extension  # MLflow keeps the parameters of the shorter run
         self.records = self.folder.rewind(self.trainer.completed_steps if saved else -1)
         for file in histogram_files(self.folder.path):
             if not saved or int(file.stem) > self.trainer.completed_steps:
@@ -171,7 +173,7 @@ class TrainingRun:
             self.folder.path,
             self.config["experiment_name"],
             {**flatten(hide_passwords(self.config)), **flatten(counts, "parameters")},
-            provenance_tags() | {"config": config_hash(self.config)},
+            provenance_tags() | self.tags,
             self.records,
         )
         self.tracker.log_artifact(self.folder.path / "config.yaml")

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from hjepa.config.errors import UserError
 from hjepa.config.extension import check_same_run
 from hjepa.config.identity import starts_from_weights
-from hjepa.config.passwords import Formatter, hide_passwords
+from hjepa.config.passwords import PasswordFilter, hide_passwords
 from hjepa.config.saved import read_config as read_config  # belongs to what this module reads
 from hjepa.config.upgrade import upgrade_summary
 from hjepa.tracking.atomic import atomic_write
@@ -181,7 +181,8 @@ class RunFolder:
     def log_handler(self) -> logging.Handler:
         """Return a logging handler that appends to run.log."""
         handler = LogFile(self.path / "run.log")
-        handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.addFilter(PasswordFilter())
         return handler
 
     def append(self, record: Record) -> None:

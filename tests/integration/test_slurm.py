@@ -18,8 +18,8 @@ from mlflow import MlflowClient
 
 from tests.helpers.cluster import job_fields, poll, process_of, slurm
 from tests.helpers.database import prepare_database
+from tests.helpers.results import check_mlflow, metrics, weights
 from tests.helpers.runs import ROOT, TINY, launch
-from tests.integration.test_resume import check_mlflow, metrics, weights
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

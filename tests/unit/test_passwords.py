@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from hjepa.config.passwords import Formatter, hide_passwords
+from hjepa.config.passwords import PasswordFilter, hide_passwords
 
 HIDDEN = {
     "https://user:secret@host:5000/path": "https://user:***@host:5000/path",
@@ -21,7 +21,8 @@ def test_a_password_is_hidden_wherever_it_stands(text: str, hidden: str) -> None
     assert hide_passwords(hidden) == hidden
     assert hide_passwords({"a": [text, 1], "b": None}) == {"a": [hidden, 1], "b": None}
     record = logging.LogRecord("hjepa", logging.INFO, "", 0, "to %s", (text,), None)
-    assert Formatter("%(message)s").format(record) == f"to {hidden}"
+    assert PasswordFilter().filter(record)
+    assert record.getMessage() == f"to {hidden}"
 
 
 @pytest.mark.parametrize(

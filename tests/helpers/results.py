@@ -1,10 +1,19 @@
-"""What a run has left: its weights, its metrics without times, and its copy in MLflow."""
+"""Runs that are interrupted, and what they leave: weights, metrics without times, and their copies in MLflow."""
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+
+LONG = (
+    "train.epochs=4",
+    "train.log_every=3",
+    "probe.every=2",
+    "checkpoint.every_seconds=0.01",
+    "model.encoder.drop_path=0.1",
+)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -15,6 +24,13 @@ def metrics(folder: Path) -> list[dict]:
     timing = ("images_per_second", "seconds", "peak_memory_mb")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if k not in timing} for r in records]
+
+
+def wait_for_records(folder: Path, count: int, is_alive: Callable[[], bool]) -> None:
+    """Wait until the run has written `count` records, or has ended."""
+    file = folder / "metrics.jsonl"
+    while is_alive() and not (file.exists() and len(file.read_text().splitlines()) >= count):
+        time.sleep(0.005)  # polls a file and makes no assumption about speed
 
 
 def check_mlflow(root: Path, names: Sequence[str]) -> None:

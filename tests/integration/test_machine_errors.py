@@ -19,8 +19,8 @@ import torch
 from hjepa.config.errors import UserError, explain_machine_error
 from tests.helpers.children import begin, run_config
 from tests.helpers.database import prepare_database
+from tests.helpers.results import LONG, metrics, weights
 from tests.helpers.runs import tiny, trainer
-from tests.integration.test_resume import LONG, metrics, weights
 from tests.integration.test_tracking import check_complete, client
 from tests.unit.test_data import make_folder
 from tests.unit.test_stream import options

@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,14 +13,8 @@ from hjepa.distributed.process_group import World
 from hjepa.models.pretrained import read_checkpoint
 from hjepa.training.checkpoint import Checkpointer, best_rank
 from tests.helpers.children import start
+from tests.helpers.results import wait_for_records
 from tests.helpers.runs import TINY
-
-
-def wait_for_records(folder: Path, count: int, is_alive: Callable[[], bool]) -> None:
-    """Wait until the run has written `count` records, or has ended."""
-    file = folder / "metrics.jsonl"
-    while is_alive() and not (file.exists() and len(file.read_text().splitlines()) >= count):
-        time.sleep(0.005)  # polls a file and makes no assumption about speed
 
 
 def test_sigterm_saves_ends_as_stopped_and_continues(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from hjepa.tracking.atomic import atomic_write
 from hjepa.tracking.dead_runs import close_dead_runs, end_run, machine_tags
 from hjepa.tracking.mlflow_models import onnx_options
 from hjepa.tracking.mlflow_server import database_lock, find_experiment, find_run, tracking_uri, view_command
-from hjepa.tracking.run_folder import Record, read_records
+from hjepa.tracking.run_folder import Record, read_records, read_run_id
 from hjepa.tracking.run_name import display_name
 from hjepa.tracking.tracker import Artifacts, Tracker
 
@@ -211,12 +211,11 @@ class MLflow(Tracker):
         with database_lock(self.uri):
             self.experiment_id = find_experiment(self.client, self.uri, experiment, self.root)
         tags = tags | machine_tags() | {"run_folder": str(self.folder)}
-        id_file = self.folder / "run_id"
-        known_id = id_file.read_text() if id_file.exists() else None
+        known_id = read_run_id(self.folder)
         run = self.find_run(known_id, tags) or self.create_run(known_id, params, tags)
         self.run_id = str(run.info.run_id)
         if not known_id:
-            atomic_write(id_file, self.run_id)
+            atomic_write(self.folder / "run_id", self.run_id)
         if run.info.status != "RUNNING":
             self.client.update_run(self.run_id, status="RUNNING")
         self.send_description(params, tags, run.data.params)

@@ -55,6 +55,12 @@ def read_summary(folder: Path) -> Record:
     return upgrade_summary(summary, is_old and starts_from_weights(read_config(folder)))
 
 
+def read_run_id(folder: Path) -> str | None:
+    """Return the id of the run in MLflow that was made for a run folder first; None if there is none."""
+    file = folder / "run_id"
+    return file.read_text() if file.exists() else None
+
+
 def find_runs(folder: Path) -> list[Path]:
     """Return all run folders with records in this folder, including itself, in order."""
     return sorted(file.parent for file in folder.rglob("metrics.jsonl"))

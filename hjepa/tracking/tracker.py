@@ -15,7 +15,7 @@ from typing import Any
 from hjepa.config.instantiate import build
 from hjepa.config.passwords import hide_passwords
 from hjepa.config.schema import Config
-from hjepa.tracking.run_folder import Record, read_config, read_summary
+from hjepa.tracking.run_folder import Record, read_config, read_run_id
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def log_artifacts(config: Config, folder: Path, artifacts: Artifacts) -> None:
         artifacts: Additions to the run.
     """
     if config["tracking"]:
-        run_id = read_summary(folder).get("run_id") or ""
+        run_id = read_run_id(folder) or ""
         build_trackers(trackers_of_run(config, folder)).add_artifacts(run_id, replace(artifacts, run=folder))
 
 
@@ -175,7 +175,7 @@ def register_model(config: Config, folder: Path) -> str:
     """
     node: Config = config["tracking"]["mlflow"] | trackers_of_run(config, folder).get("mlflow", {})
     tracker = build(node | {"register": config["tracking"]["mlflow"]["register"]})
-    return str(tracker.register_model(read_summary(folder).get("run_id") or "", folder / "export"))
+    return str(tracker.register_model(read_run_id(folder) or "", folder / "export"))
 
 
 def trackers_of_run(config: Config, folder: Path) -> Config:

@@ -12,7 +12,6 @@ from hjepa.config.errors import UserError
 from hjepa.config.schema import resolve
 from hjepa.tracking.mlflow import MLflow
 from hjepa.tracking.mlflow_server import tracking_uri, view_command
-from hjepa.tracking.run_folder import read_summary
 from hjepa.tracking.tracker import Artifacts, log_artifacts
 from tests.helpers.database import prepare_database
 from tests.helpers.runs import ROOT, compose
@@ -55,7 +54,7 @@ def test_evaluation_and_sync_find_the_copy_of_a_run(run, folder: Path, tmp_path:
     run(*sync)
     evaluate(folder)
     original = check_evaluated(first_uri, folder)
-    assert read_summary(folder)["run_id"] == original
+    assert (folder / "run_id").read_text() == original
     client = mlflow.MlflowClient(first_uri)
     client.delete_run(original)
     evaluate(folder)
@@ -114,7 +113,7 @@ def test_a_password_that_a_run_does_not_store_comes_from_the_environment(monkeyp
     whole, stored = "postgresql://u:secret@host/db", "postgresql://u:***@host/db"
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert tracking_uri(whole, Path("/o")) == whole
-    with pytest.raises(UserError, match="set MLFLOW_TRACKING_URI to the whole address"):
+    with pytest.raises(UserError, match="set MLFLOW_TRACKING_URI to the complete address"):
         MLflow(stored, "/o", system_metrics=False).add_artifacts("id", Artifacts([], "x"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", whole)
     assert tracking_uri(stored, Path("/o")) == whole

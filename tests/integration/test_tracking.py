@@ -334,7 +334,7 @@ def test_several_trackers_at_once(run, tmp_path: Path) -> None:
     for _ in range(2):  # task=visualize, repeated
         artifacts = Artifacts([tmp_path / "pca.png"], "visualize", metrics={"evaluate/knn": 0.5}, step=18)
         log_artifacts({"tracking": {"tensorboard": {}}}, folder, artifacts)
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "histograms": 0}).Reload()
     assert {tag: len(events.Images(tag)) for tag in events.Tags()["images"]} == dict.fromkeys(
         ("plots/masks", "plots/curves", "visualize/pca"), 1
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,8 +38,9 @@ def write_histograms(folder: Path, step: int, histograms: dict[str, Histogram]) 
     """Write the histograms of a training step, by names such as `gradients/student.norm.weight`, to a run folder."""
     file = folder / "histograms" / f"{step:08d}.npz"
     file.parent.mkdir(exist_ok=True)
+    arrays: dict[str, Any] = {name: np.concatenate(histogram) for name, histogram in histograms.items()}
     with atomic_files(file) as (temporary,), temporary.open("wb") as stream:
-        np.savez_compressed(stream, **{name: np.concatenate(histogram) for name, histogram in histograms.items()})
+        np.savez_compressed(stream, **arrays)
     return file
 
 

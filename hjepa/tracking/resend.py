@@ -30,7 +30,7 @@ def send_run(config: Config, folder: Path, experiment: str | None = None) -> boo
     return arrived
 
 
-def send_idle_run(config: Config, folder: Path, experiment: str | None) -> bool:
+def send_idle_run(config: Config, folder: Path, experiment: str | None = None) -> bool:
     """Send a locked run folder, and return whether everything arrived; its summary then names the tracked run."""
     run, summary, records = read_config(folder), read_summary(folder), read_records(folder)
     tracker = build_trackers({name: without_system_metrics(node) for name, node in config["tracking"].items()})

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from hjepa.config.errors import UserError
-from hjepa.tracking.run_folder import read_config, read_records, read_summary
-from tests.helpers.runs import compose, tiny
+from hjepa.config.run import perform
+from hjepa.config.run_path import run_path
+from hjepa.tracking.run_folder import RunFolder, read_config, read_records, read_summary
+from tests.helpers.runs import checked_config
 
 SHORT = ("dataset.train=120", "probe.train_images=60", "probe.penalties=[0.01]")  # four steps an epoch
 
@@ -63,17 +65,15 @@ def test_a_run_with_wsd_that_was_stopped_before_its_decay_goes_on_exactly(run, t
     options = (*SHORT, "schedule=wsd", "schedule.lr.decay=0.5", "schedule.lr.end=0", "teacher.half_life=20", "train.log_every=1")
     stop_at(tmp_path / "default" / "r", 5)
     with pytest.raises(SystemExit):
-        run(*options, "train.epochs=6", "name=r")
+        run(*options, "train.epochs=4", "name=r")
     assert read_summary(tmp_path / "default" / "r")["status"] == "stopped"
-    assert read_summary(tmp_path / "default" / "r")["steps"] < 12
-    run(*options, "train.epochs=7", "name=r", "extend=true")
-    run(*options, "train.epochs=7", "name=full")
+    assert read_summary(tmp_path / "default" / "r")["steps"] <= 10, "the decay has not begun"
+    run(*options, "train.epochs=5", "name=r", "extend=true")
+    run(*options, "train.epochs=5", "name=full")
     check_equal(tmp_path / "default" / "full", tmp_path / "default" / "r")
 
 
-def test_the_default_name_finds_the_shorter_run_and_the_same_command_shows_its_result(
-    run, tmp_path: Path, capsys, caplog
-) -> None:
+def test_the_default_name_finds_the_shorter_run_which_the_same_command_then_shows(run, tmp_path: Path, capsys, caplog) -> None:
     run(*SHORT, "train.epochs=1")
     (folder,) = (tmp_path / "default").iterdir()
     with caplog.at_level("INFO"):
@@ -85,53 +85,53 @@ def test_the_default_name_finds_the_shorter_run_and_the_same_command_shows_its_r
     capsys.readouterr()
     run(*SHORT, "train.epochs=2", "extend=true")
     assert "This run is finished" in capsys.readouterr().out
-    run(*SHORT, "train.epochs=3", "extend=true", f"run={folder}", "experiment_name=elsewhere")
-    assert read_summary(folder)["epochs"] == 3
-    assert not (tmp_path / "elsewhere").exists()
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """Return the output root of a run of one epoch that is named r."""
-    from hjepa.config.run import run as run_config
+def claim(root: Path, *overrides: str) -> Path:
+    """Make the folder of a run that has only just begun, which holds its config."""
+    config = checked_config(f"output_root={root}", "name=null", *overrides)
+    folder = RunFolder(run_path(config), config)
+    folder.claim(overwrite=False)
+    folder.release()
+    return folder.path
 
-    root = tmp_path_factory.mktemp("finished")
-    run_config(compose(f"output_root={root}", *tiny(*SHORT, "train.epochs=1", "name=r")))
-    return root
+
+def test_a_run_is_extended_by_its_folder(tmp_path: Path) -> None:
+    folder = claim(tmp_path, "train.epochs=1", "name=r")
+    longer = checked_config("train.epochs=2", "extend=true", f"run={folder}", f"output_root={tmp_path}/elsewhere")
+    assert run_path(longer) == folder
+    assert RunFolder(folder, longer).check_same_config(), "it makes the run longer"
 
 
 REFUSED = {
-    ("name=r", "train.epochs=2"): "extend=true trains this run on to the new length and keeps everything; another name keeps",
+    ("name=r", "train.epochs=3"): "extend=true trains this run on to the new length and keeps everything; another name keeps",
     ("name=r", "optimizer.lr=0.1", "extend=true"): "Ways out: another name keeps this run .* init_from=.*/r keeps this run",
-    ("name=r", "train.epochs=2", "optimizer.lr=0.1", "extend=true"): "Ways out: another name",
-    ("name=r", "train.epochs=null", "train.steps=90", "extend=true"): "set train.epochs to more than 1, and no other length",
-    ("train.epochs=2", "name=s", "extend=true"): "/s holds no run that differs from this one in its length only",
-    ("train.epochs=2", "seed=7", "extend=true"): "/default holds no run that differs",
-    ("train.epochs=2", "run=/nowhere/r", "extend=true"): "/nowhere/r holds no run",
-    ("name=r", "train.epochs=2", "extend=true", "overwrite=true"): "leave one of them out",
+    ("name=r", "train.epochs=3", "optimizer.lr=0.1", "extend=true"): "Ways out: another name",
+    ("name=r", "train.epochs=null", "train.steps=90", "extend=true"): "set train.epochs to more than 2, and no other length",
+    ("name=r", "train.epochs=1", "extend=true"): "set train.epochs to more than 2",
+    ("name=s", "train.epochs=3", "extend=true"): "/s holds no run that differs from this one in its length only",
+    ("seed=7", "train.epochs=3", "extend=true"): "/default holds no run that differs",
+    ("run=/nowhere/r", "train.epochs=3", "extend=true"): "/nowhere/r holds no run",
+    ("name=r", "train.epochs=3", "extend=true", "overwrite=true"): "leave one of them out",
 }
 
 
-@pytest.mark.parametrize(("overrides", "message"), REFUSED.items(), ids=lambda value: " ".join(value)[:60])
-def test_what_is_no_longer_run_is_refused_and_changes_nothing(finished: Path, overrides, message: str) -> None:
-    from hjepa.config.run import run as run_config
-
-    files = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+@pytest.mark.parametrize(("overrides", "message"), REFUSED.items(), ids=[" ".join(overrides) for overrides in REFUSED])
+def test_what_is_no_longer_run_is_refused_and_changes_nothing(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
+    claim(tmp_path, "name=r")
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    config = checked_config(f"output_root={tmp_path}", *overrides)
     with pytest.raises(UserError, match=message) as caught:
-        run_config(compose(f"output_root={finished}", *tiny(*SHORT, "train.epochs=1", *overrides)))
+        perform(config, run_path(config))
     assert "\n" not in str(caught.value)
-    assert files == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
-def test_a_smaller_length_is_refused(run, tmp_path: Path) -> None:
-    run(*SHORT, "train.epochs=2", "name=r")
-    with pytest.raises(UserError, match=r"set train\.epochs to more than 2"):
-        run(*SHORT, "train.epochs=1", "name=r", "extend=true")
-
-
-def test_several_shorter_runs_are_named(run, tmp_path: Path) -> None:
-    for steps in (1, 2):
-        run(*SHORT, "train.epochs=null", f"train.steps={steps}")
+def test_several_shorter_runs_are_named(tmp_path: Path) -> None:
+    folders = [claim(tmp_path, f"train.epochs={epochs}") for epochs in (1, 2)]
+    longer = checked_config(f"output_root={tmp_path}", "train.epochs=3", "extend=true")
     with pytest.raises(UserError, match=r"several runs .* choose one by name=") as caught:
-        run(*SHORT, "train.epochs=null", "train.steps=3", "extend=true")
-    assert all(path.name in str(caught.value) for path in (tmp_path / "default").iterdir())
+        run_path(longer)
+    assert all(folder.name in str(caught.value) for folder in folders)
+    shorter = checked_config(f"output_root={tmp_path}", "train.epochs=2", "extend=true")
+    assert run_path(shorter) == folders[1], "the run of this very config"

@@ -40,13 +40,14 @@ def check_same_run(folder: Path, config: Config) -> bool:
     if not changed:
         return False
     only_length = differs_only_in_length(old, new)
-    if only_length and config["extend"] and is_longer(old, new):
+    longer = only_length and is_longer(old, new)
+    if longer and config["extend"]:
         return True
     found = f"{folder} holds a run with another config ({'; '.join(changed)})"
     if only_length and config["extend"]:
         kind, length = next((key, old["train"][key]) for key in LENGTHS if old["train"][key] is not None)
         raise UserError(f"{found}; extend=true makes a run longer: set train.{kind} to more than {length}, and no other length.")
-    extend = "extend=true trains this run on to the new length and keeps everything; " if only_length else ""
+    extend = "extend=true trains this run on to the new length and keeps everything; " if longer else ""
     raise UserError(
         f"{found}. Ways out: {extend}another name keeps this run and trains a new one from scratch; another name with "
         f"init_from={folder} keeps this run and trains a new one from its weights; overwrite=true deletes this run and trains "

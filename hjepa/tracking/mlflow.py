@@ -33,7 +33,12 @@ PARAMS_PER_REQUEST = 100  # as many as MLflow allows
 
 RETRY_SECONDS = 60.0  # between attempts to reach a server that failed
 
-ARTIFACT_FOLDERS = {"config.yaml": None, "summary.json": None, "plots/*.png": "plots"}  # by pattern in the run folder
+ARTIFACT_FOLDERS = {  # by pattern in the run folder
+    "config.yaml": None,
+    "summary.json": None,
+    "plots/*.png": "plots",
+    "histograms/*.npz": "histograms",
+}
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -104,19 +104,32 @@ def process_of(config: dict[str, Any], output: Path) -> Iterator[Any]:
         process.join()
 
 
-def run_with_kills(config: dict[str, Any], output: Path, longest: float, number: int, moments: random.Random) -> int:
-    """Start a run again and again, and kill it at a random moment each time, at most `number` times; return the kills."""
-    kills = 0
-    while True:
-        with process_of(config, output) as process:
-            process.join(moments.uniform(0, longest) if kills < number else None)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-            if process.exitcode == 0:
-                return kills
-            assert process.exitcode == -signal.SIGKILL, output.read_text()
-            kills += 1
+class Killer:
+    """Kills runs at random moments.
+
+    Args:
+        longest: Seconds that a run takes. The number is adapted, since other programs slow a machine down: it grows with every
+            kill and shrinks with every end, so that kills fall on all parts of a run.
+    """
+
+    def __init__(self, longest: float) -> None:
+        self.longest, self.moments, self.kills = longest, random.Random(KILLS), 0
+
+    def run(self, config: dict[str, Any], output: Path, most: int) -> None:
+        """Start a run again and again until it ends by itself, and kill it at a random moment each time, `most` times at most."""
+        last = min(KILLS, self.kills + most)
+        while True:
+            with process_of(config, output) as process:
+                process.join(self.moments.uniform(0, self.longest) if self.kills < last else None)
+                if process.exitcode is None:
+                    process.kill()
+                    process.join()
+                if process.exitcode == 0:
+                    self.longest /= 1.3
+                    return
+                assert process.exitcode == -signal.SIGKILL, output.read_text()
+                self.longest *= 1.1
+                self.kills += 1
 
 
 def test_runs_that_are_killed_at_random_moments_end_as_if_they_were_not(tmp_path: Path) -> None:
@@ -125,22 +138,21 @@ def test_runs_that_are_killed_at_random_moments_end_as_if_they_were_not(tmp_path
     prepare_database(tmp_path)
     client, output = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), tmp_path / "output"
     configs = [checked_config(*SMALL, f"output_root={tmp_path}", f"checkpoint.every_seconds={s}") for s in INTERVALS]
-    moments, kills, failures = random.Random(0), 0, []
+    failures: list[str] = []
     begin(time.monotonic).join()  # the server of the processes is slow to start
     started = time.monotonic()
     with process_of(configs[0] | {"name": "undisturbed"}, output) as process:
         process.join()
         assert process.exitcode == 0, output.read_text()
-    longest = 1.05 * (time.monotonic() - started)
+    killer = Killer(longest=time.monotonic() - started)
     expected = describe(tmp_path / "e" / "undisturbed")
-    most = max(1, min(50, KILLS // len(configs)))  # kills of one run
     for number in count():
-        if kills >= KILLS and number >= len(configs):
+        if killer.kills >= KILLS and number >= len(configs):
             break
         config = configs[number % len(configs)] | {"name": f"r{number}"}
+        killer.run(config, output, most=max(1, min(50, KILLS // len(configs))))
         folder = run_path(config)
-        kills += run_with_kills(config, output, longest, min(most, max(0, KILLS - kills)), moments)
         found = difference(expected, describe(folder)) or tracked_difference(client, folder)
         failures += [f"{folder.name}: {found}"] if found else []
-        print(f"{kills} kills of {number + 1} runs, {len(failures)} runs ended wrong {failures}", flush=True)
+        print(f"{killer.kills} kills of {number + 1} runs, {len(failures)} runs ended wrong {failures}", flush=True)
     assert not failures

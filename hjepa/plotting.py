@@ -48,7 +48,7 @@ Box = tuple[float, float, float, float]  # left, bottom, width and height as fra
 
 # Captions of pictures, in the order in which reports show them.
 CAPTIONS = {
-    "curves": "Losses, probes beside the untrained network (dotted), and collapse statistics, by optimizer step.",
+    "curves": "Losses, probes beside their values before training (dotted), and collapse statistics, by optimizer step.",
     "masks": "The patches that the student sees, and the cells that each level predicts.",
     "views": "Two crops of an image, and how well the first one predicts the features of the second, by level and cell.",
     "predictions": "Cosine similarity of predictions and the teacher's targets, by cell, on held-out images.",

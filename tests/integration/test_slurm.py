@@ -197,8 +197,8 @@ def test_failures_are_reported_and_stop_no_other_job(tmp_path: Path) -> None:
 
     client = MlflowClient(f"sqlite:///{root}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("e").experiment_id])
-    states = {run.info.run_name: run.info.status for run in runs}
-    assert [states[Path(job["folder"]).name] for job in (fine, failing, cancelled)] == ["FINISHED", "FAILED", "KILLED"]
+    states = {run.data.tags["run_folder"]: run.info.status for run in runs}
+    assert [states[job["folder"]] for job in (fine, failing, cancelled)] == ["FINISHED", "FAILED", "KILLED"]
 
 
 def test_the_death_of_any_rank_fails_the_job(tmp_path: Path) -> None:

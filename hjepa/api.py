@@ -23,9 +23,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hjepa.config.compose import compose_config, environment
 from hjepa.config.errors import UserError
-from hjepa.config.identity import run_path
 from hjepa.config.paths import path_variables
 from hjepa.config.run import import_from_working_directory, perform
+from hjepa.config.run_path import run_path
 from hjepa.config.schema import Config, check, resolve
 from hjepa.config.targets import USER_TARGETS, allow_targets_of_command_line
 

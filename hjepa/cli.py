@@ -82,6 +82,7 @@ def run_task(cfg: "DictConfig") -> float | None:
     """Check a composed config and run its task."""
     from hjepa.config.errors import UserError
     from hjepa.config.instantiate import build
+    from hjepa.config.passwords import hide_passwords
     from hjepa.config.run import perform, prepare
 
     try:
@@ -90,7 +91,7 @@ def run_task(cfg: "DictConfig") -> float | None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on, Ctrl-C lets the task clean up
         return perform(config, path)
     except UserError as error:
-        sys.exit(str(error))
+        sys.exit(hide_passwords(str(error)))
 
 
 def print_help() -> None:

@@ -48,7 +48,7 @@ Box = tuple[float, float, float, float]  # left, bottom, width and height as fra
 
 # Captions of pictures, in the order in which reports show them.
 CAPTIONS = {
-    "curves": "Losses, probes beside the untrained network (dotted), and collapse statistics, by optimizer step.",
+    "curves": "Losses, probes beside their values before training (dotted), and collapse statistics, by optimizer step.",
     "masks": "The patches that the student sees, and the cells that each level predicts.",
     "views": "Two crops of an image, and how well the first one predicts the features of the second, by level and cell.",
     "predictions": "Cosine similarity of predictions and the teacher's targets, by cell, on held-out images.",
@@ -202,7 +202,7 @@ def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.2), layout="constrained")
     for axis, (title, metrics) in zip(axes, PANELS.items(), strict=True):
         for color, metric in zip(COLORS, metrics, strict=False):
-            plot_metric(axis, metric, [(r["step"], r[metric]) for r in records if metric in r], color)
+            plot_metric(axis, metric, records, color)
         axis.set(title=title, xlabel="optimizer step")
         if "accuracy" in title:
             axis.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -211,13 +211,22 @@ def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_metric(axis: Axes, metric: str, points: list[tuple[int, float]], color: str) -> None:
-    """Plot one metric, and the first value of a probe, which belongs to the untrained network, as a dotted line."""
+def plot_metric(axis: Axes, metric: str, records: list[dict[str, Any]], color: str) -> None:
+    """Plot one metric, and the baseline of a probe as a dotted line: its first value.
+
+    That is the untrained network or, where random weights were measured too (dash-dotted), the weights that the run started from.
+    """
+    points = [(record["step"], record[metric]) for record in records if metric in record]
     if not points:
         return
     axis.plot(*zip(*points, strict=True), color=color, marker="." if len(points) < 30 else None, label=metric)
-    if metric.startswith("probe/"):
-        axis.axhline(points[0][1], color=color, linestyle=":", label=f"untrained {metric.removeprefix('probe/')}")
+    if not metric.startswith("probe/"):
+        return
+    name = metric.removeprefix("probe/")
+    given = next((record for record in records if f"initial/{name}" in record), {})
+    axis.axhline(points[0][1], color=color, linestyle=":", label=f"{'started from' if given else 'untrained'} {name}")
+    if f"untrained/{name}" in given:
+        axis.axhline(given[f"untrained/{name}"], color=color, linestyle="-.", label=f"random weights {name}")
 
 
 # -- Masks -----------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ LONGEST = (
     "test_distributed",
     "test_machine_errors",
     "test_sweep",
+    "test_kills",
     "test_tracking",
     "test_resume",
     "test_cli",

@@ -9,9 +9,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from hjepa.config.errors import friendly_errors
-from hjepa.config.identity import run_path
 from hjepa.config.instantiate import build
+from hjepa.config.passwords import hide_passwords, hide_passwords_in_logs
 from hjepa.config.paths import PROGRAM
+from hjepa.config.run_path import run_path
 from hjepa.config.schema import Config, check, resolve
 from hjepa.config.targets import allow_targets_of_command_line
 
@@ -41,6 +42,7 @@ def perform(config: Config, path: Path) -> float | None:
     """
     import_from_working_directory()
     record_command()
+    hide_passwords_in_logs()
     with friendly_errors():
         result: float | None = build(config["task"])(config, path)
     return result
@@ -65,4 +67,4 @@ def record_command() -> None:
     words = [word for folder in folders for word in ("--config-dir", folder)]
     words += [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
     words += [override for override in hydra.overrides.task if not override.startswith("+sweeps=")]
-    os.environ[COMMAND] = f"{PROGRAM} {shlex.join(words)}".rstrip()
+    os.environ[COMMAND] = f"{PROGRAM} {shlex.join(map(hide_passwords, words))}".rstrip()

@@ -30,6 +30,7 @@ TOP_LEVEL: Signature = {
     "output_root": "str",
     "run": "str | None",
     "overwrite": "bool",
+    "extend": "bool",
 }
 
 GROUPS = (

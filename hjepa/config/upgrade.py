@@ -85,6 +85,8 @@ RENAMED_SUMMARY_KEYS = {"normalised": "normalized", "utilisation": "utilization"
 def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return the config of a run with the names and options of this version; `choices` is empty where it was not recorded."""
     upgraded: dict[str, Any] = {"choices": {}, **upgrade_names(config)}
+    if "overwrite" in upgraded:  # a complete config, and not the identity of a run
+        upgraded.setdefault("extend", False)
     for group, options in NEW_OPTIONS.items():
         if isinstance(upgraded.get(group), dict):
             upgraded[group] = options | upgraded[group]
@@ -129,6 +131,13 @@ def upgrade_names(config: Any) -> Any:
     return upgraded
 
 
-def upgrade_summary(summary: dict[str, Any]) -> dict[str, Any]:
-    """Return the contents of a `summary.json` with the keys that this version uses."""
-    return {RENAMED_SUMMARY_KEYS.get(key, key): value for key, value in summary.items()}
+def upgrade_summary(summary: dict[str, Any], started_from_weights: bool) -> dict[str, Any]:
+    """Return the contents of a `summary.json` with the keys that this version uses.
+
+    Earlier versions called the weights that a run started from untrained, and did not measure random ones.
+    """
+    upgraded = {RENAMED_SUMMARY_KEYS.get(key, key): value for key, value in summary.items()}
+    if "untrained" in upgraded and "initial" not in upgraded:
+        scores = upgraded["untrained"]
+        upgraded |= {"untrained": {}, "initial": scores} if started_from_weights else {"initial": {}}
+    return upgraded

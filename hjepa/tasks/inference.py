@@ -54,7 +54,7 @@ class Run:
     Attributes:
         folder (Path): Run folder, or folder of an export.
         encoder (nn.Module): Trained encoder, in evaluation mode: a module of hjepa for a run, and of timm for an export.
-        untrained (nn.Module | None): The same encoder before training, the baseline of all probes. None for an export.
+        untrained (nn.Module | None): The same encoder with random weights, the baseline of all probes. None for an export.
         dataset (DataModule | None): Dataset of the run: `run.dataset.load("test")` has `images` and `labels`. None for an export.
         transform (transforms.Compose): torchvision transform of a PIL image to a normalized tensor [3, S, S].
         config (DictConfig): Config of the run; empty for an export.
@@ -124,7 +124,7 @@ class Run:
                 - a list of PIL images and paths of image files;
                 - the path of a folder, which is searched recursively. Unreadable images are left out with a warning.
             batch_size: Number of images per forward pass.
-            untrained: Use the encoder as it was before training, the baseline of all probes.
+            untrained: Use the encoder with random weights, the baseline of all probes.
             normalized: The tensor holds outputs of `transform` instead of pixels.
 
         Returns:

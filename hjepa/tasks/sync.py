@@ -11,12 +11,13 @@ from hjepa.tracking.resend import send_run
 from hjepa.tracking.run_folder import find_runs
 
 
-def sync_runs(config: Config, path: Path) -> None:
+def sync_runs(config: Config, path: Path, experiment: str | None) -> None:
     """Send the run folder that `run` names, or all run folders below it, to the trackers of this config.
 
     Args:
         config: The resolved config.
         path: Unused; the task makes no run.
+        experiment: Name of the experiment that receives the runs. None: that of each run.
 
     Raises:
         UserError: `run` contains no run, no tracker is configured, or a tracker could not be reached.
@@ -29,6 +30,6 @@ def sync_runs(config: Config, path: Path) -> None:
     folders = find_runs(root)
     if not folders:
         raise UserError(f"run={root} holds no run (no metrics.jsonl in it or below it); set run to the folder of a run.")
-    failed = [str(folder) for folder in folders if not send_run(config, folder)]
+    failed = [str(folder) for folder in folders if not send_run(config, folder, experiment)]
     if failed:
         raise UserError(f"{len(failed)} of {len(folders)} runs could not be sent: {', '.join(failed)}; see the warnings above.")

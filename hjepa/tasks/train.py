@@ -9,18 +9,21 @@ from pathlib import Path
 from hjepa.config.errors import UserError, explain_machine_error
 from hjepa.config.identity import config_hash, flatten, identity
 from hjepa.config.instantiate import build, build_or_none
+from hjepa.config.passwords import hide_passwords
 from hjepa.config.schema import Config
 from hjepa.data.checks import check_images_differ
 from hjepa.data.datamodule import evenly_spaced_indices
 from hjepa.distributed.launch import launch
 from hjepa.distributed.process_group import destroy_process_group
 from hjepa.plotting import plot_curves
+from hjepa.tracking.histograms import Histogram, histogram_files, write_histograms
 from hjepa.tracking.provenance import provenance_tags
 from hjepa.tracking.resend import send_run
 from hjepa.tracking.run_folder import UNSENT_MARKER, Record, RunFolder
 from hjepa.tracking.tracker import TRACKER_STATUS, build_trackers
-from hjepa.training.build import build_components
+from hjepa.training.build import build_components, build_untrained
 from hjepa.training.checkpoint import Checkpointer
+from hjepa.training.extension import describe_extension
 from hjepa.training.monitor import Monitor
 from hjepa.training.preview import plot_preview
 from hjepa.training.signals import StopFlag, Stopped
@@ -36,6 +39,8 @@ def train_model(config: Config, path: Path) -> float | None:
     Returns:
         The accuracy of the linear probe, or None without probes.
     """
+    if config["tracking"].get("mlflow", {}).get("register"):
+        raise UserError("tracking.mlflow.register belongs to task=export, which exports what is registered; leave it out here.")
     folder = RunFolder(path, config)
     summary = folder.finished_summary()
     if not summary:
@@ -71,10 +76,13 @@ class TrainingRun:
         check_images_differ(train, validation)
         self.preview = validation.images[evenly_spaced_indices(len(validation), 4)]
         self.trainer: Trainer = build(config["train"], components=self.components, images=train.images)
-        self.monitor = Monitor(self.components, build_or_none(config["probe"]), train, validation)
+        untrained = build_untrained(config, self.components.hardware.device)
+        self.monitor = Monitor(self.components, build_or_none(config["probe"]), train, validation, untrained)
         self.checkpointer: Checkpointer = build(config["checkpoint"])
         self.checkpointer.attach(folder.path / "checkpoints", identity(config), self.components.world)
+        self.trainer.record_histograms = self.record_histograms
         self.records: list[Record] = []
+        self.tags = {"config": config_hash(config)}
         self.run_id: str | None = None
 
     def run(self) -> float | None:
@@ -141,13 +149,19 @@ class TrainingRun:
     def resume(self) -> None:
         """Continue from the latest checkpoint, if there is one, and drop the metrics recorded after it."""
         self.checkpointer.clean()
-        resumed = self.load_checkpoint()
-        if resumed:
+        saved = self.load_checkpoint()
+        if saved:
             log.info("resuming at step %d of %d", self.trainer.completed_steps, self.trainer.num_steps)
-        self.records = self.folder.rewind(self.trainer.completed_steps if resumed else -1)
+            if extension := describe_extension(self.trainer, saved):
+                log.info("%s", extension)
+                self.tags["extended"] = extension  # MLflow keeps the parameters of the shorter run
+        self.records = self.folder.rewind(self.trainer.completed_steps if saved else -1)
+        for file in histogram_files(self.folder.path):
+            if not saved or int(file.stem) > self.trainer.completed_steps:
+                file.unlink()
 
-    def load_checkpoint(self) -> bool:
-        """Load the latest checkpoint and return whether there was one; every process must call this."""
+    def load_checkpoint(self) -> Config | None:
+        """Load the latest checkpoint and return the identity that it holds, if any; every process must call this."""
         return self.checkpointer.load(self.trainer, self.monitor, self.components.hardware.device)
 
     def start_tracking(self) -> None:
@@ -158,8 +172,8 @@ class TrainingRun:
         self.run_id = self.tracker.start(
             self.folder.path,
             self.config["experiment_name"],
-            {**flatten(self.config), **flatten(counts, "parameters")},
-            provenance_tags() | {"config": config_hash(self.config)},
+            {**flatten(hide_passwords(self.config)), **flatten(counts, "parameters")},
+            provenance_tags() | self.tags,
             self.records,
         )
         self.tracker.log_artifact(self.folder.path / "config.yaml")
@@ -180,6 +194,10 @@ class TrainingRun:
         self.records.append(record)
         self.folder.append(record)
         self.tracker.log(record)
+
+    def record_histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
+        """Write the histograms of a step to the run folder and send them to the trackers."""
+        self.tracker.log_histograms(write_histograms(self.folder.path, step, histograms))
 
     def finish(self, status: str, reason: str | None, tracked_status: str) -> None:
         """Write the summary and the curves, finish the tracked run, and print the result of a finished run."""

@@ -1,4 +1,4 @@
-"""A finished run, reopened: its model at a checkpoint, the same model before training, and its data.
+"""A finished run, reopened: its model at a checkpoint, its baselines before training, and its data.
 
 Every task that reads a run (`run=outputs/default/NAME`) loads it with `load_run`. The run's folder determines the model and the
 data; the command line determines where and how to compute (`hardware`, `tracking`, `task`).
@@ -69,6 +69,15 @@ class TrainedRun:
         return self.model.teacher
 
     @cached_property
+    def initial(self) -> HJEPA | None:
+        """The model with the weights that the run started from; None if these were random, or are not known."""
+        if not (path := self.folder / "checkpoints" / "initial.pt").exists():
+            return None
+        model = copy.deepcopy(self.model)
+        load_checkpoint(model, path, self.hardware)
+        return model
+
+    @cached_property
     def hash(self) -> str:
         """The first 12 hexadecimal digits of the checkpoint file's SHA-256 hash."""
         with self.checkpoint.open("rb") as file:
@@ -102,16 +111,14 @@ def load_run(config: Config, checkpoint: str | None, root: str | None) -> Traine
     teacher: TeacherUpdate = build(run["teacher"])
     if teacher.shares_weights:
         model.share_teacher()
-    state = read_checkpoint(path, hardware.device)
-    check_fits(model.state_dict(), state["model"], str(path))
-    model.load_state_dict(state["model"])
-    for module in (model, untrained, *([untrained_upper] if untrained_upper else [])):
+    step = load_checkpoint(model, path, hardware)
+    for module in filter(None, (model, untrained, untrained_upper)):
         module.to(hardware.device).eval()
     return TrainedRun(
         folder=folder,
         config=run,
         checkpoint=path,
-        step=int(state["step"]),
+        step=step,
         hardware=hardware,
         dataset=dataset,
         model=model,
@@ -120,6 +127,14 @@ def load_run(config: Config, checkpoint: str | None, root: str | None) -> Traine
         untrained=untrained,
         untrained_upper=untrained_upper,
     )
+
+
+def load_checkpoint(model: HJEPA, path: Path, hardware: Hardware) -> int:
+    """Load the weights of a checkpoint, and return the number of optimizer steps that it had taken."""
+    state = read_checkpoint(path, hardware.device)
+    check_fits(model.state_dict(), state["model"], str(path))
+    model.load_state_dict(state["model"])
+    return int(state["step"])
 
 
 def run_folder(config: Config) -> Path:
@@ -153,9 +168,9 @@ def load_run_config(folder: Path, config: Config, root: str | None) -> Config:
     return run
 
 
-NetworkKind = Literal["trained", "untrained"]
+NetworkKind = Literal["trained", "initial", "untrained"]  # initial: the weights that the run started from, if they were given
 
-NETWORK_KINDS: tuple[NetworkKind, NetworkKind] = ("trained", "untrained")
+NETWORK_KINDS: tuple[NetworkKind, NetworkKind] = ("trained", "untrained")  # those of every run
 
 
 @dataclass(frozen=True)
@@ -254,7 +269,15 @@ class LayerFeatures(nn.Module):
         return list(self.stacked_levels[number - 1].teacher.blocks), 0
 
 
-def layer_features(run: TrainedRun, depths: list[int]) -> dict[NetworkKind, LayerFeatures]:
-    """Return the layers of the trained and of the untrained network of a run, with the encoder's features at these depths."""
-    networks = ((run.encoder, run.model.upper), (run.untrained, run.untrained_upper))
-    return {kind: LayerFeatures(*network, depths) for kind, network in zip(NETWORK_KINDS, networks, strict=True)}
+def layer_features(run: TrainedRun, depths: list[int], initial: HJEPA | None = None) -> dict[NetworkKind, LayerFeatures]:
+    """Return the layers of the networks of a run, with the encoder's features at these depths.
+
+    Args:
+        run: Run.
+        depths: Ascending numbers of the encoder's layers.
+        initial: Model with the weights that the run started from, to include its layers.
+    """
+    networks: dict[NetworkKind, LayerFeatures] = {"trained": LayerFeatures(run.encoder, run.model.upper, depths)}
+    if initial:
+        networks["initial"] = LayerFeatures(initial.teacher, initial.upper, depths)
+    return networks | {"untrained": LayerFeatures(run.untrained, run.untrained_upper, depths)}

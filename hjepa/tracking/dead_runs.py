@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hjepa.tracking.run_folder import read_summary, try_lock
+from hjepa.tracking.run_folder import read_run_id, read_summary, try_lock
 from hjepa.tracking.tracker import TRACKER_STATUS
 
 BOOT_ID, MOUNTS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/mounts")
@@ -38,8 +38,7 @@ def close_dead_runs(client: Any) -> None:
 def close_if_dead(client: Any, run: Any) -> None:
     """Set the final status of a run if it is known to be dead."""
     tags, folder = run.data.tags, Path(run.data.tags["run_folder"])
-    id_file = folder / "run_id"
-    current_id = id_file.read_text() if id_file.exists() else None  # of the run that the folder holds now
+    current_id = read_run_id(folder)  # of the run that the folder holds now
     is_current = current_id in (run.info.run_id, tags.get("copy_of"))
     same_machine = any(tags.get(key) == value for key, value in machine_tags().items())
     if not (folder / ".lock").exists() or not (same_machine or (is_current and shares_locks(folder))):

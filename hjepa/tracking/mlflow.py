@@ -5,22 +5,24 @@ It tries again from time to time and at its end: it asks the server for the poin
 metrics.jsonl, so that nothing is lost or duplicated.
 """
 
-import contextlib
-import fcntl
 import logging
 import os
-import sys
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hjepa.config.errors import first_line, import_optional
+from hjepa.config.errors import UserError, first_line, import_optional
+from hjepa.config.passwords import HIDDEN, hide_passwords
 from hjepa.config.paths import PROGRAM
 from hjepa.tracking.atomic import atomic_write
 from hjepa.tracking.dead_runs import close_dead_runs, end_run, machine_tags
-from hjepa.tracking.run_folder import Record, read_records
+from hjepa.tracking.mlflow_models import onnx_options
+from hjepa.tracking.mlflow_server import database_lock, find_experiment, find_run, tracking_uri, view_command
+from hjepa.tracking.run_folder import Record, read_records, read_run_id
+from hjepa.tracking.run_name import display_name
 from hjepa.tracking.tracker import Artifacts, Tracker
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,12 @@ PARAMS_PER_REQUEST = 100  # as many as MLflow allows
 
 RETRY_SECONDS = 60.0  # between attempts to reach a server that failed
 
-ARTIFACT_FOLDERS = {"config.yaml": None, "summary.json": None, "plots/*.png": "plots"}  # by pattern in the run folder
+ARTIFACT_FOLDERS = {  # by pattern in the run folder
+    "config.yaml": None,
+    "summary.json": None,
+    "plots/*.png": "plots",
+    "histograms/*.npz": "histograms",
+}
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -50,12 +57,13 @@ class MLflow(Tracker):
         uri: Tracking URI. None: MLFLOW_TRACKING_URI or, if that is not set, the database.
         output_root: Folder of the database and its artifacts.
         system_metrics: Record the use of CPU, memory and GPU.
+        register: Name of the registered model that an export to ONNX becomes a version of; None registers nothing.
     """
 
-    def __init__(self, uri: str | None, output_root: str, system_metrics: bool) -> None:
+    def __init__(self, uri: str | None, output_root: str, system_metrics: bool, register: str | None = None) -> None:
         self.root = Path(output_root).expanduser().absolute()
-        self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root}/mlflow.db"
-        self.system_metrics = system_metrics
+        self.uri = tracking_uri(uri, self.root)
+        self.system_metrics, self.register = system_metrics, register
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self.mlflow = import_optional("mlflow", "tracking=mlflow", "use tracking=none")
@@ -113,11 +121,15 @@ class MLflow(Tracker):
         self.thread.shutdown(wait=True)
         return self.failed_at is None
 
+    def log_histograms(self, file: Path) -> None:
+        self.log_artifact(file, "histograms")
+
     def add_artifacts(self, run_id: str, artifacts: Artifacts) -> None:
-        client = self.mlflow.MlflowClient(self.uri)
+        client = self.connect()
+        run = self.get_run(client, run_id)
+        run_id, existing = run.info.run_id, run.data.metrics
         for key, value in artifacts.tags.items():
             client.set_tag(run_id, key, value)
-        existing = client.get_run(run_id).data.metrics if artifacts.metrics else {}
         metrics = [
             self.mlflow.entities.Metric(key, value, milliseconds(), artifacts.step)
             for key, value in artifacts.metrics.items()
@@ -128,14 +140,24 @@ class MLflow(Tracker):
         for file in artifacts.files:
             client.log_artifact(run_id, str(file), artifacts.folder)
 
+    def register_model(self, run_id: str, folder: Path) -> str:
+        """Log an exported ONNX encoder to its run, and make it a version of the registered model; return its model URI.
+
+        Args:
+            run_id: Id of the run.
+            folder: Export folder with `encoder.onnx` and `preprocess.json`.
+
+        Raises:
+            UserError: MLflow does not have the run.
+        """
+        run = self.get_run(self.connect(), run_id)
+        self.set_uri()
+        options = {"name": "encoder", "registered_model_name": self.register, "run_id": run.info.run_id} | onnx_options(folder)
+        model = self.mlflow.models.Model.log(None, self.mlflow.onnx, **options)
+        return f"models:/{self.register}/{model.registered_model_version}"
+
     def view_command(self) -> str | None:
-        if not self.uri.startswith("sqlite"):
-            return f"the address {self.uri} into a browser"
-        return (
-            f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {sys.executable} -m mlflow server --backend-store-uri {self.uri} "
-            f"--host 127.0.0.1 --port 5000 --workers 1\n  and open "
-            f"http://127.0.0.1:5000/#/experiments/{self.experiment_id}/runs?compareRunsMode=CHART&workflowType=machine_learning"
-        )
+        return view_command(self.uri, self.experiment_id) if self.experiment_id else None
 
     # -- failures of the server ----------------------------------------------------------------------------------------
 
@@ -151,10 +173,13 @@ class MLflow(Tracker):
             except Exception as error:  # the client may raise anything, and training must go on
                 self.failed_at = time.monotonic()
                 if not self.has_warned:
+                    reason = str(error) if isinstance(error, UserError) else first_line(error)
+                    address = hide_passwords(self.uri)
+                    option = f" tracking.mlflow.uri={shlex.quote(address)}" if address == self.uri else ""
                     log.warning(
                         "MLflow at %s: %s failed (%s); the run goes on, and metrics.jsonl keeps everything. What is missing "
-                        "at the end of the run can be sent later: %s task=sync run=%s tracking.mlflow.uri=%s",
-                        *(self.uri, action, first_line(error), PROGRAM, self.folder, self.uri),
+                        "at the end of the run can be sent later: %s task=sync run=%s%s",
+                        *(address, action, hide_passwords(reason), PROGRAM, shlex.quote(str(self.folder)), option),
                     )
                 self.has_warned = True
         return self.failed_at is None
@@ -179,27 +204,23 @@ class MLflow(Tracker):
                 self.send_file(path, folder)
         if status:
             self.end(status)
-        log.info("MLflow at %s has everything now", self.uri)
+        log.info("MLflow at %s has everything now", hide_passwords(self.uri))
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def open_run(self) -> None:
         """Find or create the experiment and the run."""
         experiment, params, tags = self.description
-        variable = os.environ.get("MLFLOW_TRACKING_URI")
-        self.mlflow.set_tracking_uri(self.uri)  # for the system metrics
-        if variable is None:  # MLflow sets this variable, which the next job of a sweep would read
-            os.environ.pop("MLFLOW_TRACKING_URI", None)
-        with self.database_lock():
-            self.client = self.mlflow.MlflowClient(self.uri)
-            self.experiment_id = self.find_experiment(experiment)
+        self.set_uri()  # for the system metrics
+        self.client = self.connect()
+        with database_lock(self.uri):
+            self.experiment_id = find_experiment(self.client, self.uri, experiment, self.root)
         tags = tags | machine_tags() | {"run_folder": str(self.folder)}
-        id_file = self.folder / "run_id"
-        known_id = id_file.read_text() if id_file.exists() else None
-        run = self.find_run(known_id, tags) or self.create_run(known_id, tags)
+        known_id = read_run_id(self.folder)
+        run = self.find_run(known_id, tags) or self.create_run(known_id, params, tags)
         self.run_id = str(run.info.run_id)
         if not known_id:
-            atomic_write(id_file, self.run_id)
+            atomic_write(self.folder / "run_id", self.run_id)
         if run.info.status != "RUNNING":
             self.client.update_run(self.run_id, status="RUNNING")
         self.send_description(params, tags, run.data.params)
@@ -213,57 +234,54 @@ class MLflow(Tracker):
             self.monitor = SystemMetricsMonitor(self.run_id, resume_logging=True)  # type: ignore[no-untyped-call]
             self.monitor.start()
 
-    @contextlib.contextmanager
-    def database_lock(self) -> Iterator[None]:
-        """Lock a database file, because two processes that create it at the same time corrupt it; servers need no lock."""
-        if not self.uri.startswith("sqlite:///"):
-            yield
-            return
-        folder = Path(self.uri.removeprefix("sqlite:///")).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".mlflow.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+    def connect(self) -> Any:
+        """Return a client, with the database created.
 
-    def find_experiment(self, name: str) -> str:
-        """Return the id of the experiment, which is created if it does not exist."""
-        experiment = self.client.get_experiment_by_name(name)
-        if not experiment:
-            location = str(self.root / "mlartifacts") if self.uri.startswith("sqlite") else None
-            try:
-                return str(self.client.create_experiment(name, artifact_location=location))
-            except self.mlflow.MlflowException:  # another run may have created it on the server in the meantime
-                experiment = self.client.get_experiment_by_name(name)
-                if not experiment:
-                    raise
-        return str(experiment.experiment_id)
+        Raises:
+            UserError: The password of the address is missing.
+        """
+        if HIDDEN in self.uri:
+            raise UserError(
+                f"the password of {self.uri} is not stored with the run; set MLFLOW_TRACKING_URI to the complete address"
+            )
+        with database_lock(self.uri):
+            return self.mlflow.MlflowClient(self.uri)
+
+    def get_run(self, client: Any, run_id: str) -> Any:
+        """Return a run or its copy, or raise a UserError."""
+        run = find_run(client, run_id) if run_id else None
+        if not run:
+            raise UserError(
+                f"MLflow at {hide_passwords(self.uri)} does not have this run any more; task=sync run=FOLDER sends it, and then "
+                "this command can be repeated"
+            )
+        return run
+
+    def set_uri(self) -> None:
+        """Make the address that of MLflow's functions which take none."""
+        variable = os.environ.get("MLFLOW_TRACKING_URI")
+        self.mlflow.set_tracking_uri(self.uri)
+        if variable is None:  # MLflow sets this variable, which the next job of a sweep would read
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
 
     def find_run(self, known_id: str | None, tags: dict[str, str]) -> Any:
         """Return the tracked run of an earlier session, or None.
 
-        This is the run with the id in the run folder, or this server's copy of a run on another server. Without an id (a crash
-        may have come before it was written) it is a run of this folder and config that the server lists as running.
+        This is the run with the id in the run folder, or the copy of it that is in this experiment. Without an id (a crash may
+        have come before it was written) it is a run of this folder and config that the server lists as running.
         """
         if known_id:
-            try:
-                run = self.client.get_run(known_id)
-                if run.info.lifecycle_stage == "active":
-                    return run
-            except self.mlflow.MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-            query = f"tags.copy_of = '{known_id}'"
-        else:
-            same = [f"tags.{key} = '{tags[key]}'" for key in ("run_folder", "config") if key in tags]
-            query = " and ".join([*same, "attributes.status = 'RUNNING'"])
+            return find_run(self.client, known_id, [self.experiment_id])
+        same = [f"tags.{key} = '{tags[key]}'" for key in ("run_folder", "config") if key in tags]
+        query = " and ".join([*same, "attributes.status = 'RUNNING'"])
         return next(iter(self.client.search_runs([self.experiment_id], query, max_results=1)), None)
 
-    def create_run(self, known_id: str | None, tags: dict[str, str]) -> Any:
-        """Create a run; a tag links a copy to the run on another server whose id the run folder holds."""
+    def create_run(self, known_id: str | None, params: dict[str, Any], tags: dict[str, str]) -> Any:
+        """Create a run; a tag links a copy to the run whose id the run folder holds."""
         from mlflow.tracking.context import registry
 
         all_tags = registry.resolve_tags(tags | ({"copy_of": known_id} if known_id else {}))
-        return self.client.create_run(self.experiment_id, tags=all_tags, run_name=self.folder.name)
+        return self.client.create_run(self.experiment_id, tags=all_tags, run_name=display_name(self.folder, params, tags))
 
     def send_description(self, params: dict[str, Any], tags: dict[str, str], existing_params: dict[str, str]) -> None:
         """Send the tags, and the parameters that the server lacks."""

@@ -4,37 +4,48 @@ import json
 from pathlib import Path
 
 from hjepa.config.identity import config_hash, flatten
+from hjepa.config.passwords import hide_passwords
 from hjepa.config.schema import Config
 from hjepa.tracking.atomic import atomic_write
+from hjepa.tracking.histograms import histogram_files
 from hjepa.tracking.run_folder import UNSENT_MARKER, read_config, read_records, read_summary, try_lock
 from hjepa.tracking.tracker import TRACKER_STATUS, build_trackers
 
 
-def send_run(config: Config, folder: Path) -> bool:
-    """Send a run folder to the trackers of the config, and return whether everything arrived; running runs are skipped."""
+def send_run(config: Config, folder: Path, experiment: str | None = None) -> bool:
+    """Send a run folder to the trackers of the config, and return whether everything arrived; running runs are skipped.
+
+    Args:
+        config: Config of the command.
+        folder: Run folder.
+        experiment: Experiment to send it to. None: that of the run.
+    """
     with try_lock(folder) as is_free:
         if not is_free:
             print(f"{folder} is still running and sends its metrics itself.")
             return True
-        arrived = send_idle_run(config, folder)
+        arrived = send_idle_run(config, folder, experiment)
     if arrived:
         print(f"{folder} was sent: {len(read_records(folder))} records.")
     return arrived
 
 
-def send_idle_run(config: Config, folder: Path) -> bool:
+def send_idle_run(config: Config, folder: Path, experiment: str | None = None) -> bool:
     """Send a locked run folder, and return whether everything arrived; its summary then names the tracked run."""
     run, summary, records = read_config(folder), read_summary(folder), read_records(folder)
     tracker = build_trackers({name: without_system_metrics(node) for name, node in config["tracking"].items()})
     tags = {key: str(summary[key]) for key in ("commit", "dirty") if summary.get(key) is not None}
-    params = flatten(run) | flatten(summary.get("parameters", {}), "parameters")
-    run_id = tracker.start(folder, run["experiment_name"], params, tags | {"config": config_hash(run)}, records)
+    params = flatten(hide_passwords(run)) | flatten(summary.get("parameters", {}), "parameters")
+    run_id = tracker.start(folder, experiment or run["experiment_name"], params, tags | {"config": config_hash(run)}, records)
     if run_id and summary and not summary.get("run_id"):
         atomic_write(folder / "summary.json", json.dumps(summary | {"run_id": run_id}, indent=2) + "\n")
     tracker.log_artifact(folder / "config.yaml")
     tracker.log_artifact(folder / "summary.json")
-    for plot in sorted((folder / "plots").glob("*.png")):
-        tracker.log_artifact(plot, "plots")
+    for pictures in ("plots", "visualize"):
+        for picture in sorted((folder / pictures).glob("*.png")):
+            tracker.log_artifact(picture, pictures)
+    for file in histogram_files(folder):
+        tracker.log_histograms(file)
     arrived = tracker.finish(TRACKER_STATUS.get(summary.get("status", ""), "KILLED"))
     if arrived:
         (folder / UNSENT_MARKER).unlink(missing_ok=True)

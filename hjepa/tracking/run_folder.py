@@ -22,8 +22,11 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 
 from hjepa.config.errors import UserError
-from hjepa.config.identity import differences, identity
-from hjepa.config.upgrade import upgrade_config, upgrade_summary
+from hjepa.config.extension import check_same_run
+from hjepa.config.identity import starts_from_weights
+from hjepa.config.passwords import PasswordFilter, hide_passwords
+from hjepa.config.saved import read_config as read_config  # belongs to what this module reads
+from hjepa.config.upgrade import upgrade_summary
 from hjepa.tracking.atomic import atomic_write
 
 Record = dict[str, Any]
@@ -45,24 +48,22 @@ def read_records(folder: Path) -> list[Record]:
 def read_summary(folder: Path) -> Record:
     """Return the contents of summary.json; empty if it does not exist."""
     file = folder / "summary.json"
-    return upgrade_summary(json.loads(file.read_text())) if file.exists() else {}
+    if not file.exists():
+        return {}
+    summary = json.loads(file.read_text())
+    is_old = "untrained" in summary and "initial" not in summary and (folder / "config.yaml").exists()
+    return upgrade_summary(summary, is_old and starts_from_weights(read_config(folder)))
+
+
+def read_run_id(folder: Path) -> str | None:
+    """Return the id of the run in MLflow that was made for a run folder first; None if there is none."""
+    file = folder / "run_id"
+    return file.read_text() if file.exists() else None
 
 
 def find_runs(folder: Path) -> list[Path]:
     """Return all run folders with records in this folder, including itself, in order."""
     return sorted(file.parent for file in folder.rglob("metrics.jsonl"))
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the config of a run folder as plain data, without resolving or instantiating any of it."""
-    file = folder / "config.yaml"
-    try:
-        config: Any = OmegaConf.to_container(OmegaConf.load(file))
-    except Exception as error:  # YAML and OmegaConf raise many kinds
-        raise UserError(f"{file} cannot be read as a config ({type(error).__name__}); choose the folder of a run.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file} holds no config; choose the folder of a run.")
-    return upgrade_config(config)
 
 
 @contextlib.contextmanager
@@ -110,28 +111,20 @@ class RunFolder:
         self.lock: IO[str] | None = None
         check_writable(path)
 
-    def check_same_config(self) -> None:
-        """Raise a UserError that lists the differences if the folder holds a run with another config."""
-        if not (self.path / "config.yaml").exists():
-            return
-        changed = differences(identity(read_config(self.path)), identity(self.config))
-        if changed:
-            raise UserError(
-                f"{self.path} holds a run with another config ({'; '.join(changed)}); "
-                "choose another name, or overwrite=true to replace it."
-            )
+    def check_same_config(self) -> bool:
+        """Raise a UserError if the folder holds another run; return whether the config makes the run that it holds longer."""
+        return (self.path / "config.yaml").exists() and check_same_run(self.path, self.config)
 
     def summary(self) -> Record:
         """Return the contents of summary.json; empty if it does not exist."""
         return read_summary(self.path)
 
     def finished_summary(self) -> Record:
-        """Return the summary of a finished run of the same config; empty if the run has yet to be finished or replaced."""
+        """Return the summary of a finished run of the same config; empty if there is something left to train."""
         if self.config["overwrite"]:
             return {}
-        self.check_same_config()
-        summary = self.summary()
-        return summary if summary.get("status") == "finished" else {}
+        is_longer, summary = self.check_same_config(), self.summary()
+        return summary if summary.get("status") == "finished" and not is_longer else {}
 
     def claim(self, overwrite: bool) -> None:
         """Create the folder, lock it against other processes, and write the config; `overwrite` empties it first."""
@@ -153,7 +146,7 @@ class RunFolder:
         self.check_same_config()
         (self.path / "plots").mkdir(exist_ok=True)
         (self.path / "summary.json").unlink(missing_ok=True)  # of an earlier session
-        self.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.config)))
+        self.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(hide_passwords(self.config))))
 
     def acquire_lock(self) -> None:
         """Lock the folder, or raise BlockingIOError if another process keeps it locked."""
@@ -195,6 +188,7 @@ class RunFolder:
         """Return a logging handler that appends to run.log."""
         handler = LogFile(self.path / "run.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.addFilter(PasswordFilter())
         return handler
 
     def append(self, record: Record) -> None:

@@ -8,13 +8,14 @@ tracker in the constructor (`import_optional`), so that only its users need it.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hjepa.config.instantiate import build
+from hjepa.config.passwords import hide_passwords
 from hjepa.config.schema import Config
-from hjepa.tracking.run_folder import Record, read_config, read_summary
+from hjepa.tracking.run_folder import Record, read_config, read_run_id
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Artifacts:
         tags: Tags to set.
         metrics: Metrics to log.
         step: Training step of these metrics.
+        run: Run folder; None where a sweep adds something to its runs.
     """
 
     files: list[Path]
@@ -45,6 +47,7 @@ class Artifacts:
     tags: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     step: int = 0
+    run: Path | None = None
 
 
 class Tracker:
@@ -73,12 +76,20 @@ class Tracker:
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Send a file, into a folder of the run's artifacts."""
 
+    def log_histograms(self, file: Path) -> None:
+        """Send a file of histograms (see `hjepa.tracking.histograms`) in the run folder."""
+
     def finish(self, status: str) -> bool:
         """Send everything that is pending, set one of `TRACKER_STATUS`, and return whether everything was sent."""
         return True
 
     def add_artifacts(self, run_id: str, artifacts: Artifacts) -> None:
-        """Add artifacts, tags and metrics to a finished run; repeated calls must not duplicate anything."""
+        """Add artifacts, tags and metrics to a finished run; repeated calls must not duplicate anything.
+
+        Args:
+            run_id: What `start` has returned; empty if that was None.
+            artifacts: Additions.
+        """
 
     def view_command(self) -> str | None:
         """Return the command that shows the run, if there is one."""
@@ -104,7 +115,8 @@ class Trackers(Tracker):
             except Exception as error:  # a tracker may raise anything, and training must go on
                 del self.members[name]
                 results.append(None)
-                log.warning("tracking=%s failed (%s) and is left out; metrics.jsonl keeps everything", name, error)
+                reason = hide_passwords(str(error))
+                log.warning("tracking=%s failed (%s) and is left out; the run folder keeps everything", name, reason)
         return results
 
     def start(
@@ -118,6 +130,9 @@ class Trackers(Tracker):
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         self.call_each(lambda tracker: tracker.log_artifact(path, folder))
+
+    def log_histograms(self, file: Path) -> None:
+        self.call_each(lambda tracker: tracker.log_histograms(file))
 
     def finish(self, status: str) -> bool:
         return all(self.call_each(lambda tracker: tracker.finish(status)))
@@ -143,6 +158,36 @@ def log_artifacts(config: Config, folder: Path, artifacts: Artifacts) -> None:
         folder: Run folder.
         artifacts: Additions to the run.
     """
-    run_id = read_summary(folder).get("run_id")
-    if run_id and config["tracking"]:
-        build_trackers(read_config(folder)["tracking"]).add_artifacts(run_id, artifacts)
+    if config["tracking"]:
+        run_id = read_run_id(folder) or ""
+        build_trackers(trackers_of_run(config, folder)).add_artifacts(run_id, replace(artifacts, run=folder))
+
+
+def register_model(config: Config, folder: Path) -> str:
+    """Register the exported encoder of a run under the name `tracking.mlflow.register`, and return its URI.
+
+    Args:
+        config: Config of the current command.
+        folder: Run folder.
+
+    Raises:
+        UserError: MLflow does not have the run.
+    """
+    node: Config = config["tracking"]["mlflow"] | trackers_of_run(config, folder).get("mlflow", {})
+    tracker = build(node | {"register": config["tracking"]["mlflow"]["register"]})
+    return str(tracker.register_model(read_run_id(folder) or "", folder / "export"))
+
+
+def trackers_of_run(config: Config, folder: Path) -> Config:
+    """Return the `tracking` node of a run; an address whose password it lacks is that of the current command.
+
+    Args:
+        config: Config of the current command.
+        folder: Run folder.
+    """
+    nodes: Config = read_config(folder)["tracking"]
+    for name, node in nodes.items():
+        typed = config["tracking"].get(name, {}).get("uri")
+        if typed and hide_passwords(typed) == node.get("uri"):
+            nodes[name] = node | {"uri": typed}
+    return nodes

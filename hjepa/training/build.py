@@ -3,9 +3,11 @@
 import logging
 from dataclasses import dataclass
 
+import torch
 from torch.optim import Optimizer
 
 from hjepa.config.errors import UserError
+from hjepa.config.identity import starts_from_weights
 from hjepa.config.instantiate import build, build_or_none
 from hjepa.config.schema import Config
 from hjepa.data.datamodule import DataModule
@@ -14,6 +16,7 @@ from hjepa.distributed.process_group import World, init_process_group
 from hjepa.distributed.seeding import seed_global
 from hjepa.losses import Contrastive, Objective
 from hjepa.masking import MaskSampler
+from hjepa.models.encoder import Encoder
 from hjepa.models.hjepa import HJEPA
 from hjepa.models.pretrained import load_model
 from hjepa.models.stacked import StackedMaskSampler
@@ -78,6 +81,14 @@ def build_components(config: Config) -> Components:
         optimizer=build(config["optimizer"], model=model),
         schedule=build(config["schedule"]),
     )
+
+
+def build_untrained(config: Config, device: torch.device) -> Encoder | None:
+    """Return the teacher with the random weights of the seed, on the device, if the run starts from given weights instead."""
+    if not starts_from_weights(config):
+        return None
+    model, _, _ = build_model(config | {"model": config["model"] | {"pretrained": None}})
+    return model.teacher.to(device)
 
 
 def build_model(config: Config) -> tuple[HJEPA, MaskSampler, Objective]:

@@ -1,7 +1,8 @@
 """Checkpoints: everything that a run needs to continue bit for bit, written so that a crash never leaves a damaged file.
 
 `latest.pt` is the state from which a run resumes. `best.pt` (and further `best-*.pt`) are the states with the highest probe
-scores, and `epoch-N.pt` are kept on request. Every checkpoint holds the state of the trainer (step, model, optimizer, ...), the
+scores, and `epoch-N.pt` are kept on request. `initial.pt` is the state before the first step of a run that starts from given
+weights, the baseline of its evaluations. Every checkpoint holds the state of the trainer (step, model, optimizer, ...), the
 state of the monitor under `watch`, and the part of the config that identifies the run under `identity`. Random states are not
 stored, because all randomness derives from the seed and the step.
 """
@@ -15,7 +16,8 @@ import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
 from hjepa.config.errors import UserError
-from hjepa.config.identity import differences
+from hjepa.config.extension import without_length
+from hjepa.config.identity import differences, starts_from_weights
 from hjepa.config.types import NonNegativeInt, PositiveFloat, PositiveInt
 from hjepa.config.upgrade import upgrade_config
 from hjepa.distributed.process_group import World
@@ -76,16 +78,24 @@ class Checkpointer:
         self.saved_at = time.monotonic()
 
     def write(self, state: State, epoch: int | None, score: float | None) -> None:
-        """Write the latest state and keep it under further names as configured; see `save`."""
-        with atomic_files(self.latest, sync=True) as (temporary,), temporary.open("wb") as file:
-            torch.save(state, file)  # to an open file, since torch reports a full disk without its error number otherwise
-        if epoch is not None and (self.last or self.every_epochs):
-            self.keep_as(f"epoch-{epoch:05d}.pt")
-            self.prune_epochs(epoch)
-        if score is not None and self.best:
-            self.keep_if_best(score, int(state["step"]))
+        """Write the latest state and keep it under further names as configured; see `save`.
 
-    def load(self, trainer: Stateful, monitor: Stateful, device: torch.device) -> bool:
+        The latest state gets its own name last: a run that is killed before resumes from the one before and does all of it again.
+        """
+        with atomic_files(self.latest) as (temporary,):
+            with temporary.open("wb") as file:  # torch reports a full disk without its error number if it opens the file
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if state["step"] == 0 and starts_from_weights(self.identity):
+                self.keep_as("initial.pt", temporary)
+            if epoch is not None and (self.last or self.every_epochs):
+                self.keep_as(f"epoch-{epoch:05d}.pt", temporary)
+                self.prune_epochs(epoch)
+            if score is not None and self.best:
+                self.keep_if_best(score, int(state["step"]), temporary)
+
+    def load(self, trainer: Stateful, monitor: Stateful, device: torch.device) -> State | None:
         """Load the latest state into trainer and monitor; every process must call this.
 
         Args:
@@ -94,26 +104,27 @@ class Checkpointer:
             device: Device to which the tensors are loaded.
 
         Returns:
-            Whether a checkpoint existed.
+            The identity of the run when the checkpoint was saved, which may have been shorter; None without a checkpoint.
 
         Raises:
             UserError: The checkpoint belongs to a run with another config.
         """
         self.world.broadcast_object(None)  # wait until the main process has prepared the folder
         if not self.latest.exists():
-            return False
+            return None
         state = read_checkpoint(self.latest, device)
-        changed = differences(upgrade_config(state["identity"]), self.identity)
+        saved = upgrade_config(state["identity"])
+        changed = differences(without_length(saved), without_length(self.identity))  # the run folder has checked the length
         if changed:
             raise UserError(f"{self.latest} belongs to another config ({'; '.join(changed)}); remove it or set another name.")
         trainer.load_state_dict(state)
         monitor.load_state_dict(state["watch"])
-        return True
+        return saved
 
-    def keep_as(self, name: str) -> None:
-        """Keep the latest checkpoint under another name as a hard link, which takes neither time nor space."""
+    def keep_as(self, name: str, file: Path) -> None:
+        """Keep a checkpoint under another name as a hard link, which takes neither time nor space."""
         with atomic_files(self.folder / name) as (temporary,):
-            os.link(self.latest, temporary)
+            os.link(file, temporary)
 
     def prune_epochs(self, epoch: int) -> None:
         """Remove the checkpoints of epochs that are neither among the last `last` nor a multiple of `every_epochs`."""
@@ -122,14 +133,16 @@ class Checkpointer:
             if number <= epoch - self.last and not (self.every_epochs and number % self.every_epochs == 0):
                 path.unlink()
 
-    def keep_if_best(self, score: float, step: int) -> None:
-        """Keep the latest checkpoint if its score is among the `best` highest; `best.pt` has the highest score."""
-        self.keep_as(f"best-{score:.4f}-{step:08d}.pt")
+    def keep_if_best(self, score: float, step: int, file: Path) -> None:
+        """Keep a checkpoint if its score is among the `best` highest; `best.pt` has the highest score."""
+        for repeated in self.folder.glob(f"best-*-{step:08d}.pt"):  # of a session that was killed right after it
+            repeated.unlink()
+        self.keep_as(f"best-{score:.4f}-{step:08d}.pt", file)
         ranked = sorted(self.folder.glob("best-*.pt"), key=best_rank, reverse=True)
         for path in ranked[self.best :]:
             path.unlink()
         if best_rank(ranked[0])[1] == -step:
-            self.keep_as("best.pt")
+            self.keep_as("best.pt", file)
 
 
 def best_rank(path: Path) -> tuple[float, int]:

@@ -45,10 +45,11 @@ class Meter:
         self.rows = []
         return dict(zip(self.names, means, strict=bool(means)))
 
-    def epoch_means(self) -> dict[str, float]:
-        """Return the means over all steps since the last call by name."""
+    def epoch_means(self, keep: bool = False) -> dict[str, float]:
+        """Return the means over all steps since the last call by name; `keep` lets the next call include these steps again."""
         means = self.world.all_reduce_mean(self.sum / self.count).tolist() if self.sum is not None else []
-        self.sum, self.count = None, 0
+        if not keep:
+            self.sum, self.count = None, 0
         return dict(zip(self.names, means, strict=bool(means)))
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Measurements during a run besides the training loss: held-out loss, collapse detection, and probes.
 
-The untrained network is measured as well, as the baseline of everything that follows.
+The network with random weights is measured as well, as the baseline of everything that follows. A run that starts from given
+weights has a second baseline, these weights.
 """
 
 import logging
@@ -14,6 +15,7 @@ from hjepa.data.datamodule import Crops, Split, evenly_spaced_indices
 from hjepa.distributed.seeding import generator
 from hjepa.metrics.collapse import collapse_statistics, describe_collapse
 from hjepa.metrics.probes import Probe, extract_features
+from hjepa.models.encoder import Encoder
 from hjepa.training.build import Components
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ BATCH_SIZE = 64  # images per forward pass
 
 # The attributes in a checkpoint, by their keys.
 STATE = {
+    "initial": "initial_scores",
     "untrained": "untrained_scores",
     "untrained_spread": "untrained_statistics",
     "latest": "latest_scores",
@@ -42,41 +45,56 @@ class Monitor:
         probe: Probe of the features, or None.
         train: Training images, which the probe fits on.
         validation: Validation images.
+        untrained: Encoder with random weights, for a run that starts from given weights. None: the teacher is one.
 
     Attributes:
-        untrained_statistics: Collapse statistics of the untrained teacher.
-        untrained_scores: Probe scores of the untrained teacher; empty without a probe.
+        untrained_statistics: Collapse statistics of the encoder with random weights.
+        untrained_scores: Probe scores of the encoder with random weights; empty without a probe.
+        initial_scores: Probe scores of the weights that the run started from; empty if these were random, and without a probe.
         latest_scores: Latest probe scores.
         collapse: Description of the collapse found at the end of the last epoch, or None.
         seconds: Time spent on measurements.
     """
 
-    def __init__(self, components: Components, probe: Probe | None, train: Split, validation: Split) -> None:
-        self.components, self.model, self.probe = components, components.model, probe
+    def __init__(
+        self, components: Components, probe: Probe | None, train: Split, validation: Split, untrained: Encoder | None
+    ) -> None:
+        self.components, self.model, self.probe, self.untrained = components, components.model, probe, untrained
         self.probe_splits = probe.select_images(train, validation) if probe else None
         self.held_out = validation.images[evenly_spaced_indices(len(validation), NUM_HELD_OUT)]
         self.untrained_statistics: Scores = {}
         self.untrained_scores: Scores = {}
+        self.initial_scores: Scores = {}
         self.latest_scores: Scores = {}
         self.collapse: str | None = None
         self.seconds = 0.0
 
-    def measure_untrained(self) -> Scores:
-        """Measure the untrained network, the baseline of all later measurements."""
-        start = time.perf_counter()
-        log.info("measuring the untrained network")
-        self.untrained_statistics = self.collapse_statistics()["teacher"]
-        if self.components.world.main and describe_collapse(self.untrained_statistics, self.untrained_statistics):
+    def measure_start(self) -> Scores:
+        """Measure the weights that the run starts from and the network with random weights, the baselines of what follows."""
+        start, given = time.perf_counter(), self.untrained is not None
+        name = "weights that the run starts from" if given else "untrained network"
+        log.info("measuring the %s", name)
+        statistics = self.statistics_of(self.model.teacher)
+        self.untrained_statistics = self.statistics_of(self.untrained) if self.untrained else statistics
+        collapse = describe_collapse(statistics, self.untrained_statistics)
+        if self.components.world.main and collapse and given:
+            log.warning("The weights that the run starts from have collapsed (%s); start from others.", collapse)
+        elif self.components.world.main and collapse:
             log.warning(
                 "The features of the untrained network do not differ between images; look at the images, and at dataset.mean and "
                 "dataset.std, which must suit them."
             )
-        self.untrained_scores = self.latest_scores = self.probe_scores("probing the untrained network")
+        self.latest_scores = self.untrained_scores = self.probe_scores(self.model.teacher, f"probing the {name}")
         measured = {
             **self.held_out_loss(),
-            **with_prefix("teacher", self.untrained_statistics),
-            **with_prefix("probe", self.untrained_scores),
+            **with_prefix("teacher", statistics),
+            **with_prefix("probe", self.latest_scores),
         }
+        if self.untrained:
+            self.initial_scores = self.latest_scores
+            self.untrained_scores = self.probe_scores(self.untrained, "probing a network with random weights")
+            measured |= with_prefix("untrained", self.untrained_scores) | with_prefix("initial", self.initial_scores)
+            self.untrained = None  # needed no more
         self.seconds += time.perf_counter() - start
         return measured
 
@@ -95,25 +113,29 @@ class Monitor:
         if collapses:
             log.warning("COLLAPSED - %s. These features are useless; see train.stop_on_collapse.", self.collapse)
         if run_probe and self.probe:
-            self.latest_scores = self.probe_scores("probing")
+            self.latest_scores = self.probe_scores(self.model.teacher, "probing")
             measured |= with_prefix("probe", self.latest_scores) | with_prefix("untrained", self.untrained_scores)
+            measured |= with_prefix("initial", self.initial_scores)
         self.seconds += time.perf_counter() - start
         return measured
 
-    def probe_scores(self, description: str) -> Scores:
-        """Return the probe scores of the teacher; `description` labels the progress bar."""
+    def probe_scores(self, encoder: Encoder, description: str) -> Scores:
+        """Return the probe scores of an encoder; `description` labels the progress bar."""
         if not self.probe or not self.probe_splits:
             return {}
         progress = description if self.components.world.main else None
-        return self.probe(self.model.teacher, *self.probe_splits, self.components.dataset.normalize, progress)
+        return self.probe(encoder, *self.probe_splits, self.components.dataset.normalize, progress)
 
     def collapse_statistics(self) -> dict[str, Scores]:
-        """Return the collapse statistics of the last layer of teacher and student on the held-out images."""
+        """Return the collapse statistics of teacher and student."""
         encoders = {"teacher": self.model.teacher} | ({} if self.model.teacher_is_student else {"student": self.model.student})
+        return {name: self.statistics_of(encoder) for name, encoder in encoders.items()}
+
+    def statistics_of(self, encoder: Encoder) -> Scores:
+        """Return the collapse statistics of the last layer of an encoder on the held-out images."""
         batches, normalize = self.held_out.split(BATCH_SIZE), self.components.dataset.normalize
-        features = {name: torch.cat(list(extract_features(e, batches, normalize))) for name, e in encoders.items()}
-        last = self.model.student.feature_dims[-1]
-        return {name: collapse_statistics(values[:, -last:]) for name, values in features.items()}
+        features = torch.cat(list(extract_features(encoder, batches, normalize)))
+        return collapse_statistics(features[:, -encoder.feature_dims[-1] :])
 
     @torch.no_grad()
     def held_out_loss(self) -> Scores:
@@ -155,6 +177,10 @@ class Monitor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state returned by `state_dict`."""
+        if "initial" not in state:  # of an earlier version, which called the weights that a run started from untrained
+            given = self.untrained is not None
+            state |= {"initial": state["untrained"], "untrained": {}} if given else {"initial": {}}
+        self.untrained = None  # was measured
         for key, attribute in STATE.items():
             setattr(self, attribute, state[key])
 

@@ -18,7 +18,8 @@ def build_summary(
 ) -> dict[str, Any]:
     """Return the contents of summary.json.
 
-    Accuracies are fractions, and `best` is the record with the highest accuracy of the linear probe.
+    Accuracies are fractions, and `best` is the record with the highest accuracy of the linear probe. `untrained` are the scores
+    of the network with random weights, and `initial` those of the weights that the run started from, if these were given.
     """
     hardware, probed = trainer.components.hardware, [r for r in records if "probe/linear" in r]
     best = max(probed, key=lambda r: r["probe/linear"], default={})
@@ -26,6 +27,7 @@ def build_summary(
         "probe": monitor.latest_scores,
         "best": {k.removeprefix("probe/"): v for k, v in best.items() if k.startswith("probe/") or k == "step"},
         "untrained": monitor.untrained_scores,
+        "initial": monitor.initial_scores,
         "images_per_second": trainer.plan.images_seen(trainer.completed_steps) / max(trainer.seconds, 1e-9),
         "steps": trainer.completed_steps,
         "epochs": trainer.plan.epochs_done(trainer.completed_steps),
@@ -43,26 +45,51 @@ def build_summary(
 
 
 class Gain(NamedTuple):
-    """The accuracy of a probe and that of the untrained network."""
+    """The accuracy of a probe beside its baselines.
+
+    Attributes:
+        probe: Name of the probe.
+        score: Accuracy of the run.
+        untrained: Accuracy of the network with random weights; None if it is not known.
+        initial: Accuracy of the weights that the run started from; None if these were random.
+    """
 
     probe: str
     score: float
-    untrained: float
+    untrained: float | None
+    initial: float | None
+
+    @property
+    def baseline(self) -> float:
+        """The accuracy before training."""
+        return (self.untrained or 0.0) if self.initial is None else self.initial
+
+    @property
+    def baseline_name(self) -> str:
+        """What the baseline is."""
+        return "untrained network" if self.initial is None else "the weights it started from"
+
+    @property
+    def random(self) -> float | None:
+        """The accuracy of the network with random weights where it is not the baseline."""
+        return None if self.initial is None else self.untrained
 
     @property
     def words(self) -> str:
-        """The difference in words."""
-        points = round(100 * (self.score - self.untrained), 1)
+        """The difference from the baseline in words."""
+        points = round(100 * (self.score - self.baseline), 1)
         return f"{abs(points):.1f} points {'better' if points > 0 else 'WORSE'}" if points else "no better"
 
 
 def gains(summary: dict[str, Any]) -> list[Gain]:
     """Return the gain of every probe in a summary; probes of labels other than the main one carry the label's name."""
     result = []
+    untrained, initial = summary.get("untrained", {}), summary.get("initial", {})
     for key, score in summary.get("probe", {}).items():
         kind, _, label = key.partition("_")
-        if kind in PROBES and key in summary["untrained"]:
-            result.append(Gain(PROBES[kind] + (f" ({label})" if label else ""), score, summary["untrained"][key]))
+        if kind in PROBES and (key in untrained or key in initial):
+            probe = PROBES[kind] + (f" ({label})" if label else "")
+            result.append(Gain(probe, score, untrained.get(key), initial.get(key)))
     return result
 
 
@@ -71,9 +98,10 @@ def print_summary(summary: dict[str, Any], folder: Path, view_command: str | Non
     if summary["status"] == "collapsed":
         print(f"The run COLLAPSED: {summary['reason']}.")
     for gain in gains(summary):
+        random = "" if gain.random is None else f"; a network with random weights {gain.random:6.1%}"
         print(
             f"{gain.probe:>20}: {gain.score:6.1%} of the validation images right, "
-            f"untrained network {gain.untrained:6.1%}: {gain.words}"
+            f"{gain.baseline_name} {gain.baseline:6.1%}: {gain.words}{random}"
         )
     print(
         f"{summary['steps']} steps in {summary['seconds']:.0f} s, {summary['images_per_second']:.0f} images/s, "

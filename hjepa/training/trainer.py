@@ -26,8 +26,10 @@ from hjepa.distributed.seeding import generator, seed_global
 from hjepa.masking import Masks
 from hjepa.optim.optimizers import check_components, set_hyperparameters
 from hjepa.optim.step_plan import StepPlan
+from hjepa.tracking.histograms import Histogram
 from hjepa.training.build import Components
 from hjepa.training.checkpoint import Checkpointer, State
+from hjepa.training.histograms import count_weights_and_gradients
 from hjepa.training.meter import Meter, Terms
 from hjepa.training.monitor import Monitor, Scores
 from hjepa.training.parallel import full_tensor
@@ -77,6 +79,7 @@ class Trainer:
         clip_norm: Maximum norm of the gradient; None for no clipping.
         log_every: Number of steps between two records of the losses.
         stop_on_collapse: Whether a collapse ends the run instead of only causing a warning.
+        histograms: Number of epochs between calls of `record_histograms` with those of weights and gradients; None for no calls.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Trainer:
         clip_norm: PositiveFloat | None,
         log_every: PositiveInt,
         stop_on_collapse: bool,
+        histograms: PositiveInt | None = None,
     ) -> None:
         self.components, self.world, self.model = components, components.world, components.model
         self.device, optimizer = components.hardware.device, components.optimizer
@@ -100,6 +104,8 @@ class Trainer:
         self.num_steps = self.plan.num_steps
         self.network = components.strategy.wrap(self.model, optimizer)
         self.accumulate, self.log_every, self.stop_on_collapse = accumulate, log_every, stop_on_collapse
+        self.record_histograms: Callable[[int, dict[str, Histogram]], None] | None = None
+        self.histogram_every = histograms if components.strategy.measures() and self.world.main else None
         self.clip_norm = math.inf if clip_norm is None else clip_norm
         self.images = (
             images.to(self.device) if isinstance(images, Tensor) else Stream(images, self.indices, self.num_steps, self.device)
@@ -112,7 +118,7 @@ class Trainer:
         self.scaler = components.hardware.scaler()
         self.meter = Meter(self.world)
         self.order_epoch, self.order = -1, torch.empty(0)
-        self.completed_steps, self.seconds = 0, 0.0
+        self.started, self.completed_steps, self.seconds = False, 0, 0.0
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -178,10 +184,18 @@ class Trainer:
         sums["gradient_norm"] = full_tensor(clip_grad_norm_(self.trainable, self.clip_norm))
         self.scaler.step(c.optimizer)
         self.scaler.update()
+        if self.record_histograms and self.ends_epoch_with_histograms(step + 1):
+            self.record_histograms(step + 1, count_weights_and_gradients(self.model))
         c.optimizer.zero_grad()
         # The teacher follows after the update, once per step.
         c.teacher_update.apply(self.model, step)
         return sums
+
+    def ends_epoch_with_histograms(self, num_steps: int) -> bool:
+        """Return whether the first `num_steps` steps end with an epoch whose histograms are recorded."""
+        if self.histogram_every is None or num_steps not in self.plan.epoch_ends:
+            return False
+        return (self.plan.epoch_ends.index(num_steps) + 1) % self.histogram_every == 0 or num_steps == self.num_steps
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
@@ -189,7 +203,7 @@ class Trainer:
         """Train from the current state to the last step, and measure, record and save along the way.
 
         Args:
-            monitor: Measures the untrained network and the model at the end of every epoch.
+            monitor: Measures the weights at the start, and those at the end of every epoch.
             checkpointer: Saves the state.
             record: Called with every record of metrics.
             stop: Ends the training after the current step when it is set.
@@ -199,10 +213,11 @@ class Trainer:
             UserError: A loss was not finite, or the run collapsed and `stop_on_collapse` is set.
         """
         with logging_redirect_tqdm() if self.world.main and shows_progress() else nullcontext():  # log lines above the bars
-            if self.completed_steps == 0:
-                measured = monitor.measure_untrained() if self.components.strategy.measures() else {}
+            if not self.started:
+                measured = monitor.measure_start() if self.components.strategy.measures() else {}
                 record({"step": 0, "seconds": 0.0, **measured})
                 self.save(monitor, checkpointer)
+            self.started = True
             self.model.train()
             steps = {"total": self.num_steps, "initial": self.completed_steps, "unit": "step"}
             with progress_bar(**steps, disable=not self.world.main) as bar:
@@ -254,11 +269,12 @@ class Trainer:
     def end_epoch(self, monitor: Monitor, checkpointer: Checkpointer, record: Recorder) -> None:
         """Measure, record and save at the end of an epoch or of the run."""
         self.check_finite()
-        epoch, last = math.ceil(self.plan.epochs_done(self.completed_steps)), self.completed_steps == self.num_steps
+        epochs_done, last = self.plan.epochs_done(self.completed_steps), self.completed_steps == self.num_steps
+        epoch, is_partial = math.ceil(epochs_done), not epochs_done.is_integer()  # the last epoch, which a longer run completes
         run_probe = monitor.probe is not None and (last or epoch % monitor.probe.every == 0)
         measured = monitor.measure_epoch(run_probe) if self.components.strategy.measures() else {}
         monitor.collapse = self.world.broadcast_object(monitor.collapse)
-        means = {f"epoch/{name}": value for name, value in self.meter.epoch_means().items()}
+        means = {f"epoch/{name}": value for name, value in self.meter.epoch_means(keep=is_partial).items()}
         record({"step": self.completed_steps, "epoch": epoch, "seconds": self.seconds, **means, **measured})
         scores = monitor.latest_scores if run_probe else {}
         self.save(monitor, checkpointer, epoch, scores.get("linear"))
@@ -311,7 +327,7 @@ class Trainer:
                 "the run started with %d processes and continues with %d; its results are the same up to rounding",
                 *(state["processes"], self.world.size),
             )
-        self.completed_steps, self.seconds = state["step"], state["seconds"]
+        self.started, self.completed_steps, self.seconds = True, state["step"], state["seconds"]
         self.components.strategy.load_state_dict(state)
         self.scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["meter"])

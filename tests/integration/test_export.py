@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from hjepa.tasks.export.writers import ROW_GROUP_SIZE, WRITERS, paths_file
 from hjepa.tasks.trained_run import TrainedRun, load_run
 from hjepa.tracking.atomic import atomic_folder
 from hjepa.tracking.run_folder import read_summary
+from hjepa.tracking.tracker import register_model
 from hjepa.training.signals import StopFlag
 from tests.helpers.database import prepare_database
 from tests.helpers.runs import compose, tiny
@@ -493,3 +495,40 @@ def test_export_is_logged_to_the_tracker(tmp_path: Path, run, monkeypatch) -> No
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     logged = {Path(file.path).name for file in client.list_artifacts(read_summary(folder)["run_id"], "export")}
     assert logged == {file.name for file in (folder / "export").iterdir()}
+
+
+# -- models of MLflow ------------------------------------------------------------------------------------------------------
+
+
+def test_a_registered_encoder_is_loaded_without_hjepa_and_has_the_same_features(
+    exported: Path, opened: TrainedRun, tmp_path: Path, monkeypatch
+) -> None:
+    import mlflow
+
+    prepare_database(tmp_path)
+    folder, uri = shutil.copytree(exported.parent, tmp_path / "r"), f"sqlite:///{tmp_path}/mlflow.db"
+    tracking = ("tracking=mlflow", f"tracking.mlflow.uri={uri}", f"output_root={tmp_path}")
+    run_config(compose("task=sync", f"run={folder}", *tracking))
+    config = resolve(compose("task=export", f"run={folder}", *tracking, "tracking.mlflow.register=encoder"))
+    assert [register_model(config, folder) for _ in range(2)] == ["models:/encoder/1", "models:/encoder/2"]
+    monkeypatch.setitem(sys.modules, "hjepa", None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)
+    model = mlflow.pyfunc.load_model("models:/encoder/2")
+    images = opened.dataset.normalize(opened.dataset.sample(3))
+    with torch.no_grad():
+        expected = opened.encoder.features(images).numpy()
+    np.testing.assert_allclose(model.predict(images.numpy())["features"], expected, atol=1e-4)
+    assert model.metadata.signature.inputs.inputs[0].shape == (-1, 3, 16, 16)
+    assert model.metadata.signature.outputs.input_names() == ["features", "tokens"]
+    with pytest.raises(Exception, match="shape"):
+        model.predict(np.zeros((1, 3, 8, 8), np.float32))
+
+
+def test_only_an_export_to_onnx_can_be_registered(trained: Path, tmp_path: Path) -> None:
+    tracking = ("tracking=mlflow", "tracking.mlflow.register=encoder", f"output_root={tmp_path}")
+    with pytest.raises(UserError, match=r"tracking.mlflow.register=encoder registers an ONNX file; set task.formats=\[onnx\]"):
+        run_config(compose("task=export", f"run={trained}", *tracking))
+    with pytest.raises(UserError, match=r"tracking.mlflow.register belongs to task=export"):
+        run_config(compose(*tiny(*tracking)))
+    assert not list(tmp_path.iterdir())

@@ -1,11 +1,8 @@
-"""A run that is killed and started again ends as if it had never stopped, and its files are never damaged."""
+"""A run that is stopped and started again goes on where it was, and its files are never damaged; see also test_kills."""
 
 import json
 import os
-import random
-import signal
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,73 +12,9 @@ from hjepa.config.errors import UserError
 from hjepa.distributed.process_group import World
 from hjepa.models.pretrained import read_checkpoint
 from hjepa.training.checkpoint import Checkpointer, best_rank
-from tests.helpers.children import launch, start
-from tests.helpers.database import prepare_database
+from tests.helpers.children import start
+from tests.helpers.results import wait_for_records
 from tests.helpers.runs import TINY
-
-LONG = (
-    "train.epochs=4",
-    "train.log_every=3",
-    "probe.every=2",
-    "checkpoint.every_seconds=0.01",
-    "model.encoder.drop_path=0.1",
-)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)["model"]
-
-
-def metrics(folder: Path) -> list[dict]:
-    timing = ("images_per_second", "seconds", "peak_memory_mb")
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in timing} for r in records]
-
-
-def wait_for_records(folder: Path, count: int, is_alive: Callable[[], bool]) -> None:
-    """Wait until the run has written `count` records, or has ended."""
-    file = folder / "metrics.jsonl"
-    while is_alive() and not (file.exists() and len(file.read_text().splitlines()) >= count):
-        time.sleep(0.005)  # polls a file and makes no assumption about speed
-
-
-def test_sigkill_and_the_same_command_give_the_same_bits(tmp_path: Path) -> None:
-    options = [*TINY, *LONG, "train.accumulate=3", "tracking=mlflow", "experiment_name=e"]
-    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
-    for root in (uninterrupted, killed):
-        prepare_database(root)
-    assert launch(*options, f"output_root={uninterrupted}", "name=r").returncode == 0
-    command = [*options, f"output_root={killed}", "name=r"]
-    process = start(*command, output=tmp_path / "output", errors=tmp_path / "errors")
-    wait_for_records(killed / "e" / "r", random.Random(3).randrange(2, 13), process.is_alive)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    resumed = launch(*command)
-    assert resumed.returncode == 0, resumed.stderr
-    a, b = weights(uninterrupted / "e" / "r"), weights(killed / "e" / "r")
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[k], b[k]) for k in a), "the weights are identical bit for bit"
-    assert metrics(uninterrupted / "e" / "r") == metrics(killed / "e" / "r"), "no step is repeated, missing or different"
-    check_mlflow(killed, ["r"])
-
-
-def check_mlflow(root: Path, names: Sequence[str]) -> None:
-    """Check that there is one finished run for each name, with each metric of metrics.jsonl once per step."""
-    import mlflow
-
-    client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
-    runs = client.search_runs([client.get_experiment_by_name("e").experiment_id])
-    assert sorted(run.info.run_name for run in runs) == sorted(names)
-    for run in runs:
-        assert run.info.status == "FINISHED"
-        records = [json.loads(line) for line in (root / "e" / run.info.run_name / "metrics.jsonl").read_text().splitlines()]
-        for key in {k for r in records for k in r} - {"step"}:
-            tracked = sorted(m.step for m in client.get_metric_history(run.info.run_id, key))
-            assert tracked == [r["step"] for r in records if key in r], key
-        assert run.data.params["model.patch_size"] == "4"
-        files = {f.path for folder in (None, "plots") for f in client.list_artifacts(run.info.run_id, folder)}
-        assert {"config.yaml", "summary.json", "plots/curves.png", "plots/masks.png"} <= files
 
 
 def test_sigterm_saves_ends_as_stopped_and_continues(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from mlflow import MlflowClient
 
 from tests.helpers.cluster import job_fields, poll, process_of, slurm
 from tests.helpers.database import prepare_database
+from tests.helpers.results import check_mlflow, metrics, weights
 from tests.helpers.runs import ROOT, TINY, launch
-from tests.integration.test_resume import check_mlflow, metrics, weights
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -197,8 +197,8 @@ def test_failures_are_reported_and_stop_no_other_job(tmp_path: Path) -> None:
 
     client = MlflowClient(f"sqlite:///{root}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("e").experiment_id])
-    states = {run.info.run_name: run.info.status for run in runs}
-    assert [states[Path(job["folder"]).name] for job in (fine, failing, cancelled)] == ["FINISHED", "FAILED", "KILLED"]
+    states = {run.data.tags["run_folder"]: run.info.status for run in runs}
+    assert [states[job["folder"]] for job in (fine, failing, cancelled)] == ["FINISHED", "FAILED", "KILLED"]
 
 
 def test_the_death_of_any_rank_fails_the_job(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,9 +19,12 @@ import pytest
 from hjepa.config.errors import UserError
 from hjepa.tracking import mlflow as track_mlflow
 from hjepa.tracking.dead_runs import machine_tags, shares_locks
+from hjepa.tracking.histograms import read_histograms
 from hjepa.tracking.mlflow import MLflow
+from hjepa.tracking.mlflow_server import PORT, view_command
 from hjepa.tracking.run_folder import RunFolder, read_records, try_lock
-from tests.helpers.children import begin, run_config
+from hjepa.tracking.tracker import Artifacts, log_artifacts
+from tests.helpers.children import begin, launch
 from tests.helpers.database import prepare_database
 from tests.helpers.runs import tiny
 
@@ -114,6 +119,7 @@ def use_database(root: Path, name: str) -> None:
 
 def test_eight_jobs_can_create_a_database_at_the_same_time(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / ".mlflow.db.tmp").write_bytes(b"of a process that was killed while it created the database")
     processes = [begin(use_database, tmp_path, f"run{i}") for i in range(8)]
     for process in processes:
         process.join(400)
@@ -127,7 +133,7 @@ def test_eight_jobs_can_create_a_database_at_the_same_time(tmp_path: Path, monke
 
 
 class Server:
-    """An `mlflow server` on a free port of the loopback interface that can be killed and restarted."""
+    """The server that a run suggests, on a free port of the loopback interface; it can be killed and restarted."""
 
     def __init__(self, root: Path) -> None:
         with socket.socket() as probe:
@@ -138,10 +144,11 @@ class Server:
 
     def start(self) -> None:
         """Start the server and wait until it answers."""
-        store = ["--backend-store-uri", f"sqlite:///{self.root}/server.db", "--artifacts-destination", str(self.root / "files")]
+        command = view_command(f"sqlite:///{self.root}/server.db", "0").splitlines()[0]
+        files = shlex.quote(str(self.root / "files"))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *store, "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"],
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            command.replace(f"--port {PORT}", f"--port {self.port}") + f" --artifacts-destination {files}",
+            shell=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -164,7 +171,9 @@ class Server:
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch) -> Iterator[Server]:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    server = Server(tmp_path)
+    root = tmp_path / "it's a folder"
+    root.mkdir()
+    server = Server(root)
     server.start()
     yield server
     server.kill()
@@ -314,13 +323,26 @@ def test_several_trackers_at_once(run, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     prepare_database(tmp_path)
-    run("tracking=[mlflow,tensorboard]", "name=r")
+    options = ("tracking=[mlflow,tensorboard]", "name=r", "train.histograms=1")
+    run(*options)
     folder = tmp_path / "default" / "r"
     check_complete(client(tmp_path), folder)
     (folder / "summary.json").unlink()
-    run("tracking=[mlflow,tensorboard]", "name=r")  # a second session
+    run(*options)  # a second session
     check_complete(client(tmp_path), folder)
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    shutil.copy(folder / "plots" / "masks.png", tmp_path / "pca.png")
+    for _ in range(2):  # task=visualize, repeated
+        artifacts = Artifacts([tmp_path / "pca.png"], "visualize", metrics={"evaluate/knn": 0.5}, step=18)
+        log_artifacts({"tracking": {"tensorboard": {}}}, folder, artifacts)
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "histograms": 0}).Reload()
+    assert {tag: len(events.Images(tag)) for tag in events.Tags()["images"]} == dict.fromkeys(
+        ("plots/masks", "plots/curves", "visualize/pca"), 1
+    )
+    names = {name for name, _ in read_histograms(folder / "histograms" / "00000018.npz")[1]}
+    assert {"weights/student.norm.weight", "gradients/student.norm.weight"} <= names
+    assert set(events.Tags()["histograms"]) == names
+    assert [event.step for event in events.Histograms("gradients/student.norm.weight")] == [9, 18]
+    assert [event.step for event in events.Scalars("evaluate/knn")] == [18]
     records = read_records(folder)
     for key in {key for record in records for key in record} - {"step"}:
         assert [e.step for e in events.Scalars(key)] == [r["step"] for r in records if key in r], key
@@ -328,18 +350,18 @@ def test_several_trackers_at_once(run, tmp_path: Path) -> None:
 
 def test_offline_wandb_keeps_one_run_in_the_folder(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed: pip install -e '.[wandb]' to test it")
+    """Mode and project come from the variables of W&B; the pictures and histograms are in the run as well."""
     folder = tmp_path / "default" / "r"
+    options = tiny("tracking=wandb", "train.epochs=1", "train.histograms=1", f"output_root={tmp_path}", "name=r")
     for _ in range(2):
-        process = begin(
-            run_config,
-            [*tiny("tracking=wandb", "tracking.wandb.mode=offline"), f"output_root={tmp_path}", "name=r"],
-            tmp_path / "output",
-        )
-        process.join(300)
-        assert process.exitcode == 0, (tmp_path / "output").read_text()
-        assert "left out" not in (tmp_path / "output").read_text()
+        ended = launch(*options, WANDB_MODE="offline", WANDB_PROJECT="project-of-the-environment")
+        assert ended.returncode == 0, ended.stderr
+        assert "left out" not in ended.stdout
         (written,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
-        assert written.stat().st_size > 1000
+        assert b"project-of-the-environment" in written.read_bytes()
+        assert b"gradients/student.norm.weight" in written.read_bytes()
+        pictures = sorted(path.name.split("_")[0] for path in written.parent.glob("files/media/images/plots/*.png"))
+        assert pictures == ["curves", "masks"]
         assert (folder / "wandb" / "id").read_text() in written.name
         (folder / "summary.json").unlink()
 
@@ -364,9 +386,3 @@ def test_a_failing_tracker_is_left_out(run, tmp_path: Path, monkeypatch, caplog)
         run("tracking=[mlflow,tensorboard]", "name=r")
     assert ["tracking=tensorboard failed" in r.getMessage() for r in caplog.records] == [True]
     check_complete(client(tmp_path), tmp_path / "default" / "r")
-
-
-def test_the_suggested_server_listens_on_the_loopback_interface(tracker) -> None:
-    t = tracker()
-    assert "--host 127.0.0.1" in (t.view_command() or "")
-    t.finish("FINISHED")

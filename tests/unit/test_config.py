@@ -9,10 +9,11 @@ import pytest
 
 import hjepa
 from hjepa.config.errors import UserError
-from hjepa.config.identity import config_hash, identity, run_path
+from hjepa.config.identity import config_hash, identity
 from hjepa.config.instantiate import build
 from hjepa.config.paths import CONF
 from hjepa.config.run import COMMAND, record_command
+from hjepa.config.run_path import run_path
 from hjepa.config.schema import check, check_node, resolve
 from hjepa.config.targets import TARGET, USER_TARGETS, allowed_targets, iter_targets
 from hjepa.config.upgrade import RENAMED_TARGETS, upgrade_config, upgrade_names

@@ -16,8 +16,8 @@ from hjepa.config.schema import check, resolve
 from hjepa.data import image_files as files_module
 from hjepa.data.datamodule import Split
 from hjepa.metrics.probes import subset
+from tests.helpers.results import metrics, wait_for_records, weights
 from tests.helpers.runs import ROOT, compose, tiny, trainer
-from tests.integration.test_resume import metrics, wait_for_records, weights
 from tests.unit.test_data import folder, make_folder, spoil
 
 

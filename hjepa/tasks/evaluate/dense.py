@@ -18,7 +18,7 @@ from hjepa.metrics.probes import accuracy, logistic, standardize
 from hjepa.models.layers import patchify
 from hjepa.tasks.evaluate.features import LabeledImages, Subset
 from hjepa.tasks.evaluate.protocol import EvalContext, EvalProtocol, Scores
-from hjepa.tasks.trained_run import NETWORK_KINDS, NetworkKind
+from hjepa.tasks.trained_run import NetworkKind
 
 NUM_CLASSES = 1 + len(PARTS)  # class 0 is the background
 
@@ -59,8 +59,9 @@ class DenseProbe(EvalProtocol):
         scores: Scores = {}
         run, images, labels = context.run, self.images(context), self.patch_labels(context)
         layers = [layer for layer in context.features.layers() if not layer.startswith("stacked")]
-        progress = progress_bar(total=len(NETWORK_KINDS) * len(layers) + 1, desc="scoring dense", unit="source")
-        for kind in NETWORK_KINDS:
+        networks = context.features.networks
+        progress = progress_bar(total=len(networks) * len(layers) + 1, desc="scoring dense", unit="source")
+        for kind in networks:
             for layer in layers:
                 tokens = {subset: patch_tokens(context, kind, layer, images[subset]) for subset in images}
                 scores[f"{kind}/{layer}"] = self.score_patches(tokens, labels)

@@ -12,13 +12,15 @@ from statistics import mean
 from typing import Literal
 
 from hjepa.config.errors import UserError
+from hjepa.config.identity import starts_from_weights
 from hjepa.config.instantiate import build
 from hjepa.config.schema import Config
 from hjepa.config.types import PositiveInt
 from hjepa.sweeps.sweep import Sweep
 from hjepa.tasks.evaluate.protocol import EvalContext, EvalOptions, EvalProtocol
 from hjepa.tasks.evaluate.results import Results, aggregate_seeds
-from hjepa.tracking.run_folder import check_writable, find_runs, try_lock
+from hjepa.tasks.trained_run import TrainedRun
+from hjepa.tracking.run_folder import check_writable, find_runs, read_config, try_lock
 from hjepa.tracking.tracker import Artifacts, log_artifacts
 
 log = logging.getLogger(__name__)
@@ -92,12 +94,22 @@ def evaluate_run(
             raise UserError(f"Another process is evaluating {folder}; wait for it.")
         results = Results(output, context.run, overwrite=config["overwrite"])
         print(f"{folder}, checkpoint {context.run.checkpoint.stem} of step {context.run.step}", flush=True)
+        print(explain_baselines(context.run), end="", flush=True)
         compute_missing(protocols, contexts, results, skip_inapplicable)
         results.finish()
     files = [output / "summary.json", output / "table.txt"]
     log_artifacts(config, folder, Artifacts(files, "evaluate", metrics=results.metrics(), step=context.run.step))
     print(f"\nEvaluation: {output}/summary.json and table.txt; features/ beside them can be removed at any time.", flush=True)
     return results
+
+
+def explain_baselines(run: TrainedRun) -> str:
+    """Return a line about the rows of a run that started from given weights, as training calls them; empty for other runs."""
+    if run.initial:
+        return 'Rows "initial" are the weights it started from, rows "untrained" a network with random weights.\n'
+    if starts_from_weights(read_config(run.folder)):
+        return 'Rows "untrained" are a network with random weights; the weights it started from were not kept (no initial.pt).\n'
+    return ""
 
 
 def compute_missing(

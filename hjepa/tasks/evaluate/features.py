@@ -2,8 +2,9 @@
 
     evaluate/features/CHECKPOINT-HASH/block 3.npy     [N, F], a file per layer of the encoder and per stacked level
 
-Every row of an evaluation's table is a source of features: the trained or the untrained network at one layer, or the pixels. With
-`model.features=all`, the features of all layers side by side are one more layer, "all blocks".
+Every row of an evaluation's table is a source of features: the trained or the untrained network at one layer, or the pixels. A
+run that started from given weights has one more network, "initial". With `model.features=all`, the features of all layers side by
+side are one more layer, "all blocks".
 """
 
 import shutil
@@ -25,7 +26,7 @@ from hjepa.config.terminal import progress_bar
 from hjepa.data.datamodule import DataModule, Split, to_unit_range
 from hjepa.data.stream import Stream
 from hjepa.metrics.probes import extract_features, labeled_indices, standardize
-from hjepa.tasks.trained_run import NETWORK_KINDS, NetworkKind, TrainedRun, layer_features
+from hjepa.tasks.trained_run import NetworkKind, TrainedRun, layer_features
 from hjepa.tracking.atomic import atomic_folder
 
 PIXEL_SIZE = 32  # larger images are averaged down to this side: more pixels would give more numbers per image than images
@@ -141,12 +142,13 @@ class Features:
 
     def __init__(self, run: TrainedRun, data: EvalData, folder: Path, depths: list[int], batch_size: int) -> None:
         self.run, self.data, self.folder, self.depths, self.batch_size = run, data, folder, depths, batch_size
-        self.networks = layer_features(run, depths)
+        self.networks = layer_features(run, depths, run.initial)
 
     @property
     def key(self) -> dict[str, Any]:
         """Everything that determines the features."""
-        return self.data.key | {"checkpoint": self.run.hash, "depths": self.depths, "batch_size": self.batch_size}
+        initial = {"initial": True} if self.run.initial else {}
+        return self.data.key | {"checkpoint": self.run.hash, "depths": self.depths, "batch_size": self.batch_size} | initial
 
     def layers(self, last_only: bool = False) -> list[str]:
         """Return the names of all layers, or only of the one with the encoder's own features and of the stacked levels."""
@@ -155,12 +157,12 @@ class Features:
 
     def num_sources(self, last_only: bool = False) -> int:
         """Return the number of sources that `sources` yields."""
-        return len(NETWORK_KINDS) * len(self.layers(last_only)) + 1
+        return len(self.networks) * len(self.layers(last_only)) + 1
 
     def sources(self, last_only: bool = False) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield the name of every source, and its standardized features to fit to [N, F] and to score on [M, F] on the device."""
         device = self.run.hardware.device
-        for kind in NETWORK_KINDS:
+        for kind in self.networks:
             for layer in self.layers(last_only):
                 train, test = (self.load(kind, subset)[layer].to(device) for subset in SUBSETS)
                 yield (f"{kind}/{layer}", *standardize(train, test))

@@ -57,9 +57,8 @@ class FineTuning(EvalProtocol):
         return f"Fine-tuned for {self.epochs} epochs, accuracy, {context.data.describe()}"
 
     def score(self, context: EvalContext) -> Scores:
-        encoders: dict[NetworkKind, Encoder] = {"trained": context.run.encoder, "untrained": context.run.untrained}
-        layer = context.features.layers()[0]
-        return {f"{kind}/{layer}": self.fine_tune(context, encoder, kind) for kind, encoder in encoders.items()}
+        layer, networks = context.features.layers()[0], context.features.networks
+        return {f"{kind}/{layer}": self.fine_tune(context, network.encoder, kind) for kind, network in networks.items()}
 
     def fine_tune(self, context: EvalContext, encoder: Encoder, kind: NetworkKind) -> dict[str, float]:
         """Fine-tune a copy of an encoder, and return its accuracy on the images to score on by label."""

@@ -17,8 +17,8 @@ from hjepa.metrics.probes import Probe
 from hjepa.tasks.evaluate.features import EvalData, Features
 from hjepa.tasks.trained_run import TrainedRun, load_run
 
-# source of features -> column -> score. Sources are trained/block 3, untrained/stacked 1, pixels, ...; a column "X std" is the
-# standard deviation of the column X.
+# source of features -> column -> score. Sources are trained/block 3, initial/block 3, untrained/stacked 1, pixels, ...; a column
+# "X std" is the standard deviation of the column X.
 Scores = dict[str, dict[str, float]]
 
 

@@ -12,7 +12,7 @@ from hjepa.distributed.seeding import generator
 from hjepa.metrics.spectrum import feature_statistics, lidar
 from hjepa.tasks.evaluate.features import LabeledImages
 from hjepa.tasks.evaluate.protocol import EvalContext, EvalProtocol, Scores
-from hjepa.tasks.trained_run import NETWORK_KINDS, NetworkKind
+from hjepa.tasks.trained_run import NetworkKind
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Quality(EvalProtocol):
 
     def score(self, context: EvalContext) -> Scores:
         scores: Scores = {}
-        layers = context.features.layers()
-        progress = progress_bar(total=len(NETWORK_KINDS) * len(layers), desc="scoring quality", unit="source")
-        for kind in NETWORK_KINDS:
+        layers, networks = context.features.layers(), context.features.networks
+        progress = progress_bar(total=len(networks) * len(layers), desc="scoring quality", unit="source")
+        for kind in networks:
             features, views = context.features.load(kind, "test"), self.view_features(context, kind)
             for layer in layers:
                 scores[f"{kind}/{layer}"] = feature_statistics(features[layer]) | {"lidar": lidar(views[layer])}
@@ -53,7 +53,7 @@ class Quality(EvalProtocol):
         return scores
 
     def view_features(self, context: EvalContext, kind: NetworkKind) -> dict[str, Tensor]:
-        """Return features [n, q, F] of q views of n images by layer; the views are the same for both networks."""
+        """Return features [n, q, F] of q views of n images by layer; the views are the same for all networks."""
         test, dataset = context.data.subsets["test"], context.run.dataset
         images = LabeledImages(test.split, test.index[: self.images])
         batch_size = max(1, context.features.batch_size // self.views)

@@ -24,7 +24,7 @@ from hjepa.tasks.trained_run import TrainedRun, load_run
 from hjepa.tracking.atomic import atomic_folder
 from hjepa.tracking.provenance import git_state
 from hjepa.tracking.run_folder import check_writable
-from hjepa.tracking.tracker import Artifacts, log_artifacts
+from hjepa.tracking.tracker import Artifacts, log_artifacts, register_model
 from hjepa.training.signals import StopFlag
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,9 @@ def export_encoder(
     if formats == []:
         raise UserError(f"task.formats=[]: expected at least one of {', '.join(FORMATS)}.")
     check_packages(formats or [])
+    register = config["tracking"].get("mlflow", {}).get("register")
+    if register and "onnx" not in (formats or []):
+        raise UserError(f"tracking.mlflow.register={register} registers an ONNX file; set task.formats=[onnx], or with others.")
     config = config | {"hardware": config["hardware"] | {"device": "cpu", "precision": "float32"}}
     run = load_run(config, checkpoint, root)
     names = list(dict.fromkeys(formats or default_formats(run.encoder)))
@@ -75,6 +78,8 @@ def export_encoder(
         (temporary / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     log_artifacts(config, run.folder, Artifacts(sorted(folder.iterdir()), "export"))
     print_summary(summary, folder)
+    if register:
+        print(f"Registered in MLflow: {register_model(config, run.folder)}", flush=True)
 
 
 def comparison_images(run: TrainedRun, root: str | None) -> tuple[Tensor, str]:

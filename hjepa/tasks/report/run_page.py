@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from hjepa.config.identity import flatten
+from hjepa.config.passwords import hide_passwords
 from hjepa.config.schema import Config
 from hjepa.plotting import CAPTIONS
 from hjepa.tasks.evaluate.tables import result_table
@@ -53,8 +54,8 @@ def run_facts(folder: Path) -> dict[str, Any]:
         "evaluation": evaluation_tables(folder),
         "costs": cost_rows(summary),
         "groups": [group_row(group, config[group]) for group in GROUPS if group in config],
-        "config": OmegaConf.to_yaml(OmegaConf.create(config)),
-        "provenance": {key: summary.get(key) for key in ("command", "commit", "dirty")},
+        "config": OmegaConf.to_yaml(OmegaConf.create(hide_passwords(config))),
+        "provenance": {key: hide_passwords(summary.get(key)) for key in ("command", "commit", "dirty")},
         "seed": config["seed"],
     }
 

@@ -77,7 +77,8 @@ def check(config: Config) -> None:
     for option, annotation in TOP_LEVEL.items():
         check_type(option, config[option], annotation)
     validate_targets(config)
-    for path, node in iter_targets(config):
+    # The dataset comes first, since the model takes the size of the images from it.
+    for path, node in sorted(iter_targets(config), key=lambda target: not target[0].startswith("dataset")):
         check_node(path, node)
 
 

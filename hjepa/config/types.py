@@ -6,9 +6,9 @@ built. At run time they are plain numbers and lists.
 """
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -38,6 +38,14 @@ def color(channels: list[int]) -> list[int]:
     return channels
 
 
+def one_number(side: Any) -> Any:
+    """Refuse a height and a width where images are squares."""
+    if isinstance(side, list | str):
+        raise ValueError("images are resized by their shorter side and center-cropped to a square: give its side as one number")
+    return side
+
+
 PositiveRange = Annotated[list[float], AfterValidator(ascending(float("inf")))]
 FractionRange = Annotated[list[float], AfterValidator(ascending(1.0))]
 Color = Annotated[list[int], AfterValidator(color)]
+SideInt = Annotated[int, BeforeValidator(one_number), Field(gt=0)]

@@ -95,6 +95,7 @@ def upgrade_config(config: dict[str, Any]) -> dict[str, Any]:
             dataset.setdefault("fade", 0.0)
         if "max_corrupt" in dataset:  # of image files, whose transparency was ignored
             dataset.setdefault("background", None)
+            dataset.setdefault("max_megapixels", 179.0)
     if isinstance(teacher := upgraded.get("teacher"), dict) and teacher.get("_target_") == "hjepa.training.Frozen":
         teacher.setdefault("weights_key", None)
     if isinstance(schedule := upgraded.get("schedule"), dict) and isinstance(lr := schedule.get("lr"), dict):

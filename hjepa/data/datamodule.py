@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from torch import Generator, Tensor
 
 from hjepa.config.errors import UserError
-from hjepa.config.types import Fraction, FractionRange, NonNegativeInt, OpenFraction, PositiveInt
+from hjepa.config.types import Fraction, FractionRange, NonNegativeInt, OpenFraction, PositiveInt, SideInt
 from hjepa.data.augment import Augment, AugmentParams
 from hjepa.data.color import Images
 from hjepa.data.image_files import ImageFiles
@@ -90,7 +90,7 @@ class DataModule(ABC):
 
     def __init__(
         self,
-        image_size: PositiveInt,
+        image_size: SideInt,
         validation: OpenFraction,
         mean: list[float],
         std: list[float],

@@ -8,7 +8,8 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, BinaryIO
 from warnings import catch_warnings
 
 import numpy as np
@@ -20,8 +21,11 @@ from torchvision.transforms import functional as TF
 from hjepa.config.errors import UserError
 from hjepa.config.terminal import progress_bar
 from hjepa.data.pixels import WHITE, to_rgb
+from hjepa.data.sources import ImageSource
 
 log = logging.getLogger(__name__)
+
+MAX_MEGAPIXELS = 179.0  # the largest images that Pillow decodes unless it is told otherwise
 
 MapFunction = Callable[[Callable[[int], Any], list[int]], Iterable[Any]]  # the built-in `map`, or one that uses threads
 
@@ -32,7 +36,7 @@ class CorruptFiles:
     Args:
         total: Number of files of the split.
         max_share: Fraction of the files that may be unreadable.
-        option_group: Config group of the options `max_corrupt` and `workers`, for messages.
+        option_group: Config group of the options `max_corrupt`, `max_megapixels` and `workers`, for messages.
         consequence: How unreadable files are treated, for messages.
     """
 
@@ -73,32 +77,34 @@ class ImageFiles:
     An unreadable file is replaced by the next readable one of its label or, if there is none, of any label.
 
     Args:
-        paths: Paths as a bytes array [N]. Workers would copy strings, because counting references writes to them.
+        source: Where the files are.
         labels: Labels int64 [N]; -1 stands for an unknown label.
         size: Side of the decoded images in pixels.
         corrupt: Unreadable files, shared by all selections from a split.
         workers: Number of decoding processes, see `hjepa.data.stream.Stream`.
         background: Color behind transparent pixels, see `hjepa.data.pixels.to_rgb`.
+        max_megapixels: Size in millions of pixels above which images are not decoded.
     """
 
     def __init__(
         self,
-        paths: np.ndarray,
+        source: ImageSource,
         labels: Tensor,
         size: int,
         corrupt: CorruptFiles,
         workers: int | None,
         background: Sequence[int] | None = WHITE,
+        max_megapixels: float = MAX_MEGAPIXELS,
     ) -> None:
-        self.paths, self.labels, self.size, self.corrupt, self.workers = paths, labels, size, corrupt, workers
-        self.background = background
+        self.source, self.labels, self.size, self.corrupt, self.workers = source, labels, size, corrupt, workers
+        self.background, self.max_megapixels = background, max_megapixels
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.source)
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         positions = torch.arange(len(self))[index].tolist()
-        with ThreadPoolExecutor() as pool:  # PIL releases the interpreter lock
+        with thread_pool() as pool:  # PIL releases the interpreter lock
 
             def map_in_threads(read: Callable[[int], Any], positions: list[int]) -> Iterable[Any]:
                 results = pool.map(read, positions, chunksize=64)
@@ -111,32 +117,37 @@ class ImageFiles:
 
     def select(self, index: Tensor) -> "ImageFiles":
         """Return some of the files without decoding them."""
-        return ImageFiles(self.paths[index.numpy()], self.labels[index], self.size, self.corrupt, self.workers, self.background)
+        options = (self.size, self.corrupt, self.workers, self.background, self.max_megapixels)
+        return ImageFiles(self.source.select(index), self.labels[index], *options)
 
-    def path(self, position: int) -> str:
-        """Return the path of a file."""
-        return os.fsdecode(self.paths[position])
+    def name(self, position: int) -> str:
+        """Return what names a file in messages, its path if it has one."""
+        return self.source.name(position)
 
     def decode(self, positions: list[int], map_function: MapFunction = map) -> tuple[Tensor, dict[str, str]]:
         """Decode the images at some positions.
 
         Returns:
-            Images uint8 [B, 3, S, S], and the reason for every unreadable file by path. Once more files are unreadable than
+            Images uint8 [B, 3, S, S], and the reason for every unreadable file by name. Once more files are unreadable than
             tolerated, no replacements are searched and images stay black.
         """
         images = torch.zeros(len(positions), 3, self.size, self.size, dtype=torch.uint8)
         errors: dict[int, str] = {}
-        with catch_warnings(action="ignore"):  # decoders warn of oddities; set here, since the filters are not thread-safe
+        with decoder_settings(self.max_megapixels):
             for position, image, pixels in zip(positions, images, map_function(self.read, positions), strict=True):
                 copy_pixels(pixels, image, position, errors)
         for position, image in zip(positions, images, strict=True):
             if position in errors:
                 self.replace(position, image, errors)
-        return images, {self.path(position): reason for position, reason in errors.items()}
+        return images, {self.name(position): reason for position, reason in errors.items()}
 
     def read(self, position: int) -> np.ndarray | str:
         """Return an image uint8 [S, S, 3], or the reason that it cannot be read."""
-        return read_image(self.path(position), self.size, self.background)
+        try:
+            file = self.source.open(position)
+        except OSError as error:
+            return error.strerror or str(error)
+        return read_image(file, self.size, self.background, f"{self.corrupt.option_group}.max_megapixels")
 
     def replace(self, position: int, image: Tensor, errors: dict[int, str]) -> None:
         """Fill an image with the first readable one that may replace it."""
@@ -163,17 +174,55 @@ def copy_pixels(pixels: np.ndarray | str, image: Tensor, position: int, errors: 
         image.copy_(torch.from_numpy(pixels).permute(2, 0, 1))
 
 
-def read_image(path: str, size: int, background: Sequence[int] | None = WHITE) -> np.ndarray | str:
+@contextmanager
+def thread_pool() -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool of threads that ends with what is running, also after Ctrl-C, instead of doing all that it was given."""
+    pool = ThreadPoolExecutor()
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def decoder_settings(max_megapixels: float) -> Iterator[None]:
+    """Silence the warnings of decoders, which mind oddities, and set the size above which Pillow does not decode.
+
+    Both are settings of the process, so they are set outside of the threads that decode.
+    """
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = round(max_megapixels * 1e6 / 2)  # Pillow decodes twice as many
+    try:
+        with catch_warnings(action="ignore"):
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def read_image(
+    source: str | BinaryIO,
+    size: int,
+    background: Sequence[int] | None = WHITE,
+    limit_option: str = "PIL.Image.MAX_IMAGE_PIXELS",
+) -> np.ndarray | str:
     """Return an image uint8 [size, size, 3], or the reason that it cannot be read.
 
     Pixels become 8-bit RGB by the rules of `hjepa.data.pixels`. The shorter side is resized to `size`, and the center is cropped.
+
+    Args:
+        source: Path or binary file of the image.
+        size: Side of the result.
+        background: Color behind transparent pixels.
+        limit_option: What sets the number of pixels above which Pillow does not decode, for messages.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(source) as file:
             file.draft("RGB", (size, size))
             image = to_rgb(file, background)
+    except Image.DecompressionBombError as error:
+        return f"{str(error).partition(',')[0]}; raise {limit_option}"
     except Exception as error:  # decoders raise all kinds of exceptions for broken files
-        return str(error).replace(path, "").strip(" :'") or type(error).__name__
+        return str(error).replace(repr(source), "").replace(str(source), "").strip(" :'") or type(error).__name__
     if image.size != (size, size):
         image = TF.center_crop(TF.resize(image, size, antialias=True), [size, size])
     return np.array(image)

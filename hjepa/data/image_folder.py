@@ -1,6 +1,5 @@
-"""Datasets of image files in one or several folders: decoded into memory, or streamed if they do not fit."""
+"""Datasets of image files in one or several folders."""
 
-import logging
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -10,56 +9,41 @@ import torch
 from torch import Tensor
 
 from hjepa.config.errors import UserError
-from hjepa.config.types import Color, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from hjepa.data.datamodule import DataModule, Split, evenly_spaced_indices, warn_of_unscored_classes
+from hjepa.config.types import PositiveFloat, PositiveInt
+from hjepa.data.file_datamodule import FileDataModule
 from hjepa.data.file_lists import FileList, class_folders, list_images
-from hjepa.data.image_files import CorruptFiles, ImageFiles
-from hjepa.data.pixels import WHITE
-
-log = logging.getLogger(__name__)
+from hjepa.data.sources import FilePaths
 
 
-class FolderDataModule(DataModule):
-    """Base class of datasets of image files, decoded into memory if they fit, else streamed through workers.
+class FolderDataModule(FileDataModule):
+    """Base class of datasets in one or several folders of image files.
 
     Args:
         roots: The folders.
         weights: Share of each folder in an epoch; None uses every image once.
         classes: Names of the class folders to use; None uses all.
-        max_corrupt: Fraction of images that may be unreadable; they are named, and others take their places.
-        memory_limit_gb: Largest memory in GB for the decoded images of a split; larger splits are streamed, and 0 streams all.
-        workers: Number of processes that decode streamed images; 0 decodes in the training process, and None uses one per CPU
-            thread, at most 8.
-        background: Color behind transparent pixels, as [red, green, blue] from 0 to 255; None ignores transparency, so that the
-            colors under transparent pixels show, as in version 0.1.
-        **common: Options of `DataModule`.
+        **files: Options of `FileDataModule`.
     """
 
     test_folders: tuple[str, ...] = ("test", "val")  # names of the test split; the first that exists is used
     root_option = "root"  # option that names the folders, for messages
 
-    def __init__(
-        self,
-        roots: list[str],
-        weights: list[float] | None,
-        classes: list[str] | None,
-        max_corrupt: Fraction,
-        memory_limit_gb: NonNegativeFloat,
-        workers: NonNegativeInt | None,
-        background: Color | None = list(WHITE),  # noqa: B006  # it is never modified
-        **common: Any,
-    ) -> None:
-        super().__init__(**common)
-        self.background = background
+    def __init__(self, roots: list[str], weights: list[float] | None, classes: list[str] | None, **files: Any) -> None:
+        super().__init__(**files)
         self.roots, self.weights, self.classes = [Path(root).expanduser() for root in roots], weights, classes
-        self.max_corrupt, self.memory_limit_gb, self.workers = max_corrupt, memory_limit_gb, workers
 
-    def load(self, split: Literal["train", "test"]) -> Split:
-        files = self.join([self.list_files(root, split) for root in self.roots])
+    def find_images(self, split: Literal["train", "test"]) -> tuple[FilePaths, Tensor]:
+        """Return the files of all roots; classes of different roots are different labels."""
+        file_lists = [self.list_files(root, split) for root in self.roots]
         if split == "test":
             for root in self.roots:
                 self.check_same_classes(root)
-        return self.make_split(files, self.must_stream(len(files)))
+        first_label, labels = 0, []
+        for _, classes in file_lists:
+            label = torch.tensor(classes)
+            labels.append(torch.where(label < 0, label, label + first_label))
+            first_label += max(classes) + 1
+        return FilePaths(np.array([os.fsencode(path) for paths, _ in file_lists for path in paths])), torch.cat(labels)
 
     def check_same_classes(self, root: Path) -> None:
         """Raise an error if the class folders of the test split differ from those of the training split.
@@ -74,23 +58,13 @@ class FolderDataModule(DataModule):
                 "same class folders."
             )
 
-    def train_and_validation(self) -> tuple[Split, Split]:
-        file_lists = [self.list_files(root, "train") for root in self.roots]
-        files = self.join(file_lists)
-        is_unlabeled = files.labels.max() < 0
-        train, held_out = self.split_indices(torch.zeros(len(files)) if is_unlabeled else files.labels)
-        warn_of_unscored_classes(files.labels[train], files.labels[held_out], self.class_names("class"), self.validation)
-        if self.weights:
-            train = repeat_to_shares(train, [len(paths) for paths, _ in file_lists], self.weights)
-        stream = self.must_stream(len(train) + len(held_out))
-        return self.make_split(files.select(train), stream), self.make_split(files.select(held_out), stream)
+    def repeat(self, train: Tensor) -> Tensor:
+        if self.weights is None:
+            return train
+        return repeat_to_shares(train, [len(self.list_files(root, "train")[0]) for root in self.roots], self.weights)
 
     def class_names(self, label: str) -> list[str]:
         return [name for root in self.roots for name in class_folders(self.split_folder(root, "train"), self.classes)]
-
-    def sample(self, count: int) -> Tensor:
-        files = self.join([self.list_files(root, "train") for root in self.roots])
-        return files.select(evenly_spaced_indices(len(files), count))[:]  # decodes these only
 
     def list_files(self, root: Path, split: Literal["train", "test"]) -> FileList:
         """Return the paths and class indices of a split of one root."""
@@ -109,31 +83,6 @@ class FolderDataModule(DataModule):
             missing = " or ".join(f"{name}/" for name in names)
             raise UserError(f"dataset.{self.root_option}: {root} has no {missing} folder of classes{remedy}.")
         return existing[0] if existing else root
-
-    def join(self, file_lists: list[FileList]) -> ImageFiles:
-        """Return the files of all roots; classes of different roots are different labels."""
-        first_label, labels = 0, []
-        for _, classes in file_lists:
-            label = torch.tensor(classes)
-            labels.append(torch.where(label < 0, label, label + first_label))
-            first_label += max(classes) + 1
-        paths = np.array([os.fsencode(path) for paths, _ in file_lists for path in paths])
-        corrupt = CorruptFiles(len(paths), self.max_corrupt)
-        return ImageFiles(paths, torch.cat(labels), self.image_size, corrupt, self.workers, self.background)
-
-    def must_stream(self, count: int) -> bool:
-        """Return whether the decoded images would exceed the memory limit, and log it if so."""
-        size = count * 3 * self.image_size**2 / 2**30
-        if size > self.memory_limit_gb:
-            log.info(
-                "%d images would take %.3g GB, more than dataset.memory_limit_gb=%g: workers decode them during training",
-                *(count, size, self.memory_limit_gb),
-            )
-        return size > self.memory_limit_gb
-
-    def make_split(self, files: ImageFiles, stream: bool) -> Split:
-        """Return the files as a split; they are decoded now unless they are streamed."""
-        return Split(files if stream else files[:], {"class": files.labels} if files.labels.max() >= 0 else {})
 
 
 def repeat_to_shares(positions: Tensor, sizes: list[int], weights: list[float]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pixels of all kinds of image files as 8-bit RGB: a fixed rule for every Pillow mode, or a refusal.
+"""Pixels of all kinds of image files as 8-bit RGB, as a viewer shows them: a fixed rule for every Pillow mode, or a refusal.
 
 | mode | rule |
 |---|---|
@@ -8,13 +8,14 @@
 | LA, La, PA, RGBA, RGBa, and any mode with a transparent color | composited onto a background |
 | I, F | refused, because their values have no fixed range |
 
-Where a channel of a color image has 16 bits, Pillow itself keeps the higher 8.
+Where a channel of a color image has 16 bits, Pillow itself keeps the higher 8. Images whose metadata (EXIF, XMP) say how the
+camera was held are rotated and flipped accordingly.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from hjepa.config.errors import UserError
 
@@ -23,6 +24,16 @@ WHITE = (255, 255, 255)  # background of transparent images, unless an option sa
 COLOR_MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "LA", "La", "PA", "RGBA", "RGBa")
 
 GRAY_FACTORS = {"L;2": 85, "L;4": 17}  # raw modes of PNG: Pillow multiplies the pixels, but not the transparent color
+
+UPRIGHT = {  # what undoes each orientation of EXIF; Pillow's `exif_transpose` would write the metadata anew, which may fail
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF
 
@@ -38,15 +49,25 @@ def to_rgb(image: Image.Image, background: Sequence[int] | None = WHITE) -> Imag
     Raises:
         UserError: The mode has no fixed range of values, or is unknown.
     """
+    colors = image
     if image.mode.startswith("I"):
-        image = reduce_to_8_bits(image)
+        colors = reduce_to_8_bits(image)
     elif image.mode not in COLOR_MODES:
         raise UserError(f"mode {image.mode} has no fixed range of values; scale it to 8 or 16 bits and save it as PNG")
     if image.mode == "La":  # Pillow converts it to nothing else
-        image = image.convert("LA")
-    if background is None or not image.has_transparency_data:
-        return image.convert("RGB")
-    return composite(image, background)
+        colors = image.convert("LA")
+    if background is None or not colors.has_transparency_data:
+        return turn_upright(colors.convert("RGB"), image)
+    return turn_upright(composite(colors, background), image)
+
+
+def turn_upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
+    """Rotate and flip pixels by the orientation in the metadata of the image that they come from, which has been decoded."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # broken metadata, for which Pillow raises all kinds of exceptions
+        return pixels
+    return pixels.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else pixels
 
 
 def reduce_to_8_bits(image: Image.Image) -> Image.Image:

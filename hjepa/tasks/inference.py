@@ -114,8 +114,8 @@ class Run:
     ) -> Tensor | pd.DataFrame:
         """Return the features of images, the ones that the probes and `task=features` use.
 
-        Images of another size are resized by their shorter side and center-cropped, and transparent images are composited onto
-        the background, as in training.
+        Image files and PIL images are turned upright by their metadata (EXIF), images of another size are resized by their
+        shorter side and center-cropped, and transparent images are composited onto the background, as in training.
 
         Args:
             images: One of

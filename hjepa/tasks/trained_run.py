@@ -162,9 +162,10 @@ def load_run_config(folder: Path, config: Config, root: str | None) -> Config:
         raise UserError(f"{folder}/config.yaml is of another version of hjepa, or was changed: {error}") from None
     run["model"] |= {"pretrained": None, "pretrained_key": None}
     if root:
-        if "root" not in run["dataset"]:
+        option = next((name for name in ("root", "path") if name in run["dataset"]), None)
+        if option is None:
             raise UserError(f"task.root={root}: the dataset of {folder.name} does not read a folder; leave task.root out.")
-        run["dataset"]["root"] = root
+        run["dataset"][option] = root
     return run
 
 

@@ -21,6 +21,7 @@ from hjepa.config.terminal import progress_bar, shows_progress
 from hjepa.config.types import NonNegativeInt, PositiveFloat, PositiveInt
 from hjepa.data.image_files import ImageFiles
 from hjepa.data.stream import Stream
+from hjepa.data.workers import Interrupted
 from hjepa.distributed.process_group import AsyncConsensus
 from hjepa.distributed.seeding import generator, seed_global
 from hjepa.masking import Masks
@@ -107,9 +108,11 @@ class Trainer:
         self.record_histograms: Callable[[int, dict[str, Histogram]], None] | None = None
         self.histogram_every = histograms if components.strategy.measures() and self.world.main else None
         self.clip_norm = math.inf if clip_norm is None else clip_norm
-        self.images = (
-            images.to(self.device) if isinstance(images, Tensor) else Stream(images, self.indices, self.num_steps, self.device)
-        )
+        if isinstance(images, Tensor):
+            self.images: Tensor | Stream = images.to(self.device)
+        else:
+            share = self.plan.batch_size // self.world.size
+            self.images = Stream(images, self.indices, share, self.num_steps, self.device)
         check_components(components.schedule.parts, "schedule.parts", {group["part"] for group in optimizer.param_groups})
         self.learning_rates = components.schedule.learning_rates(self.plan)
         self.weight_decay = components.schedule.weight_decay(self.plan)
@@ -122,11 +125,15 @@ class Trainer:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def get_batch(self, step: int) -> Batch:
+    def get_batch(self, step: int, stop: object = False) -> Batch:
         """Return this process' share of the batch of a step.
 
         The images, their augmentation and their masks are functions of the seed and the step alone. Random numbers are sampled
         for the complete batch, so that they do not depend on the number of processes.
+
+        Args:
+            step: The step.
+            stop: See `hjepa.data.stream.Stream.batch`.
         """
         seed, dataset, size = self.components.seed, self.components.dataset, self.plan.batch_size_at(step)
         params = dataset.sample_params(size, generator(seed, "augment", step))
@@ -136,13 +143,13 @@ class Trainer:
             crop_rows = rows.unsqueeze(1) * dataset.views + torch.arange(dataset.views)
             params, masks = params.select(rows), masks.select(crop_rows.flatten())
         crop_size = dataset.crop_size(step / self.num_steps)
-        global_crops, local_crops, boxes = dataset.make_crops(self.load_images(step), params, crop_size)
+        global_crops, local_crops, boxes = dataset.make_crops(self.load_images(step, stop), params, crop_size)
         return Batch(global_crops, masks.to(self.device), local_crops, boxes)
 
-    def load_images(self, step: int) -> Tensor:
-        """Return this process' images of a step, uint8 [B, 3, S, S] on the device."""
+    def load_images(self, step: int, stop: object = False) -> Tensor:
+        """Return this process' images of a step, uint8 [B, 3, S, S] on the device; see `get_batch`."""
         if isinstance(self.images, Stream):
-            return self.images.batch(step)
+            return self.images.batch(step, stop)
         return self.images[self.indices(step).to(self.device)]
 
     def indices(self, step: int) -> Tensor:
@@ -228,7 +235,8 @@ class Trainer:
         consensus, logged_seconds = AsyncConsensus(self.world), self.seconds
         while self.completed_steps < self.num_steps:
             start = time.perf_counter()
-            self.meter.add(self.train_step(self.get_batch(self.completed_steps), self.completed_steps))
+            batch = self.next_batch(monitor, checkpointer, stop)
+            self.meter.add(self.train_step(batch, self.completed_steps))
             self.completed_steps += 1
             bar.update()
             log_now = self.completed_steps % self.log_every == 0
@@ -249,6 +257,16 @@ class Trainer:
                 stop.adopt(requeue)
                 raise Stopped(f"stopped by signal {stop.number} at step {self.completed_steps} of {self.num_steps}")
         consensus.settle()
+
+    def next_batch(self, monitor: Monitor, checkpointer: Checkpointer, stop: StopFlag) -> Batch:
+        """Return the batch of the next step; save and stop instead if its images do not arrive after a stop signal."""
+        try:
+            return self.get_batch(self.completed_steps, stop)
+        except Interrupted:
+            if self.world.size > 1:  # the others may be in a step, so that all continue from the last checkpoint
+                raise UserError(f"Stopped by signal {stop.number} while images did not arrive.") from None
+            self.save(monitor, checkpointer)
+            raise Stopped(f"stopped by signal {stop.number} at step {self.completed_steps} of {self.num_steps}") from None
 
     def log_metrics(self, losses: Scores, seconds: float, record: Recorder, bar: Any) -> None:
         """Record the mean losses of a log interval, the hyperparameters of its last step, and the speed."""

@@ -24,6 +24,7 @@ from hjepa.config.run import run as run_config
 from hjepa.config.schema import resolve
 from hjepa.data.file_lists import walk_images
 from hjepa.data.image_files import CorruptFiles, ImageFiles, read_image
+from hjepa.data.sources import FilePaths
 from hjepa.models.hiera import HieraEncoder
 from hjepa.models.pretrained import load_encoder
 from hjepa.models.timm_encoder import TimmEncoder
@@ -411,7 +412,7 @@ def test_too_many_unreadable_images_raise_and_keep_the_earlier_file(corrupted: P
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_interrupted_features_leave_no_files(suffix: str, opened: TrainedRun, root: Path, tmp_path: Path) -> None:
     paths = [os.fsencode(path) for path in walk_images(root)]
-    files = ImageFiles(np.array(paths), torch.zeros(24, dtype=torch.int64), 16, CorruptFiles(24, 0.0), 0)
+    files = ImageFiles(FilePaths(np.array(paths)), torch.zeros(24, dtype=torch.int64), 16, CorruptFiles(24, 0.0), 0)
     with pytest.raises(UserError, match="Interrupted after 8 of 24"):
         write_features_interrupted(opened, files, root, tmp_path / f"f{suffix}")
     assert not list(tmp_path.iterdir())

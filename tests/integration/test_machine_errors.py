@@ -138,7 +138,7 @@ def root(tmp_path: Path) -> Path:
 
 def spoil_unread(stream: object) -> list[str]:
     """Delete one file of step 1 and replace one of step 2 by rubbish, between scan and read."""
-    paths = [Path(stream.images.files.path(int(stream.indices(step)[0]))) for step in (1, 2)]  # type: ignore[attr-defined]
+    paths = [Path(stream.images.files.name(int(stream.indices(step)[0]))) for step in (1, 2)]  # type: ignore[attr-defined]
     paths[0].unlink()
     paths[1].write_bytes(b"rubbish")
     return [path.name for path in paths]

@@ -139,7 +139,8 @@ def measure_decoding(trainer: Trainer, first_step: int, steps: int) -> float | N
     if not isinstance(trainer.images, Stream):
         return None
     trainer.close()
-    stream = Stream(trainer.images.files, trainer.indices, first_step + 3 * steps, trainer.device)
+    files, batch_size = trainer.images.files, trainer.images.batch_size
+    stream = Stream(files, trainer.indices, batch_size, first_step + 3 * steps, trainer.device)
     skipped, num_images = min(stream.num_workers, 2 * steps), 0  # the first batches include the start of the workers
     for step in range(skipped):
         stream.batch(first_step + step)

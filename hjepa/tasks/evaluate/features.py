@@ -60,7 +60,7 @@ class LabeledImages:
         """Yield the images, uint8 [B, 3, S, S] on the device, with a progress bar; files are decoded ahead."""
         positions = self.index.split(size)
         images = self.split.images
-        stream = None if isinstance(images, Tensor) else Stream(images, positions.__getitem__, len(positions), device)
+        stream = None if isinstance(images, Tensor) else Stream(images, positions.__getitem__, size, len(positions), device)
         for step in progress_bar(range(len(positions)), desc=description, unit="batch", leave=None):
             yield stream.batch(step) if stream else images[positions[step]].to(device)
 

@@ -137,6 +137,7 @@ def preprocessing(run: TrainedRun) -> dict[str, Any]:
     return {
         "image_size": run.encoder.image_size,
         "color": "RGB; 16-bit values are divided by 257, and color profiles are ignored",
+        "orientation": "rotated and flipped as the metadata of the file (EXIF) say",
         "background": None if background is None else list(background),
         "transparency": "ignored, colors under it show" if background is None else "composited onto the background",
         "resize": "shorter side to image_size, bilinear, antialiased",

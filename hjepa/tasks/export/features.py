@@ -14,10 +14,12 @@ import torch
 from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
 from hjepa.config.terminal import progress_bar
-from hjepa.config.types import Fraction, NonNegativeInt, PositiveInt
+from hjepa.config.types import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from hjepa.data.file_lists import walk_images
 from hjepa.data.image_files import CorruptFiles, ImageFiles
+from hjepa.data.sources import FilePaths
 from hjepa.data.stream import Stream
+from hjepa.data.workers import Interrupted
 from hjepa.metrics.probes import extract_features
 from hjepa.tasks.export.writers import WRITERS, AppendRows, paths_file
 from hjepa.tasks.trained_run import TrainedRun, load_run
@@ -32,6 +34,7 @@ def export_features(
     out: str,
     batch_size: PositiveInt,
     max_corrupt: Fraction,
+    max_megapixels: PositiveFloat,
     workers: NonNegativeInt | None,
     checkpoint: str | None,
 ) -> None:
@@ -45,6 +48,7 @@ def export_features(
             The paths are relative to the folder of the images.
         batch_size: Number of images per forward pass.
         max_corrupt: Largest fraction of unreadable images that may be left out; more raise an error.
+        max_megapixels: Size in millions of pixels above which images are not decoded.
         workers: See `hjepa.data.stream.Stream`.
         checkpoint: See `hjepa.tasks.trained_run.load_run`.
 
@@ -58,12 +62,13 @@ def export_features(
     run = load_run(config, checkpoint, None)
     corrupt = CorruptFiles(len(paths), max_corrupt, "task", "they are left out")
     files = ImageFiles(
-        np.array([os.fsencode(path) for path in paths]),
+        FilePaths(np.array([os.fsencode(path) for path in paths])),
         torch.zeros(len(paths), dtype=torch.int64),
         run.encoder.image_size,
         corrupt,
         workers,
         run.dataset.background,
+        max_megapixels,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     with StopFlag() as stop, WRITERS[target.suffix](target, run.encoder.feature_dim) as append:
@@ -106,15 +111,20 @@ def find_images(folder: Path, target: Path) -> list[str]:
 def write_features(run: TrainedRun, files: ImageFiles, folder: Path, batch_size: int, append: AppendRows, stop: StopFlag) -> None:
     """Compute the features of all readable files in batches and append them to the output."""
     batches = torch.arange(len(files)).split(batch_size)
-    stream = Stream(files, lambda step: batches[step], len(batches), run.hardware.device)
-    with closing(stream), progress_bar(total=len(files), desc="extracting features", unit="image") as bar:
-        decoded = (stream.batch(step) for step in range(len(batches)))
-        for batch, features in zip(batches, extract_features(run.encoder, decoded, run.dataset.normalize), strict=True):
-            paths = [files.path(position) for position in batch.tolist()]
-            readable = [path not in files.corrupt.names for path in paths]
-            names = [os.path.relpath(path, folder) for path, ok in zip(paths, readable, strict=True) if ok]
-            append(names, features.cpu().numpy()[readable])
-            bar.update(len(batch))
-            if stop:
-                done = f"{int(batch[-1]) + 1} of {len(files)} images"
-                raise UserError(f"Interrupted after {done}: nothing is written; repeat the command to start again.")
+    stream = Stream(files, lambda step: batches[step], batch_size, len(batches), run.hardware.device)
+    done = 0
+    try:
+        with closing(stream), progress_bar(total=len(files), desc="extracting features", unit="image") as bar:
+            decoded = (stream.batch(step, stop) for step in range(len(batches)))
+            for batch, features in zip(batches, extract_features(run.encoder, decoded, run.dataset.normalize), strict=True):
+                paths = [files.name(position) for position in batch.tolist()]
+                readable = [path not in files.corrupt.names for path in paths]
+                names = [os.path.relpath(path, folder) for path, ok in zip(paths, readable, strict=True) if ok]
+                append(names, features.cpu().numpy()[readable])
+                bar.update(len(batch))
+                done += len(batch)
+                if stop:
+                    raise Interrupted
+    except Interrupted:
+        message = f"Interrupted after {done} of {len(files)} images: nothing is written; repeat the command to start again."
+        raise UserError(message) from None

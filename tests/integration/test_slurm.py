@@ -31,7 +31,7 @@ SUBMIT = (
     "experiment_name=e",
 )
 LONG = ("train.epochs=6", "train.log_every=3", "probe.every=3", "model.encoder.drop_path=0.1", "checkpoint.every_seconds=1000")
-ON_HOLD = "+hydra.launcher.sbatch.hold=true"
+ON_HOLD = "+hydra.launcher.additional_parameters.hold=true"
 INTERRUPTIONS = ("time_limit", "usr2", "requeue", "preempted")
 
 
@@ -278,7 +278,7 @@ def test_resources_are_set_by_the_config(tmp_path: Path) -> None:
     names = ("Partition", "Account", "Features", "TimeLimit", "MinMemoryNode", "ArrayTaskThrottle", "TresPerNode", "Requeue")
     assert [fields[name] for name in names] == ["lab", "vision", "virtual", "01:30:00", "3.50G", "3", "gres:gpu:2", "1"]
     assert (fields["NumTasks"], fields["CPUs/Task"]) == ("2", "8")
-    script = next((tmp_path / "sweeps").glob("*/slurm/*_submission.sh")).read_text()
+    script = next((tmp_path / "sweeps").glob("*/submitit/*_submission.sh")).read_text()
     assert "\nexport GREETING=hello\n" in script
     assert "--signal=USR2@300" in script
     cancel(tmp_path)
@@ -307,8 +307,13 @@ def queued() -> set[str]:
     ("overrides", "message"),
     [
         (["hydra.launcher.partition=nowhere"], "invalid partition"),
-        (["hydra.launcher.timeout_min=long"], "hydra.launcher.timeout_min='long': expected PositiveInt"),
-        (["hydra.launcher.nodes=0"], "hydra.launcher.nodes=0: expected PositiveInt"),
+        (
+            ["hydra.launcher.timeout_min=long"],
+            "hydra.launcher.timeout_min=long: Value 'long' of type 'str' could not be converted",
+        ),
+        (["hydra.launcher.partitoin=lab"], "hydra.launcher.partitoin is not an option; did you mean partition?"),
+        (["hydra.launcher.mem_per_cpu=1G"], "hydra.launcher.mem_per_cpu=1G beside mem_gb=2"),
+        (["hydra.launcher.nodes=0"], "hydra.launcher.nodes=0: expected a number above 0"),
         (["hydra.launcher.timeout_min=5"], "signal_delay_s=300 is more than half"),
         (["hardware.processes=2"], "but a job has 1 tasks"),
         (["hydra.launcher.tasks_per_node=2"], "but a job has 2 tasks"),

@@ -67,6 +67,8 @@ def format_hydra_error(error: CompactHydraException | ValueError, arguments: Seq
         return f"{group} already has an option; write {group}=OPTION without the plus sign to choose another one."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
+        if (group, option) == ("hydra/sweeper", "_optuna"):
+            return "hydra/sweeper=optuna needs the package hydra-optuna-sweeper; pip install 'hjepa[optuna]'."
         # Hydra does not know the options of lists such as tracking=[mlflow]
         options = error.options or [file.stem for file in (CONF / group).glob("[!_]*.yaml")]
         name = f"{group}={option}" if group else f"--config-name={option}"

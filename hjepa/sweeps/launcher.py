@@ -19,7 +19,7 @@ from hjepa.sweeps.local import LocalQueue
 from hjepa.sweeps.plan import plan_jobs
 from hjepa.sweeps.slurm import SlurmQueue
 from hjepa.sweeps.submission import STOPPED_STATUS
-from hjepa.sweeps.sweep import Sweep
+from hjepa.sweeps.sweep import Sweep, runs_a_search
 
 log = logging.getLogger(__name__)
 
@@ -55,17 +55,26 @@ def launch(
         SystemExit: The sweep was stopped.
     """
     check_numbers(options)
+    is_search = runs_a_search(sweep_config)
+    if is_search and not options["wait"]:
+        raise UserError("hydra.launcher.wait=false: a search needs the results of its jobs; leave it out.")
     sweep = Sweep(Path(sweep_config.hydra.sweep.dir).expanduser().absolute())
     executor = build_executor(cluster, options)
     jobs = plan_jobs(loader, sweep_config, overrides, first)
     import_this_copy()
-    queue = QUEUES[cluster](sweep, jobs, worker, executor, options["poll_seconds"], options=options)
+    earlier = sweep.load() if first else []
+    sweep.refresh(earlier)
+    queue = QUEUES[cluster](sweep, earlier + jobs, worker, executor, options["poll_seconds"], options=options)
     log_done(jobs)
     if queue.waiting and not options["wait"]:
         queue.submit()
         return []
     stopped = queue.follow()
-    sweep.summarize(jobs)
+    sweep.save(queue.jobs)
+    sweep.refresh(jobs)
+    if is_search and not stopped and any(job.is_complete for job in queue.jobs):
+        return sweep.trial_returns(jobs)  # `SweepStart` makes the table when the search has ended
+    sweep.summarize(queue.jobs)
     if stopped:
         print("Stopped. The same command continues the sweep.", file=sys.stderr)
         raise SystemExit(STOPPED_STATUS)

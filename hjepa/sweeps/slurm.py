@@ -14,6 +14,7 @@ from hjepa.sweeps.job import Job
 from hjepa.sweeps.queue import Queue, error_of
 from hjepa.sweeps.submission import STOPPED_STATUS, Submission
 from hjepa.tracking.provenance import git_state
+from hjepa.tracking.resend import end_requeued_run
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class SlurmQueue(Queue):
         if len(outcomes) == self.submitted[job.number].num_tasks and error is None:
             job.state = "finished"
         elif self.num_failed_polls[job.number] >= NUM_CONFIRMATIONS:
-            job.state, job.reason = "FAILED", error or f"ended by SLURM as {slurm_state}"
+            fail(job, error or f"ended by SLURM as {slurm_state}")
         elif slurm_state not in END_STATES:
             job.state = slurm_state.lower()
 
@@ -115,6 +116,22 @@ class SlurmQueue(Queue):
 
     def kill(self) -> None:
         self.stop()
+
+
+def fail(job: Job, reason: str) -> None:
+    """Set the state of a job that has failed, also in its summary and trackers if it was waiting to be continued."""
+    job.state, job.reason = "FAILED", reason
+    if job.folder:
+        end_requeued_run(job.folder, reason)
+
+
+def fail_cancelled_jobs(jobs: list[Job]) -> None:
+    """Set the state of jobs that were cancelled while no command followed them."""
+    ids = [job.slurm_id for job in jobs if job.slurm_id and not job.is_done]
+    states = accounting_states(ids) | (queue_states() or {}) if ids else {}
+    for job in jobs:
+        if job.slurm_id in ids and states.get(job.slurm_id) == "CANCELLED":
+            fail(job, "ended by SLURM as CANCELLED")
 
 
 def run_command(*command: str) -> str | None:

@@ -117,9 +117,34 @@ class Sweep:
         values = [lookup(job.summary, metric) for job in jobs]
         return [JobReturn(j.overrides, status=JobStatus.COMPLETED, _return_value=v) for j, v in zip(jobs, values, strict=True)]
 
+    def trial_returns(self, jobs: list[Job]) -> list[JobReturn]:
+        """Return what a sweeper that searches expects of a launcher; trials without a result have failed."""
+        metric, returns = default_metric(jobs), []
+        for job in jobs:
+            value = lookup(job.summary, metric) if job.is_complete else None
+            failure = UserError(f"job {job.number} {job.state}: {job.reason}")
+            status = JobStatus.FAILED if value is None else JobStatus.COMPLETED
+            returns.append(JobReturn(job.overrides, status=status, _return_value=failure if value is None else value))
+        return returns
+
+
+def runs_a_search(config: DictConfig) -> bool:
+    """Return whether a sweeper chooses the jobs of a sweep by the results of earlier ones."""
+    return config.hydra.runtime.choices["hydra/sweeper"] != "basic"
+
 
 class SweepStart(Callback):
-    """Hydra callback that prepares a sweep for any launcher: checks its folder, and passes its name on to the jobs' trackers."""
+    """Hydra callback that prepares a sweep for any launcher: takes its folder, and passes its name on to the jobs' trackers.
+
+    At the end of a search, which launches jobs several times, it makes the table.
+    """
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if runs_a_search(config):
+            sweep = Sweep(Path(config.hydra.sweep.dir))
+            jobs = sweep.load()
+            sweep.refresh(jobs)
+            sweep.summarize(jobs)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir).expanduser().absolute()

@@ -44,15 +44,17 @@ for name, schema in {"_local": LocalConf, "_slurm": SlurmConf}.items():
 
 
 class ReplaceOptions(SearchPathPlugin):
-    """Removes the options of hydra-submitit-launcher that are called like ours, which Hydra would take for their schemas."""
+    """Lets our options take the places of those that plugins have given the same names, which Hydra takes for their schemas."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         from hjepa.config.paths import CONF
 
         if any(source.path.endswith(str(CONF)) for source in search_path.get_path()):  # other programs keep those options
-            options = ConfigStore.instance().repo["hydra"]["launcher"]
+            options = ConfigStore.instance().repo["hydra"]
             for name in ("submitit_local.yaml", "submitit_slurm.yaml"):
-                options.pop(name, None)
+                options["launcher"].pop(name, None)
+            if "optuna.yaml" in options["sweeper"]:  # hydra-optuna-sweeper is installed
+                options["sweeper"]["_optuna.yaml"] = options["sweeper"].pop("optuna.yaml")
 
 
 class SweepLauncher(plugin.BaseSubmititLauncher):

@@ -7,6 +7,9 @@ as when it is run alone, and a killed job harms no other.
 import logging
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -76,6 +79,27 @@ def gpu_shares(configs: list[Config], gpus_per_job: int | None = None) -> list[l
     return [available[slot * size : (slot + 1) * size] for slot in range(slots)]
 
 
+@contextmanager
+def detached(file: Path) -> Iterator[None]:
+    """Let processes that are started meanwhile write to a file instead of to the terminal or pipe, and ignore Ctrl-C.
+
+    A Ctrl-C in the terminal must not end a job before `LocalSubmission.run` has begun, and a pipe would otherwise stay open until
+    the jobs have ended.
+    """
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    copies = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    try:
+        with file.open("a") as target:
+            for descriptor in copies:
+                os.dup2(target.fileno(), descriptor)
+        yield
+    finally:
+        for descriptor, copy in copies.items():
+            os.dup2(copy, descriptor)
+            os.close(copy)
+        signal.signal(signal.SIGINT, handler)
+
+
 class LocalQueue(Queue):
     """Jobs on this machine.
 
@@ -102,12 +126,8 @@ class LocalQueue(Queue):
             job, slot = self.waiting.popleft(), self.free_slots.pop(0)
             assert job.folder is not None, "a job without a folder has failed"
             submission = LocalSubmission(job.config, job.folder, job.composed, git_state(), slot, self.command)
-            # The processes inherit this: a Ctrl-C in the terminal must not end them before `LocalSubmission.run` begins.
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            try:
+            with detached(self.sweep.folder / "submitit.log"):
                 submitted = self.executor.submit(self.worker, submission)
-            finally:
-                signal.signal(signal.SIGINT, handler)
             submitted.paths.result_pickle.unlink(missing_ok=True)  # of a process that had the same id long ago
             self.slots[job.number] = slot
             self.register(job, submitted)

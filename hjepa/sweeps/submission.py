@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Submission:
         configure_log(self.composed.hydra.job_logging, self.composed.hydra.verbose)
         logging.getLogger("submitit").propagate = False  # it has a handler of its own
         os.environ[SUBMITTED_VARIABLE] = json.dumps(self.code)
+        if "wandb" not in self.config["tracking"]:
+            sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]  # timm would import it, which takes over a second
         return perform(self.config, self.folder)
 
 

@@ -6,7 +6,7 @@ All results are read from the run folders, so table and plots can be made again 
     sweep.json                             jobs, their states and results, for programs
     table.txt, sweep.png, progress.png     the same for people
     N.log                                  link to the output of job N
-    submitit/                              pickles, scripts and logs of submitit
+    submitit/, submitit.log                pickles, scripts and logs of submitit; messages of its own processes
 """
 
 import itertools

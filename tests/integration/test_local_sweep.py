@@ -18,7 +18,8 @@ from hjepa.config.errors import UserError
 from hjepa.distributed.resources import num_cores
 from hjepa.sweeps.job import Job
 from hjepa.sweeps.local import check_options, gpu_shares
-from tests.helpers.runs import ROOT, TINY, launch
+from tests.helpers.children import launch
+from tests.helpers.runs import ROOT, TINY
 
 TWO_SLOTS = f"hardware.slots={min(2, num_cores())}"
 LONG = [o for o in TINY if not o.startswith("train.epochs")] + ["train.epochs=2000"]

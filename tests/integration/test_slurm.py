@@ -16,9 +16,10 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from tests.helpers.children import launch
 from tests.helpers.cluster import job_fields, let_node_die, poll, process_of, slurm
 from tests.helpers.database import prepare_database
-from tests.helpers.runs import ROOT, TINY, launch
+from tests.helpers.runs import ROOT, TINY
 from tests.integration.test_resume import check_mlflow, metrics, weights
 
 pytestmark = pytest.mark.usefixtures("cluster")

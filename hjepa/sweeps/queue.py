@@ -96,10 +96,11 @@ class Queue(ABC):
                         self.stop()
                     self.update()
                     self.pause(stop, stopping)
+                return stopping or bool(stop and self.waiting)
         except KeyboardInterrupt:
             self.kill()
             self.update()
-        return stopping
+        return True
 
     def pause(self, stop: StopFlag, stopping: bool) -> None:
         """Sleep until the next look at the jobs, or until a stop signal arrives."""

@@ -129,7 +129,8 @@ class Queue(ABC):
         if not job.is_done:
             if job.state == "running":
                 self.started_at[job.number] = time.monotonic()
-            log.info("job %d %s: %s (log %s)", job.number, job.state, label_of(self.jobs, job), job.log)
+            label = label_of(self.jobs, job)
+            log.info("job %d %s%s (log %s)", job.number, job.state, f": {label}" if label else "", job.log)
             return
         self.sweep.refresh([job])
         metric = default_metric([job])

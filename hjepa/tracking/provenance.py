@@ -55,8 +55,6 @@ def submission_tags() -> dict[str, str]:
     tags = {"slurm_job": environment.job_id} if environment.cluster == "slurm" else {}
     changed = "; ".join(differences(json.loads(os.environ[SUBMITTED_VARIABLE]), git_state()))
     if changed:
-        log.warning(
-            "THE CODE HAS CHANGED since the submission of this job, which runs it as it is now: %s", changed
-        )
+        log.warning("THE CODE HAS CHANGED since the submission of this job, which runs it as it is now: %s", changed)
         tags["code_changed"] = changed
     return tags

@@ -31,7 +31,7 @@ SUBMIT = (
     "hydra.launcher.poll_seconds=0.5",
     "experiment_name=e",
 )
-LONG = ("train.epochs=4", "train.log_every=3", "probe.every=2", "model.encoder.drop_path=0.1", "checkpoint.every_seconds=1000")
+LONG = ("train.epochs=6", "train.log_every=3", "probe.every=3", "model.encoder.drop_path=0.1", "checkpoint.every_seconds=1000")
 ON_HOLD = "+hydra.launcher.additional_parameters.hold=true"
 INTERRUPTIONS = ("time_limit", "requeue", "preempted", "dead_node")
 

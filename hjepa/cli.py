@@ -71,10 +71,12 @@ def run_hydra() -> None:
     """Compose the config and run its task, or do what Hydra's own flags ask for."""
     import hydra
 
+    from hjepa.config.arguments import arrange
     from hjepa.config.cli_errors import friendly_cli_errors
     from hjepa.config.paths import CONF
 
     with friendly_cli_errors():
+        sys.argv[1:] = arrange(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(run_task)()
 
 

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 
 from hydra.errors import CompactHydraException, InstantiationException, MissingConfigException, OverrideParseException
+from omegaconf import Container, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hjepa.config.arguments import swept_groups
 from hjepa.config.errors import UserError
 from hjepa.config.paths import CONF
 from hjepa.config.quoting import correct, find_choice_of_no_option, quote
@@ -65,17 +67,32 @@ def format_hydra_error(error: CompactHydraException | ValueError, arguments: Seq
         return f"{group} already has an option; write {group}=OPTION without the plus sign to choose another one."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
+        if (group, option) == ("hydra/sweeper", "_optuna"):
+            return "hydra/sweeper=optuna needs the package hydra-optuna-sweeper; pip install 'hjepa[optuna]'."
         # Hydra does not know the options of lists such as tracking=[mlflow]
         options = error.options or [file.stem for file in (CONF / group).glob("[!_]*.yaml")]
         name = f"{group}={option}" if group else f"--config-name={option}"
         return f"{name} is not an option{suggest(option, [name for name in options if not name.startswith('_')])}"
-    if isinstance(cause, OmegaConfBaseException) and cause.parent_node is not None and "not in struct" in str(cause):
+    if isinstance(cause, OmegaConfBaseException) and cause.parent_node is not None and re.match("Key .* not in ", str(cause)):
         path, key = str(cause.full_key), str(cause.key)
-        return f"{path} is not an option{suggest(key, [str(name) for name in cause.parent_node])}"
+        place = swept_option(path, cause.parent_node, arguments)
+        return f"{path} is not an option{place}{suggest(key, [str(name) for name in cause.parent_node])}"
+    if merged := re.match("Error merging override (.*)$", message.strip()):  # a value that the launcher's schema refuses
+        return f"{merged[1]}: {str(cause).partition(chr(10))[0].rstrip('.')}."
     message = " ".join(f"{message} {cause or ''}".split())
     if isinstance(error, InstantiationException):
         return f"{message} (set {FULL_ERROR}=1 for the stack trace)"
     return message
+
+
+def swept_option(path: str, node: Container, arguments: Sequence[str]) -> str:
+    """Return " of group=option" if the node belongs to one of the swept options of a group; empty if it does not."""
+    group, target = path.partition(".")[0], OmegaConf.select(node, "_target_")
+    for option in swept_groups(arguments).get(group, []):
+        file = CONF / group / f"{option}.yaml"
+        if file.is_file() and f"_target_: {target}\n" in file.read_text():
+            return f" of {group}={option}"
+    return ""
 
 
 def suggest(word: str, options: list[str]) -> str:

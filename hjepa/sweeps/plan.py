@@ -12,6 +12,7 @@ from hjepa.config.identity import TRAINING
 from hjepa.config.run import prepare
 from hjepa.config.schema import Config
 from hjepa.sweeps.job import Job
+from hjepa.sweeps.sweep import runs_a_search
 from hjepa.tracking.run_folder import RunFolder
 
 
@@ -38,6 +39,9 @@ def plan_jobs(loader: ConfigLoader, sweep_config: DictConfig, overrides: Sequenc
                 )
             config, folder = prepare_job(composed)
             twin = next((job for job in jobs if job.folder == folder), None)
+            if twin and runs_a_search(sweep_config):
+                jobs.append(Job(number, list(job_overrides), folder, state="finished", config=config))  # as soon as the twin is
+                continue
             if twin:
                 raise UserError(
                     f"This is the run of job {twin.number} again: the jobs differ only in options that change no result, or "

@@ -1,203 +1,159 @@
-"""The SLURM launcher: submits the jobs of a sweep as one array, follows them until the last has ended, and prints their table.
+"""Jobs on a SLURM cluster: one array, whose states come from SLURM and from the results that the jobs write.
 
-A submitted job is fixed: its resolved config and its run folder are pickled at submission. The code, however, is read when the
-job starts. If it has changed since the submission, the run logs a warning and is tagged.
+This works without accounting (sacct) as well.
 """
 
-import json
 import logging
-import os
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import subprocess
 from typing import Any
 
-import submitit
-from hydra.core.config_loader import ConfigLoader
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, configure_log
-from omegaconf import DictConfig
 from submitit.core.utils import FailedJobError
-from submitit.helpers import DelayedSubmission
 
 from hjepa.config.errors import UserError
-from hjepa.config.paths import PROGRAM
-from hjepa.config.run import perform
-from hjepa.config.schema import Config, check_node
-from hjepa.config.types import NonNegativeInt, PositiveFloat, PositiveInt
 from hjepa.sweeps.job import Job
-from hjepa.sweeps.plan import plan_jobs
-from hjepa.sweeps.slurm_queue import SlurmQueue, accounting_states
-from hjepa.sweeps.sweep import Sweep
-from hjepa.tracking.provenance import SUBMITTED_VARIABLE, git_state
+from hjepa.sweeps.queue import Queue, error_of
+from hjepa.sweeps.submission import STOPPED_STATUS, Submission
+from hjepa.tracking.provenance import git_state
+from hjepa.tracking.resend import end_requeued_run
 
 log = logging.getLogger(__name__)
 
-SLURM_FOLDER = "slurm"  # scripts, pickles and logs, in the sweep folder
+END_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "UNKNOWN")
+
+NUM_CONFIRMATIONS = 3  # polls that must agree on a failure: a requeued job passes through end states, and results may appear late
 
 
-@dataclass(frozen=True)
-class SlurmOptions:
-    """Resources to request from SLURM; conf/hydra/launcher/slurm.yaml describes each. None: the cluster's default."""
-
-    partition: str | None
-    account: str | None
-    qos: str | None
-    constraint: str | None
-    nodes: PositiveInt
-    tasks_per_node: PositiveInt
-    gpus_per_node: NonNegativeInt | None
-    cpus_per_task: PositiveInt | None
-    mem_gb: PositiveFloat | None
-    timeout_min: PositiveInt
-    signal_delay_s: PositiveInt
-    max_num_timeout: NonNegativeInt
-    array_parallelism: PositiveInt
-    setup: list[str]
-    sbatch: dict[str, Any]
-    wait: bool
-    poll_seconds: PositiveFloat
-
-    def __post_init__(self) -> None:
-        if self.signal_delay_s > 30 * self.timeout_min:
+def check_options(options: dict[str, Any], jobs: list[Job]) -> None:
+    """Raise a UserError for options that contradict each other or the config of a job that is to be submitted."""
+    if options["signal_delay_s"] > 30 * options["timeout_min"]:
+        raise UserError(
+            f"hydra.launcher.signal_delay_s={options['signal_delay_s']} is more than half of "
+            f"timeout_min={options['timeout_min']}: a job would save and go back to the queue soon after its start; lower "
+            "signal_delay_s or raise timeout_min."
+        )
+    for option in ("mem_per_cpu", "mem_per_gpu"):
+        if options[option] is not None and options["mem_gb"] is not None:
             raise UserError(
-                f"hydra.launcher.signal_delay_s={self.signal_delay_s} is more than half of timeout_min={self.timeout_min}: a job "
-                "would save and go back to the queue soon after its start; lower signal_delay_s or raise timeout_min."
+                f"hydra.launcher.{option}={options[option]} beside mem_gb={options['mem_gb']:g}: SLURM takes one of them; add "
+                "hydra.launcher.mem_gb=null."
             )
-
-    def check_process_count(self, processes: int | None) -> None:
-        """Raise a UserError unless `hardware.processes` is the number of tasks, since SLURM starts and signals each process."""
-        tasks = self.nodes * self.tasks_per_node
-        if processes not in (None, tasks):
+    tasks = options["nodes"] * options["tasks_per_node"]
+    for job in jobs:
+        processes = None if job.is_done else job.config["hardware"]["processes"]
+        if processes not in (None, tasks):  # SLURM starts and signals each process
             raise UserError(
                 f"hardware.processes={processes}, but a job has {tasks} tasks (hydra.launcher.nodes x tasks_per_node), each of "
                 f"which is a process; make them equal, as in hydra.launcher.tasks_per_node={processes}."
             )
 
-    def executor(self, folder: Path) -> submitit.SlurmExecutor:
-        """Return a submitit executor for these resources that writes scripts, pickles and logs to the folder."""
-        try:
-            executor = submitit.SlurmExecutor(folder, max_num_timeout=self.max_num_timeout)
-        except RuntimeError:
-            raise UserError("hardware=slurm_*: there is no SLURM here (srun not found); submit from a login node.") from None
-        optional = {
-            "partition": self.partition,
-            "account": self.account,
-            "qos": self.qos,
-            "constraint": self.constraint,
-            "gpus_per_node": self.gpus_per_node,
-            "cpus_per_task": self.cpus_per_task,
-            "mem": f"{round(1024 * self.mem_gb)}M" if self.mem_gb else None,
-        }
-        executor.update_parameters(
-            job_name="hjepa",
-            nodes=self.nodes,
-            ntasks_per_node=self.tasks_per_node,
-            time=self.timeout_min,
-            signal_delay_s=self.signal_delay_s,
-            array_parallelism=self.array_parallelism,
-            setup=self.setup,
-            stderr_to_stdout=True,
-            srun_args=["--kill-on-bad-exit=1"],  # otherwise processes would wait forever for one that failed
-            additional_parameters={"requeue": True, **self.sbatch},
-            **{option: value for option, value in optional.items() if value is not None},
-        )
-        return executor
 
-
-@dataclass
-class Task:
-    """The function that a job calls, pickled at submission.
-
-    Attributes:
-        config: The resolved and checked config.
-        path: The run folder.
-        composed: The config as composed by Hydra, including the `hydra` node.
-        code: State of the code at submission; see `git_state`.
-    """
-
-    config: Config
-    path: Path
-    composed: DictConfig
-    code: dict[str, str]
-
-    def __call__(self) -> float | None:
-        HydraConfig.instance().set_config(self.composed)
-        configure_log(self.composed.hydra.job_logging)
-        logging.getLogger("submitit").propagate = False  # it has a handler of its own
-        os.environ[SUBMITTED_VARIABLE] = json.dumps(self.code)
-        return perform(self.config, self.path)
-
-    def checkpoint(self) -> DelayedSubmission:
-        """Return the function that a requeued job calls: the same one, which continues the run."""
-        return DelayedSubmission(self)
-
-
-def launch(
-    options: dict[str, Any], loader: ConfigLoader, sweep_config: DictConfig, overrides: Sequence[Sequence[str]], first: int
-) -> list[JobReturn]:
-    """Submit all jobs that are not done yet as one array and, with the option `wait`, follow them until they end.
+class SlurmQueue(Queue):
+    """Jobs on a SLURM cluster, which go on without this process.
 
     Args:
-        options: Options of `SlurmOptions`.
-        loader: Hydra's config loader.
-        sweep_config: The config of the whole sweep.
-        overrides: Overrides of each job.
-        first: Number of the first job.
-
-    Raises:
-        UserError: SLURM refused the jobs, or a job did not finish.
+        *arguments: Those of `Queue`.
+        options: Options of the launcher.
     """
-    check_node("hydra.launcher", {"_target_": f"{__name__}.SlurmOptions", **options})
-    cluster = SlurmOptions(**options)
-    sweep = Sweep(Path(sweep_config.hydra.sweep.dir).expanduser().absolute())
-    executor = cluster.executor(sweep.folder / SLURM_FOLDER)
-    jobs = plan_jobs(loader, sweep_config, overrides, first)
-    pending = [job for job in jobs if not job.is_done]
-    for job in pending:
-        cluster.check_process_count(job.config["hardware"]["processes"])
-    if pending:
-        submit(pending, executor)
-        sweep.save(jobs)
-    try:
-        if pending:
-            print_jobs(pending, sweep)
-            if not accounting_states([job.slurm_id for job in pending]):
-                log.warning("sacct does not answer here: states of jobs are taken from squeue and the run folders")
-        if pending and not cluster.wait:
-            return []
-        queue = SlurmQueue(pending, executor.folder, cluster.nodes * cluster.tasks_per_node)
-        queue.follow(cluster.poll_seconds, on_change=lambda: sweep.save(jobs))
-    except KeyboardInterrupt:
-        print("\nInterrupted. The jobs continue without this command.", file=sys.stderr)
-        print_jobs([job for job in pending if not job.is_done], sweep)
-        raise SystemExit(130) from None
-    sweep.summarize(jobs)
-    return sweep.job_returns(jobs)
+
+    cancel_command = "scancel"
+
+    def __init__(self, *arguments: Any, options: dict[str, Any]) -> None:
+        super().__init__(*arguments)
+        check_options(options, self.jobs)
+        self.num_failed_polls = dict.fromkeys((job.number for job in self.jobs), 0)
+        self.is_silent = False
+
+    def submit(self) -> None:
+        if not self.waiting:
+            return
+        jobs = list(self.waiting)
+        self.waiting.clear()
+        submissions = []
+        for job in jobs:
+            assert job.folder is not None, "a job without a folder has failed"
+            submissions.append(Submission(job.config, job.folder, job.composed, git_state()))
+        try:
+            submitted = self.executor.map_array(self.worker, submissions)
+        except FailedJobError as error:
+            raise UserError(f"SLURM refused the jobs: {' '.join(str(error.__cause__ or error).split())}.") from None
+        for job, submission in zip(jobs, submitted, strict=True):
+            job.slurm_id = submission.job_id
+            self.register(job, submission)
+        self.sweep.save(self.jobs)
+        self.print_jobs()
+        if not accounting_states(self.array_ids(jobs)):
+            log.warning("sacct does not answer here: states of jobs are taken from squeue and the run folders")
+
+    def poll(self, jobs: list[Job]) -> None:
+        states = queue_states()
+        if (states is None) != self.is_silent:
+            self.is_silent = states is None
+            log.warning("squeue %s", "does not answer; results show which jobs have ended" if self.is_silent else "answers again")
+        if states is None:
+            states = {job.slurm_id: job.state.upper() for job in jobs}
+        elif any(job.slurm_id not in states for job in jobs):
+            states = accounting_states(self.array_ids(jobs)) | states
+        for job in jobs:
+            self.update_state(job, states.get(job.slurm_id, "UNKNOWN"))
+
+    def update_state(self, job: Job, slurm_state: str) -> None:
+        """Set the state of a job from SLURM's state and from its results, which take precedence."""
+        outcomes = self.outcomes(job)
+        error = error_of(outcomes)
+        has_failed = slurm_state in END_STATES or error is not None
+        self.num_failed_polls[job.number] = self.num_failed_polls[job.number] + 1 if has_failed else 0
+        if len(outcomes) == self.submitted[job.number].num_tasks and error is None:
+            job.state = "finished"
+        elif self.num_failed_polls[job.number] >= NUM_CONFIRMATIONS:
+            fail(job, error or f"ended by SLURM as {slurm_state}")
+        elif slurm_state not in END_STATES:
+            job.state = slurm_state.lower()
+
+    def stop(self) -> None:
+        print("\nInterrupted. The jobs continue without this command.", flush=True)
+        self.print_jobs()
+        raise SystemExit(STOPPED_STATUS)
+
+    def kill(self) -> None:
+        self.stop()
 
 
-def submit(jobs: list[Job], executor: submitit.SlurmExecutor) -> None:
-    """Submit jobs, as an array if there are several, and set their ids and logs."""
-    root = str(Path(__file__).resolve().parents[2])  # jobs import this copy of the code, wherever they were submitted from
-    os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    tasks = []
+def fail(job: Job, reason: str) -> None:
+    """Set the state of a job that has failed, also in its summary and trackers if it was waiting to be continued."""
+    job.state, job.reason = "FAILED", reason
+    if job.folder:
+        end_requeued_run(job.folder, reason)
+
+
+def fail_cancelled_jobs(jobs: list[Job]) -> None:
+    """Set the state of jobs that were cancelled while no command followed them."""
+    ids = [job.slurm_id for job in jobs if job.slurm_id and not job.is_done]
+    states = accounting_states(ids) | (queue_states() or {}) if ids else {}
     for job in jobs:
-        assert job.folder is not None, "a job without a folder has failed"
-        tasks.append(Task(job.config, job.folder, job.composed, git_state()))
+        if job.slurm_id in ids and states.get(job.slurm_id) == "CANCELLED":
+            fail(job, "ended by SLURM as CANCELLED")
+
+
+def run_command(*command: str) -> str | None:
+    """Return the output of a SLURM command, or None if it failed."""
     try:
-        submitted = executor.submit_array(tasks)
-    except FailedJobError as error:
-        raise UserError(f"SLURM refused the jobs: {' '.join(str(error.__cause__ or error).split())}.") from None
-    for job, submission in zip(jobs, submitted, strict=True):
-        job.slurm_id, job.log = submission.job_id, submission.paths.stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
-def print_jobs(jobs: list[Job], sweep: Sweep) -> None:
-    """Print jobs with their run folders, and how to view and cancel them."""
-    ids = sorted({job.slurm_id.split("_")[0] for job in jobs})
-    print(f"SLURM jobs and their run folders (logs: {sweep.folder / SLURM_FOLDER}):")
-    for job in jobs:
-        print(f"  {job.slurm_id:>8}  {job.folder}")
-    print(f"To see their table at any time: {PROGRAM} task=sweep task.folder={sweep.folder}")
-    print(f"To cancel them all: scancel {' '.join(ids)}", flush=True)
+def accounting_states(ids: list[str]) -> dict[str, str]:
+    """Return SLURM's states by job id from the accounting database; empty if there is none."""
+    return parse_states(run_command("sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", ",".join(ids)) or "")
+
+
+def queue_states() -> dict[str, str] | None:
+    """Return SLURM's states by job id of the user's recent jobs, or None if the controller does not answer."""
+    answer = run_command("squeue", "-h", "-r", "--me", "--states=all", "-o", "%i|%T")
+    return None if answer is None else parse_states(answer)
+
+
+def parse_states(text: str) -> dict[str, str]:
+    """Parse lines of `job|STATE ...` into {job: STATE}."""
+    rows = (line.split("|") for line in text.splitlines())
+    return {job: state.split()[0] for job, state in rows}

@@ -5,9 +5,11 @@ All results are read from the run folders, so table and plots can be made again 
 
     sweep.json                             jobs, their states and results, for programs
     table.txt, sweep.png, progress.png     the same for people
-    N.log                                  output of job N
+    N.log                                  link to the output of job N
+    submitit/, submitit.log                pickles, scripts and logs of submitit; messages of its own processes
 """
 
+import itertools
 import json
 import os
 import signal
@@ -17,7 +19,7 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from hjepa.config.errors import UserError
 from hjepa.config.identity import flatten
@@ -45,6 +47,13 @@ class Sweep:
         """Write sweep.json."""
         rows = [{key: getattr(job, key) for key in SAVED_FIELDS} | {"results": results(job.summary)} for job in jobs]
         atomic_write(self.file, json.dumps({"sweep": self.folder.name, "jobs": rows}, indent=2, default=str) + "\n")
+
+    def link_log(self, number: int, log: Path) -> Path:
+        """Let N.log of this folder be a link to the log of a job, and return it."""
+        link = self.folder / f"{number}.log"
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(log, self.folder))
+        return link
 
     def load(self) -> list[Job]:
         """Return the jobs from sweep.json."""
@@ -108,9 +117,34 @@ class Sweep:
         values = [lookup(job.summary, metric) for job in jobs]
         return [JobReturn(j.overrides, status=JobStatus.COMPLETED, _return_value=v) for j, v in zip(jobs, values, strict=True)]
 
+    def trial_returns(self, jobs: list[Job]) -> list[JobReturn]:
+        """Return what a sweeper that searches expects of a launcher; trials without a result have failed."""
+        metric, returns = default_metric(jobs), []
+        for job in jobs:
+            value = lookup(job.summary, metric) if job.is_complete else None
+            failure = UserError(f"job {job.number} {job.state}: {job.reason}")
+            status = JobStatus.FAILED if value is None else JobStatus.COMPLETED
+            returns.append(JobReturn(job.overrides, status=status, _return_value=failure if value is None else value))
+        return returns
+
+
+def runs_a_search(config: DictConfig) -> bool:
+    """Return whether a sweeper chooses the jobs of a sweep by the results of earlier ones."""
+    return config.hydra.runtime.choices["hydra/sweeper"] != "basic"
+
 
 class SweepStart(Callback):
-    """Hydra callback that prepares a sweep for any launcher: checks its folder, and passes its name on to the jobs' trackers."""
+    """Hydra callback that prepares a sweep for any launcher: takes its folder, and passes its name on to the jobs' trackers.
+
+    At the end of a search, which launches jobs several times, it makes the table.
+    """
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if runs_a_search(config):
+            sweep = Sweep(Path(config.hydra.sweep.dir))
+            jobs = sweep.load()
+            sweep.refresh(jobs)
+            sweep.summarize(jobs)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir).expanduser().absolute()
@@ -118,8 +152,22 @@ class SweepStart(Callback):
             check_writable(folder)
         except UserError as error:
             sys.exit(str(error))  # Hydra would only warn of any other exception here, and fail later
+        if "${now:" in OmegaConf.to_container(config.hydra.sweep, resolve=False)["dir"]:  # type: ignore[call-overload, index]
+            folder = take_folder(folder)
+        config.hydra.sweep.dir = str(folder)
         os.environ[SWEEP_VARIABLE] = folder.name
         signal.signal(signal.SIGINT, signal.default_int_handler)  # until here, Ctrl-C ends the process, see `hjepa.cli`
+
+
+def take_folder(folder: Path) -> Path:
+    """Create a folder that no other sweep has, and return it: another sweep may have begun in the same second."""
+    for number in itertools.count(2):
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            folder = folder.with_name(f"{folder.name.removesuffix(f'_{number - 1}')}_{number}")
+    raise AssertionError
 
 
 def log_artifacts_of_jobs(jobs: list[Job], files: list[Path], folder: str, tags: dict[str, str]) -> None:

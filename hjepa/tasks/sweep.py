@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from hjepa.config.schema import Config
+from hjepa.sweeps.slurm import fail_cancelled_jobs
 from hjepa.sweeps.sweep import Sweep, check_metric
 from hjepa.tracking.run_folder import check_writable
 
@@ -20,5 +21,6 @@ def show_sweep(config: Config, path: Path, folder: str, metric: str | None) -> N
     check_writable(sweep.folder)
     jobs = sweep.load()
     sweep.refresh(jobs)
+    fail_cancelled_jobs(jobs)
     check_metric(jobs, metric)
     sweep.summarize(jobs, metric)

@@ -16,13 +16,13 @@ log = logging.getLogger(__name__)
 
 SWEEP_VARIABLE = "HJEPA_SWEEP"  # environment variable with the name of the sweep that a run belongs to
 
-SUBMITTED_VARIABLE = "HJEPA_SUBMITTED"  # environment variable of a SLURM job with the state of the code at submission
+SUBMITTED_VARIABLE = "HJEPA_SUBMITTED"  # environment variable of a submitted job with the state of the code at submission
 
 
 def provenance_tags() -> dict[str, str]:
     """Return all tags that describe the provenance of this run."""
     sweep = {"sweep": os.environ[SWEEP_VARIABLE]} if SWEEP_VARIABLE in os.environ else {}
-    return git_state() | sweep | slurm_tags()
+    return git_state() | sweep | submission_tags()
 
 
 @cache
@@ -45,15 +45,16 @@ def git_state() -> dict[str, str]:
     return {"commit": commit, "dirty": str(bool(changes)), "changes": changes_hash}
 
 
-def slurm_tags() -> dict[str, str]:
-    """Return the tags of a run under SLURM: its job id, and changes of the code since the submission, which are also logged."""
+def submission_tags() -> dict[str, str]:
+    """Return the tags of a submitted job: its id in SLURM, and changes of the code since the submission, which are logged."""
     if SUBMITTED_VARIABLE not in os.environ:
         return {}
     import submitit
 
-    tags = {"slurm_job": submitit.JobEnvironment().job_id}
+    environment = submitit.JobEnvironment()
+    tags = {"slurm_job": environment.job_id} if environment.cluster == "slurm" else {}
     changed = "; ".join(differences(json.loads(os.environ[SUBMITTED_VARIABLE]), git_state()))
     if changed:
-        log.warning("THE CODE HAS CHANGED between submission and start of this job, which runs it as it is now: %s", changed)
+        log.warning("THE CODE HAS CHANGED since the submission of this job, which runs it as it is now: %s", changed)
         tags["code_changed"] = changed
     return tags

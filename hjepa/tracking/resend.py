@@ -30,6 +30,16 @@ def send_run(config: Config, folder: Path, experiment: str | None = None) -> boo
     return arrived
 
 
+def end_requeued_run(folder: Path, reason: str) -> None:
+    """Record in summary and trackers that a run will not be continued although it went back to the queue of a cluster."""
+    summary = read_summary(folder)
+    if summary.get("status") == "requeued":
+        atomic_write(folder / "summary.json", json.dumps(summary | {"status": "stopped", "reason": reason}, indent=2) + "\n")
+        config = read_config(folder)
+        if config["tracking"]:
+            send_run(config, folder)
+
+
 def send_idle_run(config: Config, folder: Path, experiment: str | None = None) -> bool:
     """Send a locked run folder, and return whether everything arrived; its summary then names the tracked run."""
     run, summary, records = read_config(folder), read_summary(folder), read_records(folder)

@@ -1,8 +1,8 @@
-"""A real SLURM cluster for the tests: slurmctld and three virtual nodes on this machine, which run during the test session.
+"""A real SLURM cluster for the tests: slurmctld and four virtual nodes on this machine, which run during the test session.
 
 The partition `lab` consists of node1 and node2, with two fake GPUs each. On node3, jobs of the partition `scavenge` are requeued
-after a grace period when a job of the partition `urgent` needs the node. All ports are free ones, so that several clusters can
-run at the same time.
+after a grace period when a job of the partition `urgent` needs the node. node4, the partition `fragile`, may die. All ports are
+free ones, so that several clusters can run at the same time.
 """
 
 import getpass
@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 
-NODES = ("node1", "node2", "node3")
+NODES = ("node1", "node2", "node3", "node4")
 GRACE_SECONDS = 5  # between the signal to a preempted job and its end
 CONFIG = """
 ClusterName=lab
@@ -53,6 +54,7 @@ PreemptMode=REQUEUE
 {nodes}
 PartitionName=lab Nodes=node1,node2 Default=YES MaxTime=INFINITE PriorityTier=5 PreemptMode=OFF
 PartitionName=scavenge Nodes=node3 PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
+PartitionName=fragile Nodes=node4 PreemptMode=OFF
 PartitionName=urgent Nodes=node3 PriorityTier=10 PreemptMode=OFF
 """
 NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=8000 Gres=gpu:2 Feature=virtual"
@@ -101,6 +103,28 @@ def process_of(job: str) -> int:
         if b"submitit.core._submit" in command and b"SLURM_STEP_ID=0" in environment and variable in environment:
             return int(folder.name)
     return 0
+
+
+def let_node_die(name: str, folder: Path) -> None:
+    """Kill all processes of a node, let the controller notice, and start the node again.
+
+    Args:
+        name: Name of the node.
+        folder: Folder of the cluster.
+    """
+    daemon = psutil.Process(int((folder / f"slurmd.{name}.pid").read_text()))
+    tasks = [process for process in psutil.process_iter(["environ"]) if runs_on(name, process.info["environ"] or {})]
+    managers = {parent for task in tasks for parent in task.parents() if parent.name().startswith("slurmstepd")}
+    for process in [daemon, *managers, *tasks]:  # the managers would report the end of their tasks
+        process.kill()
+    slurm("scontrol", "update", f"nodename={name}", "state=down", "reason=died")  # as after SlurmdTimeout
+    slurm("slurmd", "-N", name)
+    slurm("scontrol", "update", f"nodename={name}", "state=resume")
+
+
+def runs_on(node: str, environment: dict[str, str]) -> bool:
+    """Return whether a process with an environment runs on a node of this cluster."""
+    return environment.get("SLURMD_NODENAME") == node and environment.get("SLURM_CONF") == os.environ["SLURM_CONF"]
 
 
 def write_config(folder: Path) -> Path:

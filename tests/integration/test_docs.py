@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
 
 from hjepa.config.schema import check, resolve
 from tests.helpers.docs import EXTENDING, PAGES, commands
@@ -21,9 +22,17 @@ def expand(overrides: list[str]) -> list[list[str]]:
     """Return the overrides of every job of a sweep, or the overrides themselves."""
     choices: list[list[str]] = []
     for text, override in zip(overrides, OverridesParser.create().parse_overrides(overrides), strict=True):
-        values = override.sweep_string_iterator() if override.is_sweep_override() else None
-        choices.append([f"{text.partition('=')[0]}={value}" for value in values] if values else [text])
+        choices.append([f"{text.partition('=')[0]}={value}" for value in swept(override)] or [text])
     return [list(job) for job in product(*choices)]
+
+
+def swept(override: Override) -> list[object]:
+    """Return the values of a sweep, or the ends of an interval; empty for an override that sets one value."""
+    if override.is_interval_sweep():
+        interval = override.value()
+        assert isinstance(interval, IntervalSweep)
+        return [interval.start, interval.end]
+    return list(override.sweep_string_iterator()) if override.is_sweep_override() else []
 
 
 COMMANDS = [(page, command) for page in PAGES for command in commands(page) if "--config-dir" not in command]

@@ -16,10 +16,11 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from tests.helpers.cluster import job_fields, poll, process_of, slurm
+from tests.helpers.children import launch
+from tests.helpers.cluster import job_fields, let_node_die, poll, process_of, slurm
 from tests.helpers.database import prepare_database
 from tests.helpers.results import check_mlflow, metrics, weights
-from tests.helpers.runs import ROOT, TINY, launch
+from tests.helpers.runs import ROOT, TINY
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -31,8 +32,8 @@ SUBMIT = (
     "experiment_name=e",
 )
 LONG = ("train.epochs=6", "train.log_every=3", "probe.every=3", "model.encoder.drop_path=0.1", "checkpoint.every_seconds=1000")
-ON_HOLD = "+hydra.launcher.sbatch.hold=true"
-INTERRUPTIONS = ("time_limit", "usr2", "requeue", "preempted")
+ON_HOLD = "+hydra.launcher.additional_parameters.hold=true"
+INTERRUPTIONS = ("time_limit", "requeue", "preempted", "dead_node")
 
 
 def start(*overrides: str, cwd: Path = ROOT) -> subprocess.Popen[str]:
@@ -88,9 +89,9 @@ def is_unlocked(database: Path) -> bool:
         connection.close()
 
 
-def interrupt(kind: str, job: str, folder: Path) -> None:
+def interrupt(kind: str, job: str, folder: Path, cluster: Path) -> None:
     """Let SLURM interrupt a job in the middle of its run; a suspended process continues when SLURM sends its signal."""
-    pid = suspend_in_the_middle(folder, job)
+    suspend_in_the_middle(folder, job)
     if kind == "time_limit":
         slurm("scontrol", "update", f"jobid={job}", "timelimit=3")  # less than hydra.launcher.signal_delay_s from now
         poll(lambda: job_fields(job)["Restarts"] == "1", 60, "back in the queue")
@@ -98,11 +99,10 @@ def interrupt(kind: str, job: str, folder: Path) -> None:
         assert summary(folder)["status"] == "requeued"
         run = MlflowClient(f"sqlite:///{folder.parents[1]}/mlflow.db").get_run((folder / "run_id").read_text())
         assert run.info.status == "SCHEDULED"
-    elif kind == "usr2":
-        slurm("scancel", "--signal=USR2", job)
-        os.kill(pid, signal.SIGCONT)
     elif kind == "requeue":
         slurm("scontrol", "requeue", job)
+    elif kind == "dead_node":
+        let_node_die("node4", cluster)
     else:
         slurm("sbatch", "-p", "urgent", "-w", "node3", "--exclusive", "-o", "/dev/null", "--wrap", "true")
 
@@ -114,16 +114,21 @@ def interrupted(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     prepare_database(root)
     command = ("--multirun", *SUBMIT, *LONG, "tracking=mlflow", f"output_root={root}")
     submits = [
-        start(*command, "name=reference,time_limit,usr2,requeue", f"hydra.sweep.dir={root}/sweeps/lab"),
+        start(*command, "name=reference,time_limit,requeue", f"hydra.sweep.dir={root}/sweeps/lab"),
         start(*command, "name=preempted", "hydra.launcher.partition=scavenge", f"hydra.sweep.dir={root}/sweeps/scavenge"),
+        start(
+            *command,
+            "checkpoint.every_seconds=0.01",  # nothing announces this end
+            *("name=dead_node", "hydra.launcher.partition=fragile", f"hydra.sweep.dir={root}/sweeps/fragile"),
+        ),
     ]
-    poll(lambda: len(list(root.glob("sweeps/*/sweep.json"))) == 2, 60, "submission")
+    poll(lambda: len(list(root.glob("sweeps/*/sweep.json"))) == len(submits), 120, "submission")
     ids = {}
     for file in root.glob("sweeps/*/sweep.json"):
         for job in json.loads(file.read_text())["jobs"]:
             ids[Path(job["folder"]).name] = job["slurm_id"]
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda kind: interrupt(kind, ids[kind], root / "e" / kind), INTERRUPTIONS))
+        list(pool.map(lambda kind: interrupt(kind, ids[kind], root / "e" / kind, cluster), INTERRUPTIONS))
     for process in submits:
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0, output
@@ -173,7 +178,7 @@ def test_failures_are_reported_and_stop_no_other_job(tmp_path: Path) -> None:
         "optimizer.lr=1e-3,x,1e30,2e-3,3e-3",
         cwd=tmp_path / "elsewhere",
     )
-    poll(lambda: jobs_of(root), 60, "submission")
+    poll(lambda: jobs_of(root), 120, "submission")
     fine, wrong, failing, killed, cancelled = jobs_of(root)
     os.kill(suspend_in_the_middle(Path(killed["folder"]), killed["slurm_id"]), signal.SIGKILL)
     suspend_in_the_middle(Path(cancelled["folder"]), cancelled["slurm_id"])
@@ -214,6 +219,30 @@ def test_the_tasks_of_a_job_are_the_processes_of_a_run(tmp_path: Path) -> None:
     result = launch(*SUBMIT, *options)
     assert result.returncode == 0, result.stdout + result.stderr
     assert summary(tmp_path / "e" / "r")["device"].startswith("2 processes of cpu")
+
+
+def test_a_run_that_is_cancelled_while_it_waits_to_be_continued_is_stopped(tmp_path: Path) -> None:
+    prepare_database(tmp_path)
+    process = start(*SUBMIT, *LONG, "tracking=mlflow", f"output_root={tmp_path}", "name=r")
+    poll(lambda: jobs_of(tmp_path), 120, "submission")
+    (job,) = jobs_of(tmp_path)
+    folder = Path(job["folder"])
+    pid = suspend_in_the_middle(folder, job["slurm_id"])
+    slurm("scontrol", "update", "partitionname=lab", "state=down")  # which starts no jobs
+    try:
+        slurm("scancel", "--signal=USR2", job["slurm_id"])
+        os.kill(pid, signal.SIGCONT)
+        poll(lambda: job_fields(job["slurm_id"])["JobState"] == "PENDING", 60, "back in the queue")
+        assert summary(folder)["status"] == "requeued"
+        slurm("scancel", job["slurm_id"])
+    finally:
+        slurm("scontrol", "update", "partitionname=lab", "state=up")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1, output
+    assert "ended by SLURM as CANCELLED" in rows(output)["0"]
+    assert summary(folder)["status"] == "stopped"
+    run = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run((folder / "run_id").read_text())
+    assert run.info.status == "KILLED"
 
 
 # -- submission ------------------------------------------------------------------------------------------------------------
@@ -265,6 +294,8 @@ def test_resources_are_set_by_the_config(tmp_path: Path) -> None:
         "timeout_min": "90",
         "mem_gb": "3.5",
         "array_parallelism": "3",
+        "comment": "hello",
+        "exclude": "node2",
         "setup": '["export GREETING=hello"]',
         "wait": "false",
     }
@@ -275,10 +306,11 @@ def test_resources_are_set_by_the_config(tmp_path: Path) -> None:
     array = jobs[0]["slurm_id"].split("_")[0]
     assert [job["slurm_id"] for job in jobs] == [f"{array}_{index}" for index in range(4)], "one array"
     fields = job_fields(array)
-    names = ("Partition", "Account", "Features", "TimeLimit", "MinMemoryNode", "ArrayTaskThrottle", "TresPerNode", "Requeue")
-    assert [fields[name] for name in names] == ["lab", "vision", "virtual", "01:30:00", "3.50G", "3", "gres:gpu:2", "1"]
+    names = ("Partition", "Account", "Comment", "ExcNodeList", "Features", "TimeLimit", "MinMemoryNode", "ArrayTaskThrottle")
+    assert [fields[name] for name in names] == ["lab", "vision", "hello", "node2", "virtual", "01:30:00", "3.50G", "3"]
+    assert (fields["TresPerNode"], fields["Requeue"], fields["JobName"]) == ("gres:gpu:2", "1", "hjepa")
     assert (fields["NumTasks"], fields["CPUs/Task"]) == ("2", "8")
-    script = next((tmp_path / "sweeps").glob("*/slurm/*_submission.sh")).read_text()
+    script = next((tmp_path / "sweeps").glob("*/submitit/*_submission.sh")).read_text()
     assert "\nexport GREETING=hello\n" in script
     assert "--signal=USR2@300" in script
     cancel(tmp_path)
@@ -286,7 +318,7 @@ def test_resources_are_set_by_the_config(tmp_path: Path) -> None:
 
 def test_ctrl_c_lists_the_jobs_and_leaves_them_running(tmp_path: Path) -> None:
     process = start("--multirun", *SUBMIT, "tracking=none", ON_HOLD, f"output_root={tmp_path}", "seed=0,1")
-    poll(lambda: jobs_of(tmp_path), 60, "submission")
+    poll(lambda: jobs_of(tmp_path), 120, "submission")
     ids = [job["slurm_id"] for job in jobs_of(tmp_path)]
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)
@@ -307,8 +339,13 @@ def queued() -> set[str]:
     ("overrides", "message"),
     [
         (["hydra.launcher.partition=nowhere"], "invalid partition"),
-        (["hydra.launcher.timeout_min=long"], "hydra.launcher.timeout_min='long': expected PositiveInt"),
-        (["hydra.launcher.nodes=0"], "hydra.launcher.nodes=0: expected PositiveInt"),
+        (
+            ["hydra.launcher.timeout_min=long"],
+            "hydra.launcher.timeout_min=long: Value 'long' of type 'str' could not be converted",
+        ),
+        (["hydra.launcher.partitoin=lab"], "hydra.launcher.partitoin is not an option; did you mean partition?"),
+        (["hydra.launcher.mem_per_cpu=1G"], "hydra.launcher.mem_per_cpu=1G beside mem_gb=2"),
+        (["hydra.launcher.nodes=0"], "hydra.launcher.nodes=0: expected a number above 0"),
         (["hydra.launcher.timeout_min=5"], "signal_delay_s=300 is more than half"),
         (["hardware.processes=2"], "but a job has 1 tasks"),
         (["hydra.launcher.tasks_per_node=2"], "but a job has 2 tasks"),

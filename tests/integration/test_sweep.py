@@ -3,11 +3,14 @@
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobStatus
+from omegaconf import OmegaConf
 
 from hjepa.config.errors import UserError
 from hjepa.config.run import prepare, run
@@ -18,7 +21,7 @@ from tests.helpers.children import launch
 from tests.helpers.database import prepare_database
 from tests.helpers.runs import ROOT, TINY, compose, tiny
 
-SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml"))
+SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml") if p.stem != "search")
 SWEEPS_OF_VITS = ("masking", "speed_by_model")
 FILES = ("table.txt", "sweep.png", "progress.png")
 
@@ -30,14 +33,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_jobs_of_a_sweep_are_bitwise_equal_to_single_runs_and_are_tracked(tmp_path: Path) -> None:
     options = [option for option in TINY if not option.startswith("levels=")]
     options += ["tracking=mlflow", "experiment_name=e", "model.encoder.drop_path=0.2"]
-    small = ["hydra.sweeper.params.levels='flat,pyramid'", "hydra.sweeper.params.seed='0,1'"]
+    small = ["hydra.sweeper.params.levels='flat,pyramid'", "hydra.sweeper.params.seed='1'"]
     sweep_options = ["+sweeps=levels", *small, f"hardware.slots={min(2, num_cores())}"]
     for name in ("sweep", "alone"):
         prepare_database(tmp_path / name)
     swept = launch(*sweep_options, *options, f"output_root={tmp_path}/sweep")
     assert swept.returncode == 0, swept.stderr
     folders = sorted((tmp_path / "sweep" / "e").iterdir())
-    assert len(folders) == 4
+    assert len(folders) == 2
     last = next(f for f in folders if "pyramid" in f.name and "-s1-" in f.name)
     run(compose(*options, f"output_root={tmp_path}/alone", "levels=pyramid", "seed=1"))
     a, b = weights(last), weights(tmp_path / "alone" / "e" / last.name)
@@ -62,7 +65,7 @@ def test_jobs_of_a_sweep_are_bitwise_equal_to_single_runs_and_are_tracked(tmp_pa
 def check_files_can_be_made_again(sweep: Path) -> None:
     """Check that `task=sweep` makes the table and the plots from sweep.json and the run folders."""
     before = (sweep / "table.txt").read_text()
-    assert before.count("finished") == 4
+    assert before.count("finished") == 2
     assert all(levels in before for levels in ("flat", "pyramid"))
     for name in FILES:
         (sweep / name).unlink()
@@ -113,6 +116,33 @@ def test_a_failed_job_stays_failed_until_its_run_is_continued(tmp_path: Path) ->
     sweep.refresh([failed])
     assert failed.state == "finished"
     assert sweep.load()[0].folder == failed.folder
+
+
+def test_trials_without_a_result_have_failed(tmp_path: Path) -> None:
+    good, bad = job(0, tmp_path, linear=0.7), job(1, tmp_path)
+    good.update_from_summary(json.loads((good.folder / "summary.json").read_text()))
+    bad.state, bad.reason = "FAILED", "The loss is not finite."
+    first, second = Sweep(tmp_path).trial_returns([good, bad])
+    assert (first.status, first.return_value) == (JobStatus.COMPLETED, 0.7)
+    assert second.status == JobStatus.FAILED
+    with pytest.raises(UserError, match=r"^job 1 FAILED: The loss is not finite\.$"):
+        _ = second.return_value
+
+
+def test_a_search_maximizes_the_result_and_the_same_command_with_more_trials_continues_it(tmp_path: Path) -> None:
+    options = [*TINY, "train.epochs=1", "experiment_name=e", f"output_root={tmp_path}", f"hydra.sweep.dir={tmp_path}/search"]
+    search = ["--multirun", "hydra/sweeper=optuna", "optimizer.lr=tag(log,interval(1e-4,1e-2))", *options]
+    first = launch(*search, "hydra.sweeper.n_trials=1")
+    assert first.returncode == 0, first.stderr
+    assert (tmp_path / "search" / "table.txt").read_text() in first.stdout
+    again = launch(*search, "hydra.sweeper.n_trials=2")
+    assert again.returncode == 0, again.stderr
+    assert "job 0 was finished before" in again.stdout
+    assert re.findall(r"job (\d) running", again.stdout) == ["1"]
+    jobs = json.loads((tmp_path / "search" / "sweep.json").read_text())["jobs"]
+    assert [job["number"] for job in jobs] == [0, 1]
+    best = OmegaConf.load(tmp_path / "search" / "optimization_results.yaml")
+    assert best.best_value == max(job["results"]["linear"] for job in jobs if job["state"] == "finished")
 
 
 @pytest.mark.parametrize("name", SWEEPS)

@@ -87,7 +87,7 @@ def test_only_group_folders_of_the_command_line_add_targets(tmp_path: Path, monk
         file = tmp_path / f"{name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f'"_target_": "{name.replace("/", ".")}"')
-    choices = {"masking": "nested/mine", "own@model.encoder": "mine", "hydra/launcher": "slots"}
+    choices = {"masking": "nested/mine", "own@model.encoder": "mine", "hydra/launcher": "submitit_local"}
     sources = [source("command-line", tmp_path), source("hydra.searchpath in main", tmp_path / "outputs" / "run")]
     allow_targets_of_command_line(RuntimeConf(choices=choices, config_sources=sources))
     assert allowed_targets() - hjepa_targets() == {"top", "masking.nested.mine", "own.mine"}

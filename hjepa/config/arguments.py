@@ -1,0 +1,66 @@
+"""Arguments of the command line, arranged so that Hydra reads them as they are meant."""
+
+from collections.abc import Sequence
+
+from hydra._internal.utils import get_args_parser
+from omegaconf import OmegaConf
+
+from hjepa.config.errors import UserError
+from hjepa.config.paths import CONF, FILES, PROGRAM
+from hjepa.config.quoting import parse, quote
+
+
+def arrange(arguments: Sequence[str]) -> list[str]:
+    """Return arguments that Hydra reads as they are meant.
+
+    Flags come first, because Hydra's parser does not read overrides on both sides of a flag. A value of a swept option, such as
+    `masking.scale=0.2` beside `masking=block,multiblock`, becomes a parameter of the sweeper, which sets it in every job; Hydra
+    would otherwise set it in the config of the whole sweep, which has none of these options.
+
+    Raises:
+        UserError: Several prepared sweeps are chosen.
+    """
+    overrides = get_args_parser().parse_known_intermixed_args(arguments)[0].overrides
+    flags = list(arguments)
+    for override in overrides:
+        flags.remove(override)
+    check_one_sweep(overrides)
+    prefixes = tuple(f"{group}." for group in swept_groups(overrides))
+    values = {a.partition("=")[0]: a.partition("=")[2] for a in overrides if a.lstrip("+").startswith(prefixes) and is_value(a)}
+    others = [argument for argument in overrides if argument.partition("=")[0] not in values]
+    entries = ",".join(f"{key}:{quote(value)}" for key, value in values.items())
+    return [*flags, *others, *([f"++hydra.sweeper.params={{{entries}}}"] if values else [])]
+
+
+def is_value(argument: str) -> bool:
+    """Return whether an argument sets one value, which Hydra can read."""
+    override = parse(argument)
+    return bool(override) and not override.is_sweep_override() and not override.is_delete()  # type: ignore[union-attr]
+
+
+def check_one_sweep(overrides: Sequence[str]) -> None:
+    """Refuse several prepared sweeps at once: each has its own options, recipe and folder."""
+    for argument in overrides:
+        key, _, names = argument.lstrip("+").partition("=")
+        if key == "sweeps" and "," in names:
+            commands = " && ".join(f"{PROGRAM} +sweeps={name.strip()}" for name in names.strip("[]'\"").split(","))
+            raise UserError(f"{argument}: one prepared sweep at a time; start them one after the other: {commands}")
+
+
+def swept_groups(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Return the options of every config group that is swept, on the command line or by a prepared sweep."""
+    swept: dict[str, list[str]] = {}
+    for argument in [*prepared_sweep(overrides), *overrides]:
+        override = parse(argument)
+        if override and override.is_discrete_sweep() and (CONF / override.key_or_group).is_dir():
+            swept[override.key_or_group] = [str(option) for option in override.sweep_string_iterator()]
+    return swept
+
+
+def prepared_sweep(overrides: Sequence[str]) -> list[str]:
+    """Return what the prepared sweep of a command line sweeps; empty if there is none."""
+    for name in (argument.partition("=")[2] for argument in overrides if argument.lstrip("+").startswith("sweeps=")):
+        file = FILES / "sweeps" / f"{name}.yaml"
+        params = OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params") if file.is_file() else None
+        return [f"{key}={value}" for key, value in (params or {}).items()]
+    return []

@@ -1,0 +1,45 @@
+"""Arguments in the order and form that Hydra reads, and the folder that a sweep takes."""
+
+from pathlib import Path
+
+import pytest
+
+from hjepa.config.arguments import arrange
+from hjepa.config.errors import UserError
+from hjepa.sweeps.sweep import take_folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "arranged"),
+    [
+        (["seed=0,1", "--multirun", "name=a"], ["--multirun", "seed=0,1", "name=a"]),
+        (["a=1", "--config-dir", "conf", "b=2", "-m"], ["--config-dir", "conf", "-m", "a=1", "b=2"]),
+        (["a=1", "--cfg", "job", "b=2", "-p", "train"], ["--cfg", "job", "-p", "train", "a=1", "b=2"]),
+        (["~task.metric", "a=-1", "--unknown"], ["--unknown", "~task.metric", "a=-1"]),
+        ([], []),
+    ],
+)
+def test_flags_may_stand_anywhere(arguments: list[str], arranged: list[str]) -> None:
+    assert arrange(arguments) == arranged
+
+
+def test_values_of_swept_options_are_set_in_every_job_and_others_as_ever() -> None:
+    sweep = ["-m", "masking=multiblock,hierarchical", "seed=0,1", "maskingx.a=1"]
+    values = ["masking.blocks=3", "+masking.a=[1,2]", "masking.b=null", 'masking.c="x y"']
+    moved = r'++hydra.sweeper.params={masking.blocks:"3",+masking.a:"[1,2]",masking.b:"null",masking.c:"\"x y\""}'
+    assert arrange([*sweep, *values, "masking.d=1,2"]) == [*sweep, "masking.d=1,2", moved]
+    assert arrange(["masking=multiblock", "masking.blocks=3"]) == ["masking=multiblock", "masking.blocks=3"]
+    assert arrange(["+sweeps=masking", "masking.a=1"]) == ["+sweeps=masking", '++hydra.sweeper.params={masking.a:"1"}']
+
+
+@pytest.mark.parametrize("argument", ["+sweeps=levels,masking", "sweeps=levels,masking", "+sweeps=[levels,masking]"])
+def test_several_prepared_sweeps_at_once_are_refused(argument: str) -> None:
+    with pytest.raises(UserError, match=r"one prepared sweep at a time; .*\+sweeps=levels && .*\+sweeps=masking$"):
+        arrange([argument, "-m"])
+
+
+def test_sweeps_that_begin_in_the_same_second_take_folders_of_their_own(tmp_path: Path) -> None:
+    folder = tmp_path / "sweeps" / "2026-01-01_00-00-00"
+    taken = [take_folder(folder) for _ in range(3)]
+    assert [path.name for path in taken] == [folder.name, f"{folder.name}_2", f"{folder.name}_3"]
+    assert all(path.is_dir() for path in taken)

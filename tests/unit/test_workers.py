@@ -23,8 +23,8 @@ from hjepa.data.sources import FilePaths
 from hjepa.data.stream import Stream
 from hjepa.data.workers import Interrupted
 from tests.helpers.children import begin, run_config
+from tests.helpers.results import metrics, wait_for_records
 from tests.helpers.runs import tiny
-from tests.integration.test_resume import metrics, wait_for_records
 from tests.unit.test_data import make_folder
 from tests.unit.test_stream import options
 

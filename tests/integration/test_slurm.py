@@ -112,7 +112,7 @@ def interrupted(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     """Run one config without and with each interruption; return the output root, and SLURM's fields of each job."""
     root = tmp_path_factory.mktemp("interrupted")
     prepare_database(root)
-    command = ("--multirun", *SUBMIT, *LONG, "tracking=mlflow", f"output_root={root}")
+    command = ("--multirun", *SUBMIT, *LONG, "tracking=mlflow", f"output_root={root}", ON_HOLD)
     submits = [
         start(*command, "name=reference,time_limit,requeue", f"hydra.sweep.dir={root}/sweeps/lab"),
         start(*command, "name=preempted", "hydra.launcher.partition=scavenge", f"hydra.sweep.dir={root}/sweeps/scavenge"),
@@ -127,6 +127,7 @@ def interrupted(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     for file in root.glob("sweeps/*/sweep.json"):
         for job in json.loads(file.read_text())["jobs"]:
             ids[Path(job["folder"]).name] = job["slurm_id"]
+    slurm("scontrol", "release", ",".join({job.partition("_")[0] for job in ids.values()}))  # none ends before all are submitted
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda kind: interrupt(kind, ids[kind], root / "e" / kind, cluster), INTERRUPTIONS))
     for process in submits:

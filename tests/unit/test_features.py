@@ -119,7 +119,7 @@ def test_timm_computes_the_features_by_the_code_of_the_readme(
     counts = {"summary": encoder.num_summary_tokens, "patches": encoder.grid**2, "dim": encoder.layer_dims[-1]}
     scope: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path)
-    exec(timm_section(tmp_path, counts).partition("```python\n")[2].partition("```")[0], scope)
+    exec(timm_section(tmp_path, counts, encoder.image_size).partition("```python\n")[2].partition("```")[0], scope)
     if "encode" in scope:
         torch.testing.assert_close(scope["encode"](images()), expected, atol=1e-5, rtol=1e-5)
     else:

@@ -142,8 +142,8 @@ def test_the_option_of_the_model_reaches_student_and_teacher(monkeypatch: pytest
 
 
 def test_configs_of_earlier_runs_mean_the_last_layer() -> None:
-    assert upgrade_config({"model": {"patch_size": 4}})["model"] == {"patch_size": 4, "features": "last"}
-    assert upgrade_config({"model": {"features": "all"}})["model"] == {"features": "all"}
+    assert upgrade_config({"model": {"patch_size": 4}})["model"]["features"] == "last"
+    assert upgrade_config({"model": {"features": "all"}})["model"]["features"] == "all"
     assert upgrade_config({"seed": 0}) == {"seed": 0, "choices": {}}
 
 

@@ -148,6 +148,6 @@ def test_a_wrong_value_is_explained_by_the_type_that_it_matches_best(annotation:
     assert str(caught.value).endswith(message)
 
 
-@pytest.mark.parametrize("annotation", ["torch.Tensor", "'Encoder'", "Callable[..., Encoder]", "'A' | None", "1 + 'a'"])
+@pytest.mark.parametrize("annotation", ["torch.Tensor", "'Encoder'", "Callable[..., Encoder] | None", "'A' | None", "1 + 'a'"])
 def test_annotations_that_only_the_source_of_a_class_knows_are_left_to_the_constructor(annotation: str) -> None:
     check_type("a.b", 1, annotation)

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +24,10 @@ from hjepa.data.stream import Stream
 from hjepa.data.workers import Interrupted
 from hjepa.distributed.process_group import AsyncConsensus
 from hjepa.distributed.seeding import generator, seed_global
-from hjepa.masking import Masks
 from hjepa.optim.optimizers import check_components, set_hyperparameters
 from hjepa.optim.step_plan import StepPlan
 from hjepa.tracking.histograms import Histogram
+from hjepa.training.batch import Batch
 from hjepa.training.build import Components
 from hjepa.training.checkpoint import Checkpointer, State
 from hjepa.training.histograms import count_weights_and_gradients
@@ -39,29 +39,6 @@ from hjepa.training.signals import StopFlag, Stopped
 log = logging.getLogger(__name__)
 
 Recorder = Callable[[dict[str, Any]], None]
-
-
-class Batch(NamedTuple):
-    """The input of a training step.
-
-    Attributes:
-        global_crops: Augmented, normalized global crops [B*V, 3, S, S]; the V crops of an image follow one another.
-        masks: Contexts and targets of the global crops.
-        local_crops: Local crops [B*L, 3, s, s], or None.
-        boxes: Boxes [B, V+L, 2, 3] of all crops (see `hjepa.models.views`).
-    """
-
-    global_crops: Tensor
-    masks: Masks
-    local_crops: Tensor | None
-    boxes: Tensor
-
-    def split(self, num_parts: int) -> list["Batch"]:
-        """Split the batch into equal parts of complete images."""
-        local_crops = [None] * num_parts if self.local_crops is None else self.local_crops.chunk(num_parts)
-        chunks = (self.global_crops.chunk(num_parts), self.masks.split(num_parts), local_crops, self.boxes.chunk(num_parts))
-        parts = zip(*chunks, strict=True)
-        return [Batch(*part) for part in parts]
 
 
 class Trainer:

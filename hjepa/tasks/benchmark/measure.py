@@ -15,7 +15,8 @@ from hjepa.config.terminal import progress_bar
 from hjepa.data.stream import Stream
 from hjepa.distributed.device import PRECISIONS, Hardware
 from hjepa.tasks.benchmark.phase_timer import PHASES, PhaseTimer, attach_phase_timer
-from hjepa.training.trainer import Batch, Trainer
+from hjepa.training.batch import Batch
+from hjepa.training.trainer import Trainer
 
 SMALL_BATCH_SIZE = 2  # images of a step whose time is mostly overhead
 

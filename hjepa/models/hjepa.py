@@ -177,12 +177,11 @@ class HJEPA(LevelPrediction):
             num_crops: Number of global crops per image.
         """
         teacher_stages = self.teacher_stages(images, stages if self.sees_all(masks) else None)
-        cells = [level.cells(teacher_stages[level.layer]) for level in self.levels]
         outputs: dict[str, LevelOutput] = {}
         if self.masked_levels:
-            outputs |= self.predict_masked(masks, stages, cells)
+            outputs |= self.predict_masked(masks, stages, teacher_stages)
         if self.needs_views and boxes is not None:
-            outputs |= self.predict_other_views(masks, stages, local_stages, cells, boxes, num_crops)
+            outputs |= self.predict_other_views(masks, stages, local_stages, teacher_stages, boxes, num_crops)
         levels = [outputs[level.name] for level in self.levels if level.name in outputs]
         levels += [outputs["summary"]] if "summary" in outputs else []
         if self.upper:

@@ -1,5 +1,6 @@
 """The outputs of the levels: predictions from the contexts of the student, and targets from the teacher."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -55,23 +56,24 @@ class LevelPrediction(nn.Module):
         """Return True if the masks hide nothing."""
         return masks.context.shape[1:] == (1, self.grid**2)
 
-    def predict_masked(self, masks: Masks, stages: list[Stage], cells: list[Tensor]) -> dict[str, LevelOutput]:
+    def predict_masked(self, masks: Masks, stages: list[Stage], teacher_stages: Mapping[int, Stage]) -> dict[str, LevelOutput]:
         """Predict the cells that are hidden from the contexts in their own views.
 
         Args:
             masks: Masks of the global crops.
             stages: Stages of the student at `self.layers` for all contexts.
-            cells: Cells [B, N, D] of every level, computed by the teacher.
+            teacher_stages: Stages of the teacher by layer.
 
         Returns:
             The outputs by level; with the summary pass, also that of "summary".
         """
         context, queries, targets, sampled = self.masked_context(stages, masks), [], [], iter(masks.targets)
-        for level, own in zip(self.levels, cells, strict=True):
+        for level in self.levels:
             if not level.other:
                 index = level.target_cells(next(sampled))
                 queries.append(Queries(level, cell_centers(level.grid, index.device)[index]))
-                targets.append(self.to_targets(level, gather_tokens(own, index).flatten(1, 3).unsqueeze(1)))
+                cells = gather_tokens(level.cells(teacher_stages[level.layer]), index)
+                targets.append(self.to_targets(level, cells.flatten(1, 3).unsqueeze(1)))
         outputs = {}
         for query, prediction, target in zip(queries, self.answer(context, queries), targets, strict=True):
             outputs[query.level.name] = self.compare(query.level, prediction.flatten(1, 3).unsqueeze(1), target)
@@ -103,7 +105,7 @@ class LevelPrediction(nn.Module):
         masks: Masks,
         stages: list[Stage],
         local_stages: list[Stage],
-        cells: list[Tensor],
+        teacher_stages: Mapping[int, Stage],
         boxes: Float[Tensor, "b n 2 3"],
         num_crops: int,
     ) -> dict[str, LevelOutput]:
@@ -113,7 +115,7 @@ class LevelPrediction(nn.Module):
             masks: Masks of the global crops.
             stages: Stages of the student at `self.layers` for all contexts of the global crops.
             local_stages: The same for the local crops; empty if there are none.
-            cells: Cells [B*V, N, D] of every level, computed by the teacher.
+            teacher_stages: Stages of the teacher by layer, for all global crops.
             boxes: See `forward`.
             num_crops: Number V of global crops per image.
 
@@ -139,13 +141,14 @@ class LevelPrediction(nn.Module):
                 rows = [match.by_target_view(x) for x in (prediction, match.cell, match.inside)]
                 parts[match.queries.level.name].append(rows)
         outputs = {}
-        for level, level_cells in zip(self.levels, cells, strict=True):
+        for level in self.levels:
             if parts[level.name]:
                 prediction, index, valid = (torch.cat(values, dim=2) for values in zip(*parts[level.name], strict=True))
                 if self.reads_targets(level):
                     targets = matched[0][level.name]
                 else:
-                    targets = self.to_targets(level, level_cells.unflatten(0, (-1, num_crops)))
+                    cells = level.cells(teacher_stages[level.layer])
+                    targets = self.to_targets(level, cells.unflatten(0, (-1, num_crops)))
                 outputs[level.name] = self.compare(level, prediction, targets, index, valid)
         return outputs
 

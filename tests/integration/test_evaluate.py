@@ -274,7 +274,7 @@ def test_bad_requests_are_refused_in_one_sentence(fresh_colored: Path, break_it:
 def test_unknown_protocols_are_refused_with_the_known_ones() -> None:
     with pytest.raises(MissingConfigException) as error:
         compose(*EVALUATE, "protocol=[lineer]")
-    sentence = format_hydra_error(error.value)
+    sentence = format_hydra_error(error.value, [])
     assert sentence.startswith("protocol=lineer is not an option; did you mean linear?")
     assert all(name in sentence for name in ("knn", "fewshot", "all"))
 

@@ -199,7 +199,8 @@ def plot_curves(records: list[dict[str, Any]], path: Path) -> None:
         records: Records of metrics.jsonl, each with its `step`.
         path: PNG file to write.
     """
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.2))
+    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.17, top=0.9, wspace=0.2)  # constrained layout would draw it twice
     for axis, (title, metrics) in zip(axes, PANELS.items(), strict=True):
         for color, metric in zip(COLORS, metrics, strict=False):
             plot_metric(axis, metric, records, color)

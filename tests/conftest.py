@@ -1,5 +1,6 @@
 """Fixtures that all tests share, and the order in which test files run."""
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,11 +33,14 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the integration tests as slow, and sort the files by `LONGEST`; the order within a file stays."""
-    for item in items:
-        if "integration" in item.path.parts:
-            item.add_marker("slow")
+    """Sort the files by `LONGEST`; the order within a file stays."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over the modules, which it would otherwise visit thousands of times."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20)
 
 
 @pytest.fixture(autouse=True)

@@ -197,7 +197,9 @@ def logistic(x: Tensor, labels: Tensor, classes: int, penalty: float) -> Callabl
     coordinates = x @ axes
     weight = torch.zeros(len(scale), classes, device=x.device, requires_grad=True)
     bias = torch.zeros(classes, device=x.device, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=1000, tolerance_change=1e-6, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS(
+        [weight, bias], max_iter=1000, tolerance_change=1e-6, history_size=10, line_search_fn="strong_wolfe"
+    )
 
     def objective() -> Tensor:
         solver.zero_grad()

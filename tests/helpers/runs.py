@@ -56,6 +56,7 @@ BRIEF = (
     "train.epochs=2",
     "train.log_every=2",
     "probe.train_images=100",
+    "probe.penalties=[0.01]",
     "hardware=cpu",
     "hardware.threads=1",
     "tracking=none",

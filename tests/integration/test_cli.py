@@ -189,6 +189,7 @@ def test_a_folder_of_equal_images_is_refused_before_training(run, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["images"], "nothing is written"
 
 
+@pytest.mark.thorough
 def test_a_run_from_another_folder_prints_its_folder_last(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     result = launch(*TINY, "output_root=here", "experiment_name=e", "name=r", cwd=tmp_path / "elsewhere")
@@ -221,12 +222,14 @@ def test_a_run_from_another_folder_prints_its_folder_last(tmp_path: Path) -> Non
     assert {"config.yaml", "metrics.jsonl", "summary.json", "run.log", "checkpoints", "plots"} <= names
 
 
+@pytest.mark.thorough
 def test_without_tracking_mlflow_is_not_imported(tmp_path: Path) -> None:
     (tmp_path / "mlflow.py").write_text("raise RuntimeError('mlflow was imported')")
     result = launch(*TINY, f"output_root={tmp_path}/out", PYTHONPATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.thorough
 def test_missing_mlflow_is_named(tmp_path: Path) -> None:
     (tmp_path / "mlflow.py").write_text("raise ImportError('no mlflow')")
     result = launch(*TINY, "tracking=mlflow", f"output_root={tmp_path}/out", PYTHONPATH=str(tmp_path))
@@ -239,6 +242,7 @@ def test_importing_the_config_and_the_tasks_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ), check=False).returncode == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("redirection", ["", "2>&1"])
 def test_a_run_whose_output_is_cut_off_saves_its_result(tmp_path: Path, redirection: str) -> None:
     arguments = shlex.join(

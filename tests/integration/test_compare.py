@@ -76,6 +76,7 @@ def test_a_probe_curve_starts_at_the_untrained_network_and_ends_at_the_final_res
     assert [seconds for seconds, _ in points] == sorted(seconds for seconds, _ in points)
 
 
+@pytest.mark.thorough
 def test_a_sweep_and_its_run_folders_give_the_same_comparison(trained: Path, compare, tmp_path: Path) -> None:
     names = [(levels, str(seed)) for levels in ("flat", "pyramid") for seed in (0, 1)]
     jobs = [Job(n, [f"levels={x}", f"seed={s}"], trained / f"{x}{s}", state="finished") for n, (x, s) in enumerate(names)]

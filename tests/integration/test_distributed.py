@@ -133,6 +133,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "default" / "r"
 
 
+@pytest.mark.thorough
 def test_a_stopped_run_continues_to_the_same_bits(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "default" / "r"
     process = start_two(tmp_path)
@@ -152,6 +153,7 @@ def test_a_stopped_run_continues_to_the_same_bits(uninterrupted: Path, tmp_path:
     assert steps == expected
 
 
+@pytest.mark.thorough
 def test_a_dead_process_ends_the_run_which_another_number_of_processes_continues(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "default" / "r"
     process = start_two(tmp_path)

@@ -22,6 +22,7 @@ config = hjepa.compose(*{overrides}, "name=quickstart")
 config.train.epochs = 1"""
 
 
+@pytest.mark.thorough
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "it is committed without outputs"
@@ -39,6 +40,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "outputs" / "default" / "quickstart" / "summary.json").exists()
 
 
+@pytest.mark.thorough
 def test_the_search_finds_the_query_and_its_copy_first(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for i in range(6):

@@ -104,6 +104,7 @@ def code_blocks(folder: Path) -> dict[str, str]:
     return dict(re.findall(r"^## (\S+)\n.*?```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE))
 
 
+@pytest.mark.thorough
 def test_an_export_says_what_becomes_of_transparency(exported: Path) -> None:
     assert json.loads((exported / "preprocess.json").read_text())["background"] == [255, 255, 255]
     assert "transparency composited onto the color [255, 255, 255]" in (exported / "README.md").read_text()
@@ -141,6 +142,7 @@ def test_summary_contains_the_comparison(exported: Path, opened: TrainedRun) -> 
     assert not [path for path in exported.parent.iterdir() if path.name.endswith(".tmp")]
 
 
+@pytest.mark.thorough
 def test_encoder_with_conv_stem_and_without_summary_tokens_is_exported(tmp_path: Path, run, monkeypatch) -> None:
     run(
         "levels=flat",

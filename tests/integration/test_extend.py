@@ -61,6 +61,7 @@ def test_a_finished_run_goes_on_as_the_run_of_the_full_length(run, tmp_path: Pat
     assert read_config(tmp_path / "default" / "r")["train"]["steps"] == 8
 
 
+@pytest.mark.thorough
 def test_a_run_with_wsd_that_was_stopped_before_its_decay_goes_on_exactly(run, tmp_path: Path, stop_at) -> None:
     options = (*SHORT, "schedule=wsd", "schedule.lr.decay=0.5", "schedule.lr.end=0", "teacher.half_life=20", "train.log_every=1")
     stop_at(tmp_path / "default" / "r", 5)

@@ -50,6 +50,7 @@ def test_a_run_of_own_classes_records_its_choices(trained: Path) -> None:
     assert config["choices"].items() >= {"masking": "checkerboard", "loss": "huber", "dataset": "noise"}.items()
 
 
+@pytest.mark.thorough
 def test_the_processes_of_a_sweep_find_own_classes_through_the_search_path(project: Path) -> None:
     """The job of the sweep has two processes of its own, and is named after its choices."""
     sweep = (f"hydra.searchpath=[file://{project}/conf]", "seed=1", "hardware.processes=2", "experiment_name=sweep")
@@ -107,6 +108,7 @@ def test_mistakes_get_one_sentence(project: Path, tmp_path: Path, arguments: lis
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 def test_a_slurm_job_finds_own_classes(project: Path, cluster: Path) -> None:
     short = [option for option in SHORT if not option.startswith("hardware")]
     slurm = ("hardware=slurm_cpu", "hardware.threads=1", "hydra.launcher.mem_gb=2", "hydra.launcher.poll_seconds=0.5")

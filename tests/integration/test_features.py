@@ -33,6 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "default" / "r"
 
 
+@pytest.mark.thorough
 def test_an_evaluation_has_a_row_per_layer_and_first_the_features_of_the_run(trained: Path) -> None:
     score = evaluate(trained, "protocol=all", *QUICK)
     rows = read_scores(trained)
@@ -49,6 +50,7 @@ def test_the_probe_of_training_reads_the_same_features_as_the_evaluation(trained
     assert rows["quality"]["trained/all stages"]["rankme"] == probe["rankme"]
 
 
+@pytest.mark.thorough
 def test_pictures_include_the_features_of_all_layers(trained: Path) -> None:
     run_config(compose("task=visualize", f"run={trained}", *COMMAND, "task.searched=20"))
     pictures = {Path(name).stem for name in read_summary(trained / "visualize")["pictures"]}
@@ -56,6 +58,7 @@ def test_pictures_include_the_features_of_all_layers(trained: Path) -> None:
     assert not any(name.startswith("attention") for name in pictures), "convolutions have no attention maps"
 
 
+@pytest.mark.thorough
 def test_an_export_has_the_features_of_all_layers(trained: Path) -> None:
     run_config(compose("task=export", f"run={trained}", *COMMAND, "task.formats=[onnx,torch_export]"))
     summary = read_summary(trained / "export")

@@ -1,6 +1,6 @@
 """A run that is killed at any moment and started again ends as if it had never been killed: all that it leaves is compared.
 
-HJEPA_KILLS is the number of kills, as in `HJEPA_KILLS=1000 pytest -s tests/integration/test_kills.py`.
+HJEPA_KILLS is the number of kills, as in `HJEPA_KILLS=1000 pytest -s -m thorough tests/integration/test_kills.py`.
 """
 
 import os
@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from hjepa.config.identity import identity
@@ -132,6 +133,7 @@ class Killer:
                 self.kills += 1
 
 
+@pytest.mark.thorough
 def test_runs_that_are_killed_at_random_moments_end_as_if_they_were_not(tmp_path: Path) -> None:
     import mlflow
 

@@ -98,6 +98,7 @@ def test_a_killed_or_failed_job_stops_no_other_and_only_unfinished_jobs_run_agai
     assert re.search(r"job 1 FAILED after \d+ s \(2 of 2\): train\.batch_size=100000: expected", again.stdout)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("number", "slots"), [(signal.SIGINT, min(2, num_cores())), (signal.SIGTERM, 1)])
 def test_an_interrupted_sweep_saves_all_running_jobs(tmp_path: Path, number: signal.Signals, slots: int) -> None:
     with sweep(tmp_path, *LONG, f"hardware.slots={slots}", "seed=0,1,2") as process:
@@ -123,6 +124,7 @@ def test_jobs_save_and_end_if_their_launcher_is_killed(tmp_path: Path) -> None:
     assert "the launching command was killed" in log.read_text()
 
 
+@pytest.mark.thorough
 def test_jobs_that_need_no_slot_of_another_go_on_without_the_command(tmp_path: Path) -> None:
     result = launch("--multirun", f"output_root={tmp_path}", *TINY, "train.epochs=1", "seed=0", "hydra.launcher.wait=false")
     assert result.returncode == 0, result.stderr

@@ -55,6 +55,7 @@ def fill(disk: Path) -> Path:
             return ballast
 
 
+@pytest.mark.thorough
 def test_a_full_disk_ends_the_run_in_one_sentence_and_loses_nothing(small_disk: Path, tmp_path: Path) -> None:
     command = [*tiny(*LONG), "train.epochs=6", "name=r"]
     folder, said = small_disk / "default" / "r", tmp_path / "said"
@@ -77,6 +78,7 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_loses_nothing(small_disk: 
     check_same(folder, tmp_path / "default" / "r")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("file", [".config.yaml.tmp", ".metrics.jsonl.tmp", ".summary.json.tmp", "run.log"])
 def test_a_file_that_cannot_be_written(file: str, tmp_path: Path) -> None:
     """Each on its own: the disk is full for this file only. The log is dispensable, the others end the run."""
@@ -92,6 +94,7 @@ def test_a_file_that_cannot_be_written(file: str, tmp_path: Path) -> None:
 # -- no memory ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_batch_too_large_for_the_memory(tmp_path: Path) -> None:
     said, folder = tmp_path / "said", tmp_path / "default" / "r"
     large = ["train.batch_size=220", "model.encoder.dim=384", "model.encoder.depth=12", "model.encoder.heads=6", "probe=none"]

@@ -70,6 +70,7 @@ def test_the_wheel_contains_all_files_of_the_package(wheel: Path) -> None:
     }
 
 
+@pytest.mark.thorough
 def test_the_command_trains_into_the_current_folder(hjepa: Command, tmp_path: Path) -> None:
     result = hjepa(*TINY, "train.epochs=1", "name=r")
     assert result.returncode == 0, result.stderr
@@ -95,12 +96,14 @@ def test_the_command_finds_its_options_and_sweeps(hjepa: Command, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 def test_a_sweep_runs_in_processes_of_the_installed_package(hjepa: Command, tmp_path: Path) -> None:
     result = hjepa("--multirun", *TINY, "train.epochs=1", "seed=0,1")
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "outputs" / "default").iterdir())) == 2
 
 
+@pytest.mark.thorough
 def test_the_python_api_works_in_the_current_folder(hjepa: Command, tmp_path: Path) -> None:
     code = f"import hjepa; print(hjepa.train(hjepa.compose(*{TINY}, 'train.epochs=1', 'name=r')).folder)"
     result = hjepa("-c", code, program="python")

@@ -10,6 +10,8 @@ import sys
 import termios
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.children import launch
 from tests.helpers.runs import ROOT, tiny
 
@@ -61,6 +63,7 @@ def screen_lines(output: str) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
+@pytest.mark.thorough
 def test_log_lines_stand_on_lines_of_their_own_beside_the_bars(tmp_path: Path) -> None:
     output = run_on_terminal(*tiny(f"output_root={tmp_path}", "name=r", "probe.every=1"))
     for bar in ("probing the untrained network:", "probing:", "step/s"):

@@ -165,6 +165,7 @@ def rows(output: str) -> dict[str, str]:
     return {line.split()[0]: line for line in lines if line[:1].isdigit()}
 
 
+@pytest.mark.thorough
 def test_failures_are_reported_and_stop_no_other_job(tmp_path: Path) -> None:
     """One job of five finishes; the others have a wrong config, fail in training, are killed, and are cancelled."""
     root = tmp_path / "elsewhere" / "out"
@@ -207,6 +208,7 @@ def test_failures_are_reported_and_stop_no_other_job(tmp_path: Path) -> None:
     assert [states[job["folder"]] for job in (fine, failing, cancelled)] == ["FINISHED", "FAILED", "KILLED"]
 
 
+@pytest.mark.thorough
 def test_the_death_of_any_rank_fails_the_job(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('SLURM_PROCID') == '1':\n    os._exit(3)\n")
     options = ("tracking=none", f"output_root={tmp_path}", "hydra.launcher.tasks_per_node=2", "hardware.processes=2")
@@ -215,6 +217,7 @@ def test_the_death_of_any_rank_fails_the_job(tmp_path: Path) -> None:
     assert "ended by SLURM as FAILED" in rows(result.stdout)["0"]
 
 
+@pytest.mark.thorough
 def test_the_tasks_of_a_job_are_the_processes_of_a_run(tmp_path: Path) -> None:
     options = ("tracking=none", f"output_root={tmp_path}", "name=r", "hydra.launcher.tasks_per_node=2", "hardware.processes=2")
     result = launch(*SUBMIT, *options)
@@ -222,6 +225,7 @@ def test_the_tasks_of_a_job_are_the_processes_of_a_run(tmp_path: Path) -> None:
     assert summary(tmp_path / "e" / "r")["device"].startswith("2 processes of cpu")
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_cancelled_while_it_waits_to_be_continued_is_stopped(tmp_path: Path) -> None:
     prepare_database(tmp_path)
     process = start(*SUBMIT, *LONG, "tracking=mlflow", f"output_root={tmp_path}", "name=r")
@@ -249,6 +253,7 @@ def test_a_run_that_is_cancelled_while_it_waits_to_be_continued_is_stopped(tmp_p
 # -- submission ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_submitted_job_keeps_its_config_and_reports_changed_code(tmp_path: Path) -> None:
     """Edit config and code while a job waits: it uses the submitted config, and logs and tags the change of the code."""
     source = tmp_path / "source"

@@ -30,6 +30,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)["model"]
 
 
+@pytest.mark.thorough
 def test_jobs_of_a_sweep_are_bitwise_equal_to_single_runs_and_are_tracked(tmp_path: Path) -> None:
     options = [option for option in TINY if not option.startswith("levels=")]
     options += ["tracking=mlflow", "experiment_name=e", "model.encoder.drop_path=0.2"]
@@ -83,6 +84,7 @@ def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
         run(compose("task=sweep", f"task.folder={tmp_path}"))
 
 
+@pytest.mark.thorough
 def test_duplicate_jobs_are_refused_and_a_mistyped_option_starts_nothing(tmp_path: Path) -> None:
     same = launch("--multirun", *TINY, f"output_root={tmp_path}", "train.epochs=1", "hardware.threads=1,2", "seed=0")
     assert same.returncode == 1
@@ -129,6 +131,7 @@ def test_trials_without_a_result_have_failed(tmp_path: Path) -> None:
         _ = second.return_value
 
 
+@pytest.mark.thorough
 def test_a_search_maximizes_the_result_and_the_same_command_with_more_trials_continues_it(tmp_path: Path) -> None:
     options = [*TINY, "train.epochs=1", "experiment_name=e", f"output_root={tmp_path}", f"hydra.sweep.dir={tmp_path}/search"]
     search = ["--multirun", "hydra/sweeper=optuna", "optimizer.lr=tag(log,interval(1e-4,1e-2))", *options]
@@ -145,6 +148,7 @@ def test_a_search_maximizes_the_result_and_the_same_command_with_more_trials_con
     assert best.best_value == max(job["results"]["linear"] for job in jobs if job["state"] == "finished")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SWEEPS)
 def test_prepared_sweep(name: str, tmp_path: Path) -> None:
     small = ["dataset.train=160", "dataset.test=10", "hardware=cpu", "hardware.threads=1", "tracking=none"]

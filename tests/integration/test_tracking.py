@@ -117,6 +117,7 @@ def use_database(root: Path, name: str) -> None:
     assert t.finish("FINISHED")
 
 
+@pytest.mark.thorough
 def test_eight_jobs_can_create_a_database_at_the_same_time(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / ".mlflow.db.tmp").write_bytes(b"of a process that was killed while it created the database")
@@ -179,6 +180,7 @@ def server(tmp_path: Path, monkeypatch) -> Iterator[Server]:
     server.kill()
 
 
+@pytest.mark.thorough
 def test_a_server_that_fails_and_returns(server: Server, run, tmp_path: Path, monkeypatch, caplog) -> None:
     """A run that ends in the meantime is sent by task=sync, also twice; a run that goes on sends what is missing itself."""
     folder, other = tmp_path / "default" / "r", tmp_path / "other"
@@ -228,6 +230,7 @@ def test_the_same_command_sends_a_run_that_was_killed_at_its_end(run, tmp_path: 
     check_complete(client(tmp_path), tmp_path / "default" / "r")
 
 
+@pytest.mark.thorough
 def test_sync_copies_a_run_to_another_database(run, tmp_path: Path, capsys) -> None:
     run("name=r")
     folder = tmp_path / "default" / "r"
@@ -319,6 +322,7 @@ def test_an_orphaned_worker_does_not_keep_the_lock(tmp_path: Path) -> None:
 # -- other trackers ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_several_trackers_at_once(run, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -348,6 +352,7 @@ def test_several_trackers_at_once(run, tmp_path: Path) -> None:
         assert [e.step for e in events.Scalars(key)] == [r["step"] for r in records if key in r], key
 
 
+@pytest.mark.thorough
 def test_offline_wandb_keeps_one_run_in_the_folder(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed: pip install -e '.[wandb]' to test it")
     """Mode and project come from the variables of W&B; the pictures and histograms are in the run as well."""

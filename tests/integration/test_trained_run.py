@@ -27,6 +27,7 @@ def reopen(folder: Path, checkpoint: str | None = None, root: str | None = None)
     return load_run(resolve(compose(f"run={folder}", "hardware=cpu", "hardware.threads=1", "tracking=none")), checkpoint, root)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [None, "latest", "best", "epoch-00001.pt"])
 def test_the_model_has_the_weights_of_the_checkpoint(trained: Path, name: str | None) -> None:
     run = reopen(trained, name)

@@ -80,6 +80,7 @@ def test_the_same_command_draws_the_same_pictures(trained: Path) -> None:
     assert pixels[0] == pixels[1]
 
 
+@pytest.mark.thorough
 def test_run_across_views_has_a_picture_of_views_instead_of_masks(tmp_path: Path) -> None:
     folder = train(tmp_path, "w", *VIEWS, "dataset.views=2", "probe=none")
     assert {file.stem for file in (folder / "plots").glob("*.png")} == {"curves", "views"}
@@ -118,6 +119,7 @@ def test_outline_of_a_crop_marks_its_pixels() -> None:
         assert image[index].float().mean() / 255 < 0.999
 
 
+@pytest.mark.thorough
 def test_run_without_levels_has_all_pictures_except_predictions(tmp_path: Path) -> None:
     folder = train(tmp_path, "l", "levels=none", "masking=none", "dataset.views=2", "probe=none")
     visualize(folder)

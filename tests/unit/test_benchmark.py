@@ -26,7 +26,6 @@ def read_summary(root: Path) -> dict[str, Any]:
     return contents
 
 
-@pytest.mark.slow
 def test_benchmark_is_printed_and_tracked(run: Run, tmp_path: Path, capsys) -> None:
     prepare_database(tmp_path)
     speed = run(*STEPS, "tracking=mlflow", "tracking.mlflow.system_metrics=false", "projector=mlp")
@@ -68,7 +67,7 @@ def test_phases_are_disjoint_and_add_up_to_the_step(accumulate: int) -> None:
     assert named[-1] < 0.1 * total, "the named phases cover the step, also between micro-batches"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_measurements_of_two_processes_are_combined(run: Run, tmp_path: Path) -> None:
     summaries = []
     for processes in (1, 2):
@@ -91,7 +90,7 @@ def folder_of_images(folder: Path, count: int) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_slow_decoding_is_recognized_as_bound_by_data(run: Run, tmp_path: Path) -> None:
     files = folder_of_images(tmp_path / "images", 20)
     options = (*SMALLEST, *STEPS, "dataset=image_folder", f"dataset.root={files}", "dataset.validation=0.2")
@@ -105,7 +104,7 @@ def test_slow_decoding_is_recognized_as_bound_by_data(run: Run, tmp_path: Path) 
     assert in_memory["decoded_per_second"] is None
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_step_that_hardly_depends_on_its_batch_is_bound_by_launch(run: Run, tmp_path: Path) -> None:
     run(*SMALLEST, *STEPS, "dataset.train=60")
     assert read_summary(tmp_path)["bound"] == "launch"

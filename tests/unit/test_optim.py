@@ -467,8 +467,8 @@ def test_every_optimizer_trains_and_resumes_bit_for_bit(kind: str, tmp_path: Pat
     assert [name for (name, a), b in pairs if not torch.equal(a, b)] == []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.slow
 def test_every_optimizer_lowers_the_loss(kind: str) -> None:
     t = trainer(
         f"optimizer={kind}",

@@ -9,7 +9,6 @@ from hjepa.config.errors import UserError
 from tests.helpers.runs import build_components
 
 
-@pytest.mark.slow
 def test_pretrained_initializes_student_and_teacher_and_init_from_the_whole_model(run, tmp_path: Path) -> None:
     run("name=source", "seed=5", "train.epochs=1")
     source = tmp_path / "default" / "source"
@@ -22,7 +21,7 @@ def test_pretrained_initializes_student_and_teacher_and_init_from_the_whole_mode
     assert all(torch.equal(initialized[name], weights[name]) for name in weights)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_with_other_initial_weights_is_another_run(run, tmp_path: Path) -> None:
     run("name=source", "train.epochs=1")
     run("name=next", "train.epochs=1", f"init_from={tmp_path}/default/source")
@@ -30,8 +29,8 @@ def test_a_run_with_other_initial_weights_is_another_run(run, tmp_path: Path) ->
         run("name=next", "train.epochs=1")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("option", ["init_from", "model.pretrained"])
-@pytest.mark.slow
 def test_weights_of_another_shape_are_refused_with_the_names_of_the_parameters(run, tmp_path: Path, option: str) -> None:
     run("name=source", "train.epochs=1")
     source = tmp_path / "default" / "source"

@@ -118,7 +118,6 @@ def collapsing(monkeypatch):
 COLLAPSE = ("regularizer=vicreg", "train.epochs=1", "train.batch_size=6", "optimizer.lr=0.01", "schedule.lr.warmup_epochs=0")
 
 
-@pytest.mark.slow
 def test_a_collapsed_run_is_reported_as_collapsed_within_an_epoch(run, tmp_path, capsys, collapsing) -> None:
     run(*COLLAPSE, "name=c", "teacher.momentum.start=0.5", "teacher.momentum.end=0.5")
     assert "COLLAPSED" in capsys.readouterr().out
@@ -127,7 +126,6 @@ def test_a_collapsed_run_is_reported_as_collapsed_within_an_epoch(run, tmp_path,
     assert "collapse:" in summary["reason"]
 
 
-@pytest.mark.slow
 def test_stop_on_collapse_ends_the_run(run, tmp_path, collapsing) -> None:
     with pytest.raises(UserError, match=r"collapsed at step 36 .*collapse"):
         run(
@@ -140,7 +138,7 @@ def test_stop_on_collapse_ends_the_run(run, tmp_path, collapsing) -> None:
         )
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_probing_does_not_disturb_training(run, tmp_path) -> None:
     weights = []
     for every in (1, 100):
@@ -149,7 +147,6 @@ def test_probing_does_not_disturb_training(run, tmp_path) -> None:
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
-@pytest.mark.slow
 def test_the_loss_of_a_constant_prediction_is_recorded_with_the_held_out_loss(run, tmp_path) -> None:
     run("name=r")
     records = [json.loads(line) for line in (tmp_path / "default" / "r" / "metrics.jsonl").read_text().splitlines()]

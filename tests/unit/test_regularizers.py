@@ -126,8 +126,8 @@ def trained_rank(regularizer: str) -> float:
     return effective_rank(z - z.mean(0))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("option", ["vicreg", "sigreg"])
-@pytest.mark.slow
 def test_each_regularizer_raises_the_rank_of_a_collapsing_run(option: str) -> None:
     assert trained_rank(option) > 1.5 * trained_rank("none")
 

@@ -220,7 +220,7 @@ def test_fade_is_no_statistic_of_colors() -> None:
     assert model.score(statistics[2000:], labels["fade"][2000:].numpy()) < 0.22  # chance is 0.167
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_labels_are_not_linear_in_the_pixels(train: Sample, test: Sample) -> None:
     """A ridge classifier on pixels stays near chance (10 % and 17 %), so that all labels require learning."""
     pixels, test_pixels = (images.flatten(1).numpy().astype(np.float32) for images, _ in (train, test))

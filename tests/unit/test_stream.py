@@ -62,7 +62,6 @@ def test_prefetching_does_not_touch_the_global_generator(root: Path) -> None:
     stream.close()
 
 
-@pytest.mark.slow
 def test_a_streamed_run_equals_one_in_memory_bit_for_bit(root: Path, run, tmp_path: Path) -> None:
     runs = {"memory": options(root, 0, 1.0), "stream": options(root, 2)}
     scores = {name: run(*overrides, f"name={name}") for name, overrides in runs.items()}
@@ -73,13 +72,12 @@ def test_a_streamed_run_equals_one_in_memory_bit_for_bit(root: Path, run, tmp_pa
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.slow
 def test_where_images_are_decoded_does_not_change_the_identity_of_a_run(root: Path, run, tmp_path: Path, capsys) -> None:
     assert run(*options(root, 0, 1.0)) == run(*options(root, 2))
     assert "overwrite=true" in capsys.readouterr().out, "the second start finds the finished run"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_sigterm_to_the_whole_group_saves_and_the_same_command_gives_the_same_bits(root: Path, run, tmp_path: Path) -> None:
     long = ("train.epochs=12", "train.log_every=1", "probe.every=100", "experiment_name=e", "name=r")
     command = tiny(*options(root, 2, 0.0, *long), f"output_root={tmp_path}")
@@ -137,7 +135,6 @@ def test_a_bug_in_a_worker_is_not_hidden(root: Path, monkeypatch, workers: int) 
     stream.close()
 
 
-@pytest.mark.slow
 def test_only_indexed_images_are_decoded(root: Path, monkeypatch) -> None:
     decoded = []
     read = files_module.read_image
@@ -155,7 +152,6 @@ def test_only_indexed_images_are_decoded(root: Path, monkeypatch) -> None:
     assert torch.equal(chosen.labels["class"], same.labels["class"])
 
 
-@pytest.mark.slow
 def test_a_streamed_run_decodes_no_more_than_it_uses(root: Path, run, monkeypatch) -> None:
     """Only the check of the images, the preview, the monitor and the probe decode into memory; training images are streamed."""
     counts = []

@@ -57,7 +57,6 @@ def test_a_gain_that_is_the_same_for_every_seed_has_no_error(results: Scores, ga
 
 
 @given(scores, scores)
-@pytest.mark.slow
 def test_only_common_seeds_count_and_the_order_reverses_the_sign(a: Scores, b: Scores) -> None:
     forward, backward = difference(a, b), difference(b, a)
     assert forward["count"] == backward["count"] == len(a.keys() & b.keys())

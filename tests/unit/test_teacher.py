@@ -73,7 +73,6 @@ def frozen_step(*overrides: str) -> tuple[torch.Tensor, torch.Tensor]:
     return before, weight(t.model.teacher)
 
 
-@pytest.mark.slow
 def test_a_frozen_teacher_has_the_weights_of_its_source_and_keeps_them(run, tmp_path: Path) -> None:
     run("name=source", "seed=5", "train.epochs=1")
     source = tmp_path / "default" / "source"
@@ -84,7 +83,7 @@ def test_a_frozen_teacher_has_the_weights_of_its_source_and_keeps_them(run, tmp_
         assert torch.equal(after, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_frozen_teacher_includes_the_teachers_of_stacked_levels(run, tmp_path: Path) -> None:
     run("name=source", "seed=5", "train.epochs=1", "levels=stacked")
     source = tmp_path / "default" / "source"

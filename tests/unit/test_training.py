@@ -75,7 +75,6 @@ def test_accumulation_equals_the_large_batch() -> None:
     assert all(torch.allclose(a[k], b[k], atol=1e-5) for a, b in zip(terms, split_terms, strict=True) for k in a)
 
 
-@pytest.mark.slow
 def test_same_seed_same_bits_other_seed_other_bits() -> None:
     def weights(seed: int) -> torch.Tensor:
         t = trainer(f"seed={seed}", "model.encoder.drop_path=0.2")
@@ -127,7 +126,7 @@ def test_meter_means_are_means_not_last_values() -> None:
     assert meter.epoch_means() == {}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_terms_hold_no_graph_and_memory_stays_bounded() -> None:
     t = trainer("train.log_every=1000000")
 
@@ -159,7 +158,6 @@ class FailingRegularizer(VICReg):
         return {name: factor * value for name, value in super().terms(features, num_global).items()}
 
 
-@pytest.mark.slow
 def test_a_nan_stops_the_run_names_the_batch_and_leaves_a_good_checkpoint(run, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("hjepa.losses.VICReg", FailingRegularizer)
     with pytest.raises(UserError, match=r"step 12 is not finite.*\[\d+, \d+"):
@@ -186,7 +184,6 @@ def test_invalid_lengths_are_refused(override: str, message: str) -> None:
         trainer(override)
 
 
-@pytest.mark.slow
 def test_every_option_of_the_groups_takes_a_step() -> None:
     groups = {
         "levels": ("flat", "pyramid", "depth", "summary", "pyramid_summary"),

@@ -155,7 +155,6 @@ def test_workers_end_with_the_process_that_started_them(root: Path, tmp_path: Pa
     assert not alive
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_whose_workers_are_blocked(root: Path, tmp_path: Path, number: signal.Signals) -> None:
     long = ("train.epochs=30", "train.log_every=1", "probe=none", "name=r", f"output_root={tmp_path}")
@@ -177,7 +176,7 @@ def test_a_signal_ends_a_run_whose_workers_are_blocked(root: Path, tmp_path: Pat
     assert not any(worker.is_running() for worker in workers)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_workers_that_are_not_forked_return_the_same_batches(root: Path, monkeypatch) -> None:
     """As on macOS."""
     stream, memory = stream_of(root, 1), stream_of(root, 0)

@@ -1,8 +1,8 @@
 """Fixtures that all tests share, and the order in which test files run."""
 
-import gc
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -32,15 +32,27 @@ LONGEST = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the files by `LONGEST`; the order within a file stays."""
+    """Sort the files by `LONGEST`, and choose which tests one process runs: those of a file that share a fixture.
+
+    Unit tests, which are short, stay with those of their file.
+    """
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    for item in items:
+        alone = "integration" in item.path.parts and not shares_a_fixture(item)
+        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.stem))
+
+
+def shares_a_fixture(item: pytest.Item) -> bool:
+    """Return whether a test uses a fixture that is made once for a file or for all of them."""
+    fixtures = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
+    return any(fixture.scope in ("module", "session") for (*_, fixture) in fixtures if "tests" in fixture.baseid)
 
 
 def pytest_collection_finish() -> None:
-    """Let the garbage collector pass over the modules, which it would otherwise visit thousands of times."""
-    gc.freeze()
-    gc.set_threshold(20_000, 20)
+    """Let the garbage collector pass over the modules."""
+    import_module("tests.helpers.freeze")
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from timm.layers.norm import GroupNorm1
 from torch import Tensor, nn
@@ -91,6 +92,24 @@ class ConvEncoder(Encoder):
         return {name: 0 if name.startswith("stem.") else int(name.split(".")[1]) + 1 for name, _ in self.named_parameters()}
 
 
+class SmallMapConv2d(nn.Conv2d):
+    """A convolution that a CPU computes as one matrix product where its input has at most 3x3 cells.
+
+    The result is the same. On processors without AVX-512, the convolution of such maps, as local crops have them, takes up to
+    twice as long as the matrix product, mainly because of the gradient of the weights.
+    """
+
+    def forward(self, x: Float[Tensor, "m c h w"]) -> Float[Tensor, "m d _ _"]:
+        """Return the convolution of x."""
+        small = x.device.type == "cpu" and max(x.shape[-2:]) <= 3
+        if not small or self.kernel_size != (3, 3) or self.stride != (1, 1):
+            return super().forward(x)
+        height, width = x.shape[-2:]
+        cells = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)
+        neighbors = torch.cat([cells[:, i : i + height, j : j + width] for i in range(3) for j in range(3)], dim=-1)
+        return (neighbors @ self.weight.permute(2, 3, 1, 0).flatten(0, 2)).permute(0, 3, 1, 2)
+
+
 class ConvUnit(nn.Module):
     """A convolution without bias, optional 2x2 max-pooling, a norm and GELU.
 
@@ -105,7 +124,7 @@ class ConvUnit(nn.Module):
     def __init__(self, dim: int, out: int, norm: str, stride: int = 1, pool: bool = False) -> None:
         super().__init__()
         kernel = stem_kernel(stride)
-        self.conv = nn.Conv2d(dim, out, kernel, stride, kernel // 2, bias=False)
+        self.conv = SmallMapConv2d(dim, out, kernel, stride, kernel // 2, bias=False)
         self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
         self.norm, self.act = NORMS[norm](out), nn.GELU()
 

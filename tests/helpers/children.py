@@ -21,7 +21,10 @@ from tests.helpers.runs import ROOT
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
-    ["hjepa.tasks.train", "hjepa.tracking.mlflow", "mlflow.store.tracking.sqlalchemy_store", "tests.helpers.runs"]
+    [
+        *("hjepa.tasks.train", "hjepa.tracking.mlflow", "mlflow.store.tracking.sqlalchemy_store", "tests.helpers.runs"),
+        "tests.helpers.freeze",
+    ]
 )
 
 

@@ -101,7 +101,7 @@ def test_the_processes_share_each_accumulated_part_of_a_batch() -> None:
 # -- the command line --------------------------------------------------------------------------------------------------
 
 OPTIONS = [o for o in TINY if not o.startswith(("dataset.train", "train.epochs"))] + [
-    *("dataset.train=800", "train.epochs=2", "optimizer.eps=1e-3", "hardware.processes=2"),
+    *("dataset.train=400", "train.epochs=2", "optimizer.eps=1e-3", "hardware.processes=2"),
 ]
 
 

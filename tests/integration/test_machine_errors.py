@@ -57,7 +57,7 @@ def fill(disk: Path) -> Path:
 
 @pytest.mark.thorough
 def test_a_full_disk_ends_the_run_in_one_sentence_and_loses_nothing(small_disk: Path, tmp_path: Path) -> None:
-    command = [*tiny(*LONG), "train.epochs=6", "name=r"]
+    command = [*tiny(*LONG), "name=r"]
     folder, said = small_disk / "default" / "r", tmp_path / "said"
     process = begin(run_config, [*command, f"output_root={small_disk}"], said)
     while process.is_alive() and not (folder / "metrics.jsonl").exists():

@@ -101,11 +101,3 @@ def test_a_sweep_runs_in_processes_of_the_installed_package(hjepa: Command, tmp_
     result = hjepa("--multirun", *TINY, "train.epochs=1", "seed=0,1")
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "outputs" / "default").iterdir())) == 2
-
-
-@pytest.mark.thorough
-def test_the_python_api_works_in_the_current_folder(hjepa: Command, tmp_path: Path) -> None:
-    code = f"import hjepa; print(hjepa.train(hjepa.compose(*{TINY}, 'train.epochs=1', 'name=r')).folder)"
-    result = hjepa("-c", code, program="python")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == f"{tmp_path}/outputs/default/r"

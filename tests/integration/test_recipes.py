@@ -33,8 +33,11 @@ def test_recipe_takes_two_steps(recipe: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("dataset", ["image_folder", "mixture", "imagenet100", "cifar10"])
+@pytest.mark.parametrize(
+    ("recipe", "dataset"),
+    [(recipe, "image_folder") for recipe in RECIPES]
+    + [(recipe, dataset) for recipe in OF_EVERY_KIND for dataset in ("mixture", "imagenet100", "cifar10")],
+)
 def test_recipe_fits_every_kind_of_dataset(recipe: str, dataset: str) -> None:
     roots = {"mixture": ["dataset.roots=[a,b]"], "cifar10": []}.get(dataset, ["dataset.root=a"])
     check(resolve(compose(f"experiment={recipe}", f"dataset={dataset}", *roots)))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from hjepa.config.errors import UserError
-from hjepa.models.conv import ConvEncoder, ConvStage, ConvUnit
+from hjepa.models.conv import ConvEncoder, ConvStage, ConvUnit, SmallMapConv2d
 from hjepa.models.maps import apply_to_cells, cell_index, map_tokens, stem_kernel, stem_stride
 
 
@@ -45,6 +45,23 @@ def test_batch_statistics_are_those_of_the_visible_cells() -> None:
     cells = map_tokens(inputs[0], cell_index(keep[:, 0], 4, 4)).flatten(0, 1)
     torch.testing.assert_close(encoder.blocks[0].down.norm.running_mean, 0.1 * cells.mean(0))
     torch.testing.assert_close(encoder.blocks[0].down.norm.running_var, 0.9 + 0.1 * cells.var(0))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (2, 3), (3, 3), (4, 3)])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1)])
+def test_on_a_small_map_the_matrix_product_is_the_convolution(size: tuple[int, int], kernel: int, stride: int) -> None:
+    torch.manual_seed(0)
+    conv = SmallMapConv2d(5, 7, kernel, stride, kernel // 2, bias=False).double()
+    x = torch.randn(4, 5, *size, dtype=torch.double, requires_grad=True)
+    actual, expected = conv(x), nn.functional.conv2d(x, conv.weight, None, stride, kernel // 2)
+    torch.testing.assert_close(actual, expected)
+    gradient = torch.randn_like(expected)
+    for output, of_conv2d in zip(
+        torch.autograd.grad(actual, [x, conv.weight], gradient),
+        torch.autograd.grad(expected, [x, conv.weight], gradient),
+        strict=True,
+    ):
+        torch.testing.assert_close(output, of_conv2d)
 
 
 def test_with_group_norm_images_do_not_depend_on_each_other() -> None:

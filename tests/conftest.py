@@ -4,9 +4,11 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
+from xdist.scheduler import LoadScopeScheduling
 
 from hjepa.distributed.resources import num_cores
 from tests.helpers.cluster import cluster
@@ -32,22 +34,29 @@ LONGEST = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+# The tests of these files take long and share no fixture: any process may run any of them. Those of other files stay together.
+INDEPENDENT = (
+    *("test_cli", "test_examples", "test_extend", "test_kills", "test_local_sweep", "test_machine_errors"),
+    *("test_mlflow_copies", "test_progress", "test_recipes", "test_resume", "test_sweep", "test_tracking"),
+)
+
+
+class Scheduling(LoadScopeScheduling):
+    """Gives the tests of a file to the same process, except those of `INDEPENDENT`."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return nodeid if Path(file).stem in INDEPENDENT else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    """Return the object that distributes the tests."""
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the files by `LONGEST`, and choose which tests one process runs: those of a file that share a fixture.
-
-    Unit tests, which are short, stay with those of their file.
-    """
+    """Sort the files by `LONGEST`; the order within a file stays."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
-    for item in items:
-        alone = "integration" in item.path.parts and not shares_a_fixture(item)
-        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.stem))
-
-
-def shares_a_fixture(item: pytest.Item) -> bool:
-    """Return whether a test uses a fixture that is made once for a file or for all of them."""
-    fixtures = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
-    return any(fixture.scope in ("module", "session") for (*_, fixture) in fixtures if "tests" in fixture.baseid)
 
 
 def pytest_collection_finish() -> None:

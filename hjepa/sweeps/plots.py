@@ -38,7 +38,7 @@ def plot_results(comparison: Comparison, title: str, path: Path) -> None:
     """Plot the metric of a comparison and other metrics of interest, each in a panel.
 
     The option with the most values is the horizontal axis, and every combination of the other options is a line. The result of
-    the untrained network is drawn beside that of a probe.
+    the network with random weights is drawn beside that of a probe.
     """
     several = BENCHMARK_METRICS if comparison.metric == "images_per_second" else TRAINING_METRICS
     metrics = [key for key in dict.fromkeys([comparison.metric, *several]) if comparison.values(key)]
@@ -71,7 +71,7 @@ def plot_metric(axis: Axes, comparison: Comparison, key: str) -> None:
     untrained = comparison.values(key.replace("probe", "untrained")) if key.startswith("probe.") else {}
     if untrained:
         level = mean(value for values in untrained.values() for value in values)
-        axis.axhline(level, color="0.5", linestyle=":", label="untrained network")
+        axis.axhline(level, color="0.5", linestyle=":", label="random weights")
     rotate = max(map(len, ticks)) * len(ticks) > 40
     axis.set_xticks(range(len(ticks)), [tick or "(none)" for tick in ticks], rotation=20 if rotate else 0)
     axis.set(xlim=(-0.5, len(ticks) - 0.5), xlabel=option)
@@ -139,7 +139,7 @@ def plot_progress(comparison: Comparison, title: str, path: Path) -> list[Path]:
         axis.grid(alpha=0.3)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=max(1, 110 // (max(map(len, labels)) + 8)))
-    figure.suptitle(f"{title}: accuracy over time\none line per run, starting at the untrained network", fontsize=10)
+    figure.suptitle(f"{title}: accuracy over time\none line per run, from before the training on", fontsize=10)
     save_figure(figure, path)
     return [path]
 

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hjepa.config.errors import UserError
 from hjepa.config.identity import flatten
+from hjepa.config.passwords import hide_passwords
 from hjepa.sweeps.job import Job
 from hjepa.sweeps.tables import Comparison, default_metric, lookup, results
 from hjepa.tracking.atomic import atomic_write
@@ -46,7 +47,8 @@ class Sweep:
     def save(self, jobs: list[Job]) -> None:
         """Write sweep.json."""
         rows = [{key: getattr(job, key) for key in SAVED_FIELDS} | {"results": results(job.summary)} for job in jobs]
-        atomic_write(self.file, json.dumps({"sweep": self.folder.name, "jobs": rows}, indent=2, default=str) + "\n")
+        content = {"sweep": self.folder.name, "jobs": hide_passwords(rows)}
+        atomic_write(self.file, json.dumps(content, indent=2, default=str) + "\n")
 
     def link_log(self, number: int, log: Path) -> Path:
         """Let N.log of this folder be a link to the log of a job, and return it."""

@@ -120,6 +120,12 @@ def test_a_failed_job_stays_failed_until_its_run_is_continued(tmp_path: Path) ->
     assert sweep.load()[0].folder == failed.folder
 
 
+def test_the_file_of_a_sweep_contains_no_password(tmp_path: Path) -> None:
+    Sweep(tmp_path).save([job(0, tmp_path, **{"tracking.mlflow.uri": "http://user:secret@host"})])
+    assert "secret" not in (tmp_path / "sweep.json").read_text()
+    assert Sweep(tmp_path).load()[0].overrides == ["tracking.mlflow.uri=http://user:***@host"]
+
+
 def test_trials_without_a_result_have_failed(tmp_path: Path) -> None:
     good, bad = job(0, tmp_path, linear=0.7), job(1, tmp_path)
     good.update_from_summary(json.loads((good.folder / "summary.json").read_text()))

@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Let the garbage collector pass over the modules."""
+    """Exclude the loaded modules from garbage collection."""
     import_module("tests.helpers.freeze")
 
 

@@ -93,10 +93,10 @@ class ConvEncoder(Encoder):
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """A convolution that a CPU computes as one matrix product where its input has at most 3x3 cells.
+    """A convolution without bias; on small maps, a 3x3 convolution with stride 1 is computed as one matrix product.
 
-    The result is the same. On processors without AVX-512, the convolution of such maps, as local crops have them, takes up to
-    twice as long as the matrix product, mainly because of the gradient of the weights.
+    The result is the same. On a CPU, and where the input has at most 3x3 cells, as the last stage has for local crops, the matrix
+    product takes as little as half of the time (measured on an AMD EPYC without AVX-512).
     """
 
     def forward(self, x: Float[Tensor, "m c h w"]) -> Float[Tensor, "m d _ _"]:

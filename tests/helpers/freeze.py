@@ -1,4 +1,4 @@
-"""Lets the garbage collector pass over the modules that are loaded, which it would otherwise visit thousands of times."""
+"""Importing this module excludes all objects that exist, such as loaded modules, from garbage collection, to save time."""
 
 import gc
 

@@ -9,9 +9,9 @@ from typing import Any
 
 HIDDEN = "***"
 
-PATTERNS = (
-    re.compile(r"(\bhttps?://[^\s:/@]*:)[^\s/]*(?=@)"),
-    re.compile(r"(\b(?!https?:)[a-z][\w+.-]*://[^\s:/@]*:)\S*(?=@)"),  # passwords of databases may contain a slash
+PATTERNS = (  # Hydra writes colons in the overrides of a sweep as `\:`
+    re.compile(r"(\bhttps?\\*://[^\s:/@]*:)[^\s/]*(?=@)"),
+    re.compile(r"(\b(?!https?\\*:)[a-z][\w+.-]*\\*://[^\s:/@]*:)\S*(?=@)"),  # passwords of databases may contain a slash
     re.compile(r"([?&](?:password|passwd|token|sslpassword)=)[^&\s'\"]+"),
 )
 

@@ -59,6 +59,7 @@ def launch(
     if is_search and not options["wait"]:
         raise UserError("hydra.launcher.wait=false: a search needs the results of its jobs; leave it out.")
     sweep = Sweep(Path(sweep_config.hydra.sweep.dir).expanduser().absolute())
+    sweep.hide_passwords()
     executor = build_executor(cluster, options)
     jobs = plan_jobs(loader, sweep_config, overrides, first)
     import_this_copy()

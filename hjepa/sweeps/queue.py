@@ -109,7 +109,8 @@ class Queue(ABC):
             time.sleep(min(SLICE_SECONDS, self.poll_seconds))
 
     def register(self, job: Job, submitted: submitit.Job[Any]) -> None:
-        """Remember a submitted job, and link its log as N.log in the sweep folder."""
+        """Remember a submitted job, link its log as N.log in the sweep folder, and let only its owner read its config."""
+        submitted.paths.submitted_pickle.chmod(0o600)
         self.submitted[job.number] = submitted
         job.reason, job.log = "", self.sweep.link_log(job.number, submitted.task(0).paths.stdout)
 

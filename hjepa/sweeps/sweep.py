@@ -4,6 +4,7 @@ A launcher plans the jobs, runs them, calls `Sweep.save` whenever the state of a
 All results are read from the run folders, so table and plots can be made again at any time (`task=sweep`).
 
     sweep.json                             jobs, their states and results, for programs
+    multirun.yaml                          the config of the whole sweep, from Hydra
     table.txt, sweep.png, progress.png     the same for people
     N.log                                  link to the output of job N
     submitit/, submitit.log                pickles, scripts and logs of submitit; messages of its own processes
@@ -49,6 +50,12 @@ class Sweep:
         rows = [{key: getattr(job, key) for key in SAVED_FIELDS} | {"results": results(job.summary)} for job in jobs]
         content = {"sweep": self.folder.name, "jobs": hide_passwords(rows)}
         atomic_write(self.file, json.dumps(content, indent=2, default=str) + "\n")
+
+    def hide_passwords(self) -> None:
+        """Hide the passwords in the config that Hydra's sweeper has written into the folder."""
+        file = self.folder / "multirun.yaml"
+        if file.exists():
+            atomic_write(file, hide_passwords(file.read_text()))
 
     def link_log(self, number: int, log: Path) -> Path:
         """Let N.log of this folder be a link to the log of a job, and return it."""
@@ -135,6 +142,16 @@ def runs_a_search(config: DictConfig) -> bool:
     return config.hydra.runtime.choices["hydra/sweeper"] != "basic"
 
 
+def check_storage(config: DictConfig) -> None:
+    """Raise a UserError for a search in a database: Optuna 2.10, which hydra-optuna-sweeper requires, fails with SQLAlchemy 2."""
+    storage = config.hydra.sweeper.get("storage")
+    if storage and not str(storage).startswith("redis"):
+        raise UserError(
+            f"hydra.sweeper.storage={storage}: Optuna 2.10 cannot use a database through SQLAlchemy 2; leave the option out: the "
+            "same command continues a search, also with more trials."
+        )
+
+
 class SweepStart(Callback):
     """Hydra callback that prepares a sweep for any launcher: takes its folder, and passes its name on to the jobs' trackers.
 
@@ -151,9 +168,10 @@ class SweepStart(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir).expanduser().absolute()
         try:
+            check_storage(config)
             check_writable(folder)
         except UserError as error:
-            sys.exit(str(error))  # Hydra would only warn of any other exception here, and fail later
+            sys.exit(hide_passwords(str(error)))  # Hydra would only warn of any other exception here, and fail later
         if "${now:" in OmegaConf.to_container(config.hydra.sweep, resolve=False)["dir"]:  # type: ignore[call-overload, index]
             folder = take_folder(folder)
         config.hydra.sweep.dir = str(folder)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -122,6 +123,8 @@ def test_jobs_save_and_end_if_their_launcher_is_killed(tmp_path: Path) -> None:
         wait_until(lambda: not job_processes(tmp_path))
     (log,) = tmp_path.glob("sweeps/*/0.log")
     assert "the launching command was killed" in log.read_text()
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in log.resolve().parent.glob("*_submitted.pkl")}
+    assert modes == {0o600}, "configs of jobs contain passwords"
 
 
 @pytest.mark.thorough

@@ -120,10 +120,22 @@ def test_a_failed_job_stays_failed_until_its_run_is_continued(tmp_path: Path) ->
     assert sweep.load()[0].folder == failed.folder
 
 
-def test_the_file_of_a_sweep_contains_no_password(tmp_path: Path) -> None:
+def test_the_files_of_a_sweep_contain_no_password(tmp_path: Path) -> None:
+    (tmp_path / "multirun.yaml").write_text("tracking: {mlflow: {uri: 'http://user:secret@host'}}\nseed: 0\n")
     Sweep(tmp_path).save([job(0, tmp_path, **{"tracking.mlflow.uri": "http://user:secret@host"})])
+    Sweep(tmp_path).hide_passwords()
     assert "secret" not in (tmp_path / "sweep.json").read_text()
+    assert (tmp_path / "multirun.yaml").read_text() == "tracking: {mlflow: {uri: 'http://user:***@host'}}\nseed: 0\n"
     assert Sweep(tmp_path).load()[0].overrides == ["tracking.mlflow.uri=http://user:***@host"]
+
+
+def test_a_search_in_a_database_is_refused(tmp_path: Path) -> None:
+    storage = "hydra.sweeper.storage=mysql://user:secret@host/db"
+    result = launch("--multirun", "hydra/sweeper=optuna", "seed=choice(0,1)", storage, f"output_root={tmp_path}")
+    assert result.returncode == 1
+    assert result.stderr.startswith("hydra.sweeper.storage=mysql://user:***@host/db: Optuna 2.10 cannot use a database")
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_trials_without_a_result_have_failed(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ HIDDEN = {
     "postgresql+psycopg2://user:se/cr@et@host/db": "postgresql+psycopg2://user:***@host/db",
     "mysql://user:@secret@host": "mysql://user:***@host",
     "postgresql://host/db?user=a&password=secret&x=1": "postgresql://host/db?user=a&password=***&x=1",
+    r"tracking.mlflow.uri=http\://user\:secret@host": r"tracking.mlflow.uri=http\://user\:***@host",
+    r"tracking.mlflow.uri=mysql\\://user\\:secret@host": r"tracking.mlflow.uri=mysql\\://user\\:***@host",
     "failed (http://u:secret@h) and (mysql://u:secret@h)": "failed (http://u:***@h) and (mysql://u:***@h)",
 }
 

@@ -2,7 +2,7 @@
 
 Everything that lists images uses this module: class folders, folders of images without classes, and `task=features`. Left out
 are hidden files and folders (whose names begin with a dot, such as `.ipynb_checkpoints` and the `._` files of macOS), those of
-operating systems and storage devices, output folders of hjepa, and links that lead back to a folder above them.
+operating systems and storage devices, output folders of hjepa, pipes, sockets, and links that lead back to a folder above them.
 """
 
 import os
@@ -53,7 +53,8 @@ class Folder:
         folders = [entry for entry in entries if is_folder(entry)]
         self.folders = [entry.name for entry in folders if not self.leads_back(entry) and not holds_runs(Path(entry.path))]
         others = {entry.name for entry in folders}
-        self.images = [entry.name for entry in entries if is_image(entry.name) and entry.name not in others]
+        files = [entry for entry in entries if entry.name not in others and (entry.is_symlink() or entry.is_file())]
+        self.images = [entry.name for entry in files if is_image(entry.name)]
 
     def leads_back(self, entry: os.DirEntry[str]) -> bool:
         """Return whether a subfolder is a link to this folder or to one above it."""

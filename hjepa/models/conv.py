@@ -56,7 +56,7 @@ class ConvEncoder(Encoder):
             raise UserError(
                 f"model.encoder.dims={list(dims)} and model.encoder.residuals={list(residuals)} need one entry per stage each."
             )
-        check_patch_size(image_size, patch_size)
+        check_patch_size(image_size, patch_size, len(dims))
         self.image_size, self.patch_size, self.num_summary_tokens = image_size, patch_size, 0
         self.layer_dims = tuple(dims)
         stride = stem_stride(patch_size, len(dims))

@@ -61,8 +61,8 @@ class HieraEncoder(Encoder, Hiera):
             raise UserError(f"model.encoder.stages={list(stages)}: expected the numbers of blocks of 2 to 4 stages.")
         if dim % heads or dim % 4:
             raise UserError(f"model.encoder.dim={dim} must be a multiple of 4 and of heads={heads}; change either of them.")
-        check_patch_size(image_size, patch_size)
         num_pools = len(stages) - 1
+        check_patch_size(image_size, patch_size, num_pools)
         stride = stem_stride(patch_size, num_pools)
         kernel = stem_kernel(stride)
         architecture: dict[str, Any] = {

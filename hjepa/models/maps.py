@@ -14,14 +14,20 @@ from hjepa.masking.geometry import cells_to_patches
 from hjepa.models.layers import gather_tokens
 
 
-def check_patch_size(image_size: int, patch_size: int) -> None:
-    """Raise `UserError` if a patch size does not divide the image size."""
+def check_patch_size(image_size: int, patch_size: int, num_halvings: int | None = None) -> None:
+    """Raise `UserError` if a patch size does not divide the image size.
+
+    Args:
+        image_size: Side of the images.
+        patch_size: Side of a patch.
+        num_halvings: How often the stages of the encoder halve the resolution. The error then suggests patch sizes that
+            `stem_stride` accepts.
+    """
     if image_size % patch_size:
-        divisors = [p for p in range(2, image_size) if image_size % p == 0]
-        raise UserError(
-            f"model.patch_size={patch_size} does not divide dataset.image_size={image_size}; "
-            f"use one of {divisors} or another image size."
-        )
+        sizes = range(2, image_size) if num_halvings is None else [2**n for n in range(num_halvings, image_size.bit_length())]
+        divisors = [size for size in sizes if image_size % size == 0]
+        remedy = f"use one of {divisors} or another image size" if divisors else "use another image size"
+        raise UserError(f"model.patch_size={patch_size} does not divide dataset.image_size={image_size}; {remedy}.")
 
 
 def stem_stride(patch_size: int, num_halvings: int) -> int:

@@ -137,6 +137,11 @@ class TrainingRun:
                 raise
             raise SystemExit(130) from None
         except BaseException as error:
+            if self.folder.was_removed():
+                self.tracker.finish("FAILED")
+                raise UserError(
+                    f"The run folder {self.folder.path} was removed; the same command starts the run again."
+                ) from error
             status = "collapsed" if self.monitor.collapse and isinstance(error, UserError) else "failed"
             reported = explain_machine_error(error) or error
             try:

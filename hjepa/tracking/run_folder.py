@@ -162,6 +162,10 @@ class RunFolder:
                     raise
             time.sleep(0.05)
 
+    def was_removed(self) -> bool:
+        """Return whether somebody removed the folder after `claim`."""
+        return not (self.path / "config.yaml").exists()
+
     def release(self) -> None:
         """Unlock the folder."""
         if self.lock:

@@ -48,6 +48,20 @@ def test_the_folder_of_another_config_is_refused_and_overwrite_replaces_it(run, 
     assert "lr: 0.003" in (tmp_path / "default" / "r" / "config.yaml").read_text()
 
 
+def test_a_run_whose_folder_is_removed_ends_with_one_sentence_and_writes_nothing(tmp_path: Path) -> None:
+    process = start(
+        *TINY, "train.epochs=40", f"output_root={tmp_path}", "name=r", output=tmp_path / "output", errors=tmp_path / "errors"
+    )
+    folder = tmp_path / "default" / "r"
+    wait_for_records(folder, 4, process.is_alive)
+    folder.rename(tmp_path / "elsewhere")
+    process.join(60)
+    assert process.exitcode == 1
+    message = f"The run folder {folder} was removed; the same command starts the run again.\n"
+    assert (tmp_path / "errors").read_text().endswith(message)
+    assert not folder.exists()
+
+
 def test_a_damaged_checkpoint_is_refused(run, tmp_path: Path) -> None:
     run("name=r")
     folder = tmp_path / "default" / "r"

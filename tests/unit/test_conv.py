@@ -116,7 +116,8 @@ def test_the_stem_divides_the_resolution_by_its_stride(stride: int) -> None:
     [
         ({"residuals": [0, 1]}, r"dims=\[8, 8, 16\] and model.encoder.residuals=\[0, 1\] need one entry per stage"),
         ({"dims": [], "residuals": []}, "need one entry per stage"),
-        ({"image_size": 30}, "model.patch_size=8 does not divide dataset.image_size=30"),
+        ({"image_size": 30}, "model.patch_size=8 does not divide dataset.image_size=30; use another image size"),
+        ({"image_size": 48, "patch_size": 32}, r"does not divide dataset.image_size=48; use one of \[8, 16\] or another"),
         ({"patch_size": 4}, r"model.patch_size=4: the stages .* 3 times .* such as \[8, 16, 32\]"),
         ({"patch_size": 24, "image_size": 48}, "model.patch_size=24: .* a power of two"),
     ],

@@ -67,6 +67,7 @@ def test_what_is_no_data_is_left_out_everywhere(root: Path, tmp_path: Path, plac
     copy(root / "class0" / "0.jpg", NO_DATA, root / place)
     make_run(root / place / "outputs" / "default" / "shapes-s0", root / "class0" / "0.jpg")
     copy(root / "class0" / "0.jpg", ("sweeps/1/sweep.png",), root / place / "outputs")
+    os.mkfifo(root / place / "pipe.jpg")
     assert list_images(root) == before
     assert walk_images(root) == walked
     assert find_images(root, tmp_path / "f.parquet") == files

@@ -26,9 +26,14 @@ class Objective:
         self.loss, self.regularizer, self.level_losses = loss, regularizer, dict(level_losses or {})
 
     @property
-    def num_regularized_levels(self) -> int:
-        """Number of levels whose features the regularizer reads."""
-        return len(self.regularizer.levels) if self.regularizer else 0
+    def regularized_levels(self) -> list[int]:
+        """Indices of the levels whose features the regularizer reads."""
+        return self.regularizer.regularized_levels if self.regularizer else []
+
+    @property
+    def compares_images(self) -> bool:
+        """Whether the prediction loss of some level compares predictions with the targets of other images."""
+        return any(loss.compares_images for loss in (self.loss, *self.level_losses.values()))
 
     def prediction_loss(self, output: Output) -> tuple[Scalar, dict[str, Scalar]]:
         """Compute the weighted sum of the losses of the levels, and the loss of every level by name."""

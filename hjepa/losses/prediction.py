@@ -13,7 +13,13 @@ from hjepa.models.output import LevelOutput
 
 
 class PredictionLoss(ABC):
-    """Base class of prediction losses of a level."""
+    """Base class of prediction losses of a level.
+
+    Attributes:
+        compares_images: True if predictions are compared with the targets of other images too.
+    """
+
+    compares_images = False
 
     @abstractmethod
     def distance(self, prediction: Float[Tensor, "*shape d"], target: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape"]:
@@ -64,6 +70,8 @@ class Contrastive(Cosine):
         negatives: Largest number of target cells of each image that serve as negatives for the others; None for all. With many
             cells, most of the time of a level is spent on the similarities to them.
     """
+
+    compares_images = True
 
     def __init__(self, temperature: PositiveFloat, negatives: PositiveInt | None = None) -> None:
         self.temperature, self.negatives = temperature, negatives

@@ -31,15 +31,17 @@ class Regularizer(ABC):
             the student's hidden states at the level's depth, averaged over the visible patches.
 
     Attributes:
+        regularized_levels: Indices of the levels with a factor above 0.
         needs_several_views: True if there is nothing to minimize with one view and one context per image.
     """
 
     needs_several_views = False
 
     def __init__(self, weights: dict[str, float], levels: list[float]) -> None:
-        if not levels:
-            raise UserError("regularizer.levels=[]: expected one factor or more; choose regularizer=none to leave it out.")
+        if not any(levels):
+            raise UserError(f"regularizer.levels={levels}: expected a factor above 0; choose regularizer=none to leave it out.")
         self.weights, self.levels = weights, levels
+        self.regularized_levels = [index for index, factor in enumerate(levels) if factor]
 
     @abstractmethod
     def terms(self, features: Features, num_global: int) -> dict[str, Scalar]:
@@ -53,11 +55,10 @@ class Regularizer(ABC):
     def __call__(self, output: Output) -> tuple[Scalar, dict[str, Scalar]]:
         """Compute the weighted sum and the terms; from the second level on, names end with the level's number."""
         total, named = output.zero(), {}
-        for number, (factor, features) in enumerate(zip(self.levels, output.features, strict=False), start=1):
-            if factor:
-                for name, term in self.terms(features.float(), output.num_global).items():
-                    total = total + factor * self.weights[name] * term
-                    named[name if number == 1 else f"{name}_level{number}"] = term.detach()
+        for index, features in zip(self.regularized_levels, output.features, strict=False):
+            for name, term in self.terms(features.float(), output.num_global).items():
+                total = total + self.levels[index] * self.weights[name] * term
+                named[f"{name}_level{index + 1}" if index else name] = term.detach()
         return total, named
 
 

@@ -5,7 +5,7 @@ The targets of a level are cells that are hidden from the context in its own vie
 `hjepa.losses.Objective` compares both and regularizes the pooled features of the student.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Literal
 
@@ -37,9 +37,10 @@ class HJEPA(LevelPrediction):
         projector: Constructor of the maps from pooled features to what the regularizer and levels with `project` use, or None.
         pretrained: Source of initial weights of student and teacher (see `load_initial_weights`); None for random weights.
         levels: The hierarchy. Without levels, nothing is predicted and the regularizer is the whole objective.
-        num_regularized: Number of levels, starting with the first, of which the regularizer uses the features.
+        regularized: Indices of the levels of which the regularizer uses the features.
         features: Layers of the encoder of which the image features of probes and exports consist: "last" or "all".
         pretrained_key: Entry or prefix to take from the checkpoint of another trainer, such as "student"; None finds it.
+        compares_images: Whether a prediction loss compares predictions with the targets of other images.
     """
 
     def __init__(
@@ -51,11 +52,13 @@ class HJEPA(LevelPrediction):
         projector: Callable[..., nn.Module] | None,
         pretrained: str | None,
         levels: Levels,
-        num_regularized: int,
+        regularized: Sequence[int],
         features: Literal["last", "all"] = "last",
         pretrained_key: str | None = None,
+        compares_images: bool = False,
     ) -> None:
         super().__init__()
+        self.compares_images = compares_images
         self.student = encoder(image_size=image_size, patch_size=patch_size, num_summary_tokens=levels.summary_tokens)
         self.student.pooled = features
         self.grid, self.last_layer = self.student.grid, self.student.num_layers
@@ -69,7 +72,7 @@ class HJEPA(LevelPrediction):
         self.predictor = predictor(encoder_dim=dim, levels=others) if others else None
         self.matching = levels.matching(levels=matched) if matched else None
         self.upper: StackedLevel | None = levels.upper(input_dim=dim, grid=self.grid) if levels.upper else None
-        self.regularized_layers = self.level_layers[:num_regularized]
+        self.regularized_layers = [self.level_layers[i] for i in regularized if i < len(self.level_layers)]
         self.projectors = nn.ModuleDict()  # levels of one layer share their features and a projector
         for layer in sorted(set(self.regularized_layers)):
             width = self.student.feature_dims[layer - 1]
@@ -188,7 +191,7 @@ class HJEPA(LevelPrediction):
             below = teacher_stages[self.last_layer].cells
             stacked = self.upper(below, lambda: self.student(images)[-1].cells, masks.stacked)
             rows = [(weight, *(x.flatten(1, 3).unsqueeze(1) for x in pair)) for weight, *pair in stacked]
-            levels += [LevelOutput(f"stacked{i}", *row) for i, row in enumerate(rows, start=1)]
+            levels += [self.gather(LevelOutput(f"stacked{i}", *row)) for i, row in enumerate(rows, start=1)]
         return levels
 
     def features(self, stages: list[Stage], num_views: int) -> list[Float[Tensor, "b v _"]]:

@@ -33,6 +33,7 @@ class LevelPrediction(nn.Module):
         student_heads: Projectors of predictions by level.
         teacher_heads: Projectors of targets by level.
         summary_weight: Factor of the loss of the summary pass.
+        compares_images: Whether a prediction loss compares predictions with the targets of other images.
     """
 
     student: Encoder
@@ -46,6 +47,7 @@ class LevelPrediction(nn.Module):
     student_heads: nn.ModuleDict
     teacher_heads: nn.ModuleDict
     summary_weight: float
+    compares_images: bool
 
     @property
     def teacher_is_student(self) -> bool:
@@ -204,12 +206,16 @@ class LevelPrediction(nn.Module):
         index: Tensor | None = None,
         valid: Tensor | None = None,
     ) -> LevelOutput:
-        """Return the output of a level from its predictions and its target cells, both in the space of `to_targets`.
+        """Return the output of a level from its predictions and its target cells, both in the space of `to_targets`."""
+        return self.gather(LevelOutput(level.name, level.weight, prediction, cells, index, valid))
 
-        In training, B counts the images of all processes if predictions are compared over the batch, or if the number of valid
-        targets differs between processes.
+    def gather(self, output: LevelOutput) -> LevelOutput:
+        """In training, add the images of all processes to the output of a level if its loss is not a mean over images.
+
+        This is the case if a loss compares images, or if the number of valid targets differs between processes.
         """
-        if self.training and (level.other or level.project):
-            prediction, cells = all_gather_with_grad(prediction), all_gather_with_grad(cells)
-            index, valid = (None if x is None else all_gather(x) for x in (index, valid))
-        return LevelOutput(level.name, level.weight, prediction, cells, index, valid)
+        if not self.training or (output.valid is None and not self.compares_images):
+            return output
+        prediction, cells = all_gather_with_grad(output.prediction), all_gather_with_grad(output.cells)
+        index, valid = (None if x is None else all_gather(x) for x in (output.index, output.valid))
+        return replace(output, prediction=prediction, cells=cells, index=index, valid=valid)

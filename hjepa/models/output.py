@@ -12,13 +12,14 @@ class LevelOutput:
     """The predictions and the targets of one level, for Q queries in each of G groups of each of B images.
 
     A group holds the queries whose targets lie in one view; all queries for hidden cells of the context's own view are one group.
-    Levels whose predictions are compared over the batch hold the images of all processes during training.
+    During training, a level holds the images of all processes if its loss is not a mean over images.
 
     Attributes:
         name: Name of the level in metrics.
         weight: Factor of the loss of the level.
         prediction: Predictions [B, G, Q, D].
-        cells: The target cells [B, G, K, D] of which the queries ask for some; each cell is there once.
+        cells: Target cells [B, G, K, D]. Levels across views: all cells of the view, each once. Masked levels: the cells that the
+            queries ask for, in their order; a cell that several contexts or blocks ask for is there several times.
         index: The cell [B, G, Q] that each query asks for; None if the queries ask for all cells in order.
         valid: True for queries [B, G, Q] that count; None if all of them do.
     """

@@ -11,10 +11,11 @@ from hjepa.config.identity import starts_from_weights
 from hjepa.config.instantiate import build, build_or_none
 from hjepa.config.schema import Config
 from hjepa.data.datamodule import DataModule
+from hjepa.distributed.batch_norm import synchronize_batch_norms
 from hjepa.distributed.device import Hardware
 from hjepa.distributed.process_group import World, init_process_group
 from hjepa.distributed.seeding import seed_global
-from hjepa.losses import Contrastive, Objective
+from hjepa.losses import Objective
 from hjepa.masking import MaskSampler
 from hjepa.models.encoder import Encoder
 from hjepa.models.hjepa import HJEPA
@@ -65,6 +66,9 @@ def build_components(config: Config) -> Components:
     teacher_update.attach(model)
     if world.main:
         warn_of_collapse(objective, model)
+    if world.size > 1:
+        for encoder in (model.student, model.teacher):
+            synchronize_batch_norms(encoder, hardware.device)
     hardware.prepare_model(model, model.blocks())
     strategy = FSDPStrategy(world) if hardware.shard else DDPStrategy(world)
     strategy.shard(model, hardware.device)
@@ -87,7 +91,7 @@ def build_untrained(config: Config, device: torch.device) -> Encoder | None:
     """Return the teacher with the random weights of the seed, on the device, if the run starts from given weights instead."""
     if not starts_from_weights(config):
         return None
-    model, _, _ = build_model(config | {"model": config["model"] | {"pretrained": None}})
+    model, _, _ = build_model(config | {"model": config["model"] | {"pretrained": None, "pretrained_key": None}})
     return model.teacher.to(device)
 
 
@@ -97,7 +101,13 @@ def build_model(config: Config) -> tuple[HJEPA, MaskSampler, Objective]:
     levels = build(config["levels"])
     projector = build_or_none(config["projector"])
     objective = Objective(build(config["loss"]), build_or_none(config["regularizer"]), levels.loss)
-    model: HJEPA = build(config["model"], levels=levels, projector=projector, num_regularized=objective.num_regularized_levels)
+    model: HJEPA = build(
+        config["model"],
+        levels=levels,
+        projector=projector,
+        regularized=objective.regularized_levels,
+        compares_images=objective.compares_images,
+    )
     sampler = build(config["masking"], grid=model.grid, pools=model.mask_pools)
     if model.upper:
         sampler = StackedMaskSampler(sampler, model.upper.stacked_levels())
@@ -137,6 +147,11 @@ def check_other_views(model: HJEPA, dataset: DataModule, sampler: MaskSampler) -
             "levels.predictor=[matching] reads the student's output at the place of the target, which must not be hidden; choose "
             "masking=none, or levels.predictor=[attention]."
         )
+    if model.predictor is model.upper is None and model.last_layer not in [*model.level_layers, *model.regularized_layers]:
+        raise UserError(
+            f"levels.stage={[level.layer for level in model.levels]}: no level trains the last stage of the encoder, which probes "
+            f"and exports read; add a level at stage -1, which is {model.last_layer}."
+        )
     sizes = {"local_size": dataset.local_size if dataset.local_views else 0, "early_size": dataset.early_size or 0}
     for option, size in sizes.items():
         for level in model.levels if size else []:
@@ -160,8 +175,7 @@ def check_view_count(objective: Objective, dataset: DataModule, sampler: MaskSam
 
 def warn_of_collapse(objective: Objective, model: HJEPA) -> None:
     """Warn if nothing keeps the features of different images apart: no teacher, no regularizer and no contrastive loss."""
-    losses = [objective.loss, *objective.level_losses.values()]
-    if model.teacher_is_student and objective.regularizer is None and not any(isinstance(loss, Contrastive) for loss in losses):
+    if model.teacher_is_student and objective.regularizer is None and not objective.compares_images:
         log.warning(
             "loss=%s with teacher=none and regularizer=none: equal features for all images are a perfect solution, so they will "
             "collapse. Choose loss=infonce, a teacher or a regularizer.",

@@ -5,6 +5,7 @@ while it computes the block.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -47,7 +48,7 @@ class DDPStrategy:
         if self.world.size == 1:
             return model
         device = next(model.parameters()).device
-        # All processes have the same buffers, so synchronizing them is unnecessary. Newer versions of torch renamed the option.
+        # All processes have the same buffers (see `hjepa.distributed.batch_norm`). Newer versions of torch renamed the option.
         renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
         options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
         ids = [device.index] if device.type == "cuda" else None
@@ -82,15 +83,19 @@ class FSDPStrategy(DDPStrategy):
     def shard(self, model: HJEPA, device: torch.device) -> None:
         if self.world.size == 1:
             raise UserError("hardware.shard=true needs several processes to divide the model among; set hardware.processes.")
+        model.to(memory_format=torch.contiguous_format)  # FSDP2 does not divide weights in channels_last format
         mesh = init_device_mesh(device.type, (self.world.size,))
         for block in model.blocks():
             fully_shard(block, mesh=mesh)
-        modules = {model.student, model.teacher, model.predictor, model.upper, model.fusion, *model.projectors.values()}
+        heads = [*model.projectors.values(), *model.student_heads.values(), *model.teacher_heads.values()]
+        modules = {model.student, model.teacher, model.predictor, model.matching, model.upper, model.fusion, *heads}
         for module in modules:  # each of them is called on its own
             if module is not None and any(True for _ in module.parameters()):
                 fully_shard(module, mesh=mesh, reshard_after_forward=True)
         for encoder in {model.student, model.teacher}:
             register_fsdp_forward_method(encoder, "features")
+        if model.matching is not None:
+            register_fsdp_forward_method(model.matching, "map")
 
     def wrap(self, model: HJEPA, optimizer: Optimizer) -> nn.Module:
         if not isinstance(optimizer, AdamW):
@@ -109,8 +114,19 @@ class FSDPStrategy(DDPStrategy):
 
     def load_state_dict(self, state: State) -> None:
         check_same_strategy(state, sharded=True)
-        set_model_state_dict(self.model, state["model"], options=FULL_STATE)
+        weights = {key: value for key, value in state["model"].items() if key not in shared_names(self.model)}
+        set_model_state_dict(self.model, weights, options=replace(FULL_STATE, strict=False))
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=FULL_STATE)
+
+
+def shared_names(model: nn.Module) -> set[str]:
+    """Return the further names of tensors that a model holds under several, such as those of a student that is its own teacher.
+
+    `set_model_state_dict` handles each tensor under its first name only.
+    """
+    states = model.named_parameters, model.named_buffers
+    every, first = ({name for state in states for name, _ in state(remove_duplicate=once)} for once in (False, True))
+    return every - first
 
 
 def check_same_strategy(state: State, sharded: bool) -> None:

@@ -64,16 +64,18 @@ BRIEF = (
 
 # A run of a few seconds: a small ViT on few images.
 TINY = (*MASKED, *SMALL_VIT, *BRIEF)
+OF_VITS = ("model.encoder.dim", "model.encoder.depth", "model.encoder.heads")  # options that convolutional networks do not have
 OF_SHAPES = ("dataset.train", "dataset.test", "dataset.fade")  # options that other datasets do not have
 
 
 def tiny(*overrides: str) -> list[str]:
     """Return the overrides of a tiny run and further ones, which replace those with the same key.
 
-    Another dataset, and a recipe, keep what is their own.
+    Another dataset, a convolutional network, and a recipe keep what is their own.
     """
     keys = [override.split("=")[0] for override in overrides]
-    dropped = (*keys, *(OF_SHAPES if "dataset" in keys else ()))
+    is_convolutional = any(override.startswith(("model=conv", "model=timm")) for override in overrides)
+    dropped = (*keys, *(OF_SHAPES if "dataset" in keys else ()), *(OF_VITS if is_convolutional else ()))
     options = (*SMALL_VIT, *BRIEF) if "experiment" in keys else TINY
     return [*(option for option in options if option.split("=")[0] not in dropped), *overrides]
 

@@ -15,7 +15,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from hjepa.distributed.process_group import World
 from tests.helpers.children import begin, launch, start
-from tests.helpers.runs import TINY, trainer
+from tests.helpers.runs import TINY, VIEWS, trainer
 
 STEPS = 3
 COMMON = ("schedule.lr.warmup_epochs=0", "optimizer.eps=1e-3", "train.clip_norm=0.5", "dataset.augment.jitter=0.5")
@@ -32,9 +32,17 @@ CONFIGS = {
     ),
     "regularizer only": ("levels=none", "masking=none", "regularizer=infonce", "teacher=none", "dataset.views=2"),
     "other views": (
-        *("levels=views", "loss=infonce", "regularizer=none", "projector=mlp", "teacher=none", "masking=none"),
+        *VIEWS,
         *("dataset.views=2", "dataset.local_views=2", "levels.predictor=[matching,attention]"),
     ),
+    "batch norms": (
+        *("model=conv_nano", "model.encoder.stem=8", "model.encoder.dims=[8,8,16]", *VIEWS),
+        *("dataset.views=2", "dataset.local_views=2", "hardware.activation_checkpointing=true"),
+    ),
+    "batch norms of timm": ("model=timm", "model.encoder.name=test_byobnet", "levels=flat", "dataset.image_size=64"),
+    "contrast of hidden patches": ("loss=infonce", "levels=stacked", "dataset.image_size=32", "masking=multiblock"),
+    "one regularized level": ("levels=depth", "regularizer.levels=[0,1]", "projector=mlp"),
+    "sharded heads": ("model=conv_nano", *VIEWS, "dataset.views=2", "levels.matching.depth=1"),
     "stacked": ("levels=stacked", "dataset.image_size=32", "levels.upper.detach=false", "masking=multiblock"),
     "sharded": ("train.accumulate=2", "projector=mlp", "hardware.activation_checkpointing=true"),
     "sharded views": ("dataset.views=2", "dataset.local_views=2", "regularizer=sigreg", "levels=stacked", "teacher=refresh"),
@@ -85,7 +93,7 @@ def test_two_processes_with_half_the_batch_each_train_the_weights_of_one(name: s
     assert weights.keys() == divided_weights.keys()
     for key, weight in weights.items():
         # AdamW turns the rounding error of a tiny gradient into a visible part of its step, which is 2e-3 at most.
-        torch.testing.assert_close(divided_weights[key], weight, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(divided_weights[key], weight, atol=3e-4, rtol=1e-4)
     assert terms.keys() == divided_terms.keys()
     for key, term in terms.items():
         assert divided_terms[key] == pytest.approx(term, rel=1e-3, abs=1e-5), key

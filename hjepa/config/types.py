@@ -31,6 +31,13 @@ def ascending(bound: float) -> Callable[[list[float]], list[float]]:
     return validate
 
 
+def decays(betas: list[float]) -> list[float]:
+    """Validate the decays of the two moments of Adam."""
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError("expected [decay of the first moment, decay of the second moment], both from 0 to below 1")
+    return betas
+
+
 def color(channels: list[int]) -> list[int]:
     """Validate the channels of a color."""
     if len(channels) != 3 or not all(0 <= channel <= 255 for channel in channels):
@@ -47,5 +54,6 @@ def one_number(side: Any) -> Any:
 
 PositiveRange = Annotated[list[float], AfterValidator(ascending(float("inf")))]
 FractionRange = Annotated[list[float], AfterValidator(ascending(1.0))]
+BetasFloat = Annotated[list[float], AfterValidator(decays)]
 Color = Annotated[list[int], AfterValidator(color)]
 SideInt = Annotated[int, BeforeValidator(one_number), Field(gt=0)]

@@ -159,6 +159,8 @@ class Augment:
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         ratio = torch.exp(low + (high - low) * ratio)
         width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+        if scale[0] == 1:  # the whole image, whose shape is kept
+            width = height = torch.ones_like(area)
         sign = torch.where(flip < self.flip, -1.0, 1.0)
         zero = torch.zeros_like(area)
         rows = [

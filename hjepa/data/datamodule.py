@@ -161,7 +161,7 @@ class DataModule(ABC):
         boxes = self.augment.boxes(flat, size, scale).to(pixels.device, non_blocking=True)
         repeated = pixels.repeat_interleave(views, 0) if views > 1 else pixels
         crops = self.augment(repeated, flat, size, scale, boxes)
-        return self.standardize(crops), boxes.unflatten(0, (-1, views))
+        return self.standardize(crops.clone() if crops is pixels else crops), boxes.unflatten(0, (-1, views))
 
     def train_and_validation(self) -> tuple[Split, Split]:
         """Return the training split without the held-out part, and the held-out part; both are the same for every seed."""
@@ -209,7 +209,7 @@ def warn_of_unscored_classes(train: Tensor, held_out: Tensor, names: list[str], 
 
 def evenly_spaced_indices(total: int, count: int) -> Tensor:
     """Return at most `count` indices spread evenly over `total`; images are often sorted by class."""
-    return torch.linspace(0, total - 1, min(count, total)).long()
+    return torch.linspace(0, total - 1, min(count, total), dtype=torch.float64).long()
 
 
 def to_unit_range(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -39,10 +39,10 @@ class FolderDataModule(FileDataModule):
             for root in self.roots:
                 self.check_same_classes(root)
         first_label, labels = 0, []
-        for _, classes in file_lists:
+        for root, (_, classes) in zip(self.roots, file_lists, strict=True):
             label = torch.tensor(classes)
             labels.append(torch.where(label < 0, label, label + first_label))
-            first_label += max(classes) + 1
+            first_label += len(class_folders(self.split_folder(root, split), self.classes))
         return FilePaths(np.array([os.fsencode(path) for paths, _ in file_lists for path in paths])), torch.cat(labels)
 
     def check_same_classes(self, root: Path) -> None:
@@ -61,7 +61,14 @@ class FolderDataModule(FileDataModule):
     def repeat(self, train: Tensor) -> Tensor:
         if self.weights is None:
             return train
-        return repeat_to_shares(train, [len(self.list_files(root, "train")[0]) for root in self.roots], self.weights)
+        sizes = [len(self.list_files(root, "train")[0]) for root in self.roots]
+        used = torch.bucketize(train, torch.tensor(sizes).cumsum(0), right=True).unique().tolist()
+        if unused := [str(root) for number, root in enumerate(self.roots) if number not in used]:
+            raise UserError(
+                f"dataset.weights: no image of {unused[0]} is left to train on (dataset.max_images={self.max_images}); raise "
+                "it, or leave the folder out."
+            )
+        return repeat_to_shares(train, sizes, self.weights)
 
     def class_names(self, label: str) -> list[str]:
         return [name for root in self.roots for name in class_folders(self.split_folder(root, "train"), self.classes)]
@@ -104,7 +111,8 @@ class ImageFolder(FolderDataModule):
     """Images in class folders, with or without a test split.
 
     The layout is `root/train/<class>/` and `root/test/<class>/` (or `root/val/<class>/`), or `root/<class>/` without a test
-    split. Images outside class folders have no labels.
+    split. Images beside class folders are left out. Without class folders, the images of the folder itself are used, without
+    labels.
 
     Args:
         root: The folder.

@@ -106,7 +106,7 @@ class WebDataset(FileDataModule):
 
 def texts(indices: list[TarIndex]) -> np.ndarray:
     """Return the labels of the images of several tar files, str [N]."""
-    return np.char.decode(np.concatenate([index.labels for index in indices]), errors="replace")
+    return np.char.decode(np.concatenate([index.labels for index in indices]), "utf-8", "replace")
 
 
 def expand(root: Path, option: str, patterns: list[str]) -> list[Path]:

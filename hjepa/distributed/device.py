@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -65,20 +66,42 @@ class FloatAttention(TorchFunctionMode):
             return func(*(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args), **(kwargs or {}))
 
 
+@contextmanager
+def recomputation(block: nn.Module, precision: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Enter the state in which the backward pass computes the output of a block again.
+
+    The running statistics of batch norms have been updated already, and stay as they are.
+
+    Args:
+        block: The block.
+        precision: Returns the context manager of the precision. Autograd restores autocast by itself, but not a
+            `TorchFunctionMode` such as `FloatAttention`.
+    """
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, (_, count) in zip(norms, kept, strict=True):
+        norm.momentum, norm.num_batches_tracked = 0.0, None if count is None else torch.zeros_like(count)
+    try:
+        with precision():
+            yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
 def recompute_in_backward(
-    forward: Callable[..., Tensor], precision: Callable[[], AbstractContextManager[Any]], *inputs: Tensor
+    forward: Callable[..., Tensor], context: Callable[[], AbstractContextManager[Any]], *inputs: Tensor
 ) -> Tensor:
     """Call a function without keeping its activations: the backward pass computes them again.
 
     Args:
         forward: The function, usually the `forward` method of a module.
-        precision: Returns the context manager that the recomputation needs. Autograd restores autocast by itself, but not a
-            `TorchFunctionMode` such as `FloatAttention`.
+        context: Returns the context manager of the recomputation.
         inputs: The arguments of the function.
     """
     if not torch.is_grad_enabled():
         return forward(*inputs)
-    contexts = lambda: (nullcontext(), precision())  # noqa: E731  # of the forward pass and of the recomputation
+    contexts = lambda: (nullcontext(), context())  # noqa: E731  # of the forward pass and of the recomputation
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
 
 
@@ -92,7 +115,7 @@ class Hardware:
         processes: Number of processes that share every batch (data parallel); None starts one per GPU.
         shard: Whether to shard the model over the processes (FSDP2) instead of copying it; see `hjepa.training.parallel`.
         slots: Number of jobs of a sweep that run on this machine at a time; see `hjepa.sweeps`.
-        compile: Whether to compile the transformer blocks with `torch.compile`.
+        compile: Whether to compile the blocks of the networks (of transformers, or convolutional stages) with `torch.compile`.
         activation_checkpointing: Whether to recompute all blocks in the backward pass, to save memory.
     """
 
@@ -163,7 +186,7 @@ class Hardware:
             if self.compile:
                 block.forward = torch.compile(block.forward, dynamic=True)
             if self.activation_checkpointing:
-                block.forward = partial(recompute_in_backward, block.forward, self.attention)
+                block.forward = partial(recompute_in_backward, block.forward, partial(recomputation, block, self.attention))
 
     def describe(self) -> str:
         """Return the device, the precision and the number of threads in words."""

@@ -43,6 +43,8 @@ class HJEPA(LevelPrediction):
         compares_images: Whether a prediction loss compares predictions with the targets of other images.
     """
 
+    teacher_is_given = False
+
     def __init__(
         self,
         image_size: PositiveInt,
@@ -87,6 +89,17 @@ class HJEPA(LevelPrediction):
         self.teacher, self.teacher_heads = self.student, self.student_heads
         if self.upper:
             self.upper.share_teacher()
+
+    def set_teacher_kind(self, given: bool) -> None:
+        """Set whether the teachers are given networks that never change."""
+        self.teacher_is_given = given
+        for level in self.upper.stacked_levels() if self.upper else []:
+            level.teacher_is_given = given
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder that is probed, evaluated and exported: the teacher or, if that never changes, the student."""
+        return self.student if self.teacher_is_given else self.teacher
 
     @property
     def masked_levels(self) -> list[Level]:

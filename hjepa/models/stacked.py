@@ -70,6 +70,8 @@ class StackedLevel(nn.Module):
         upper: Constructor of the next level, or None.
     """
 
+    teacher_is_given = False
+
     def __init__(
         self,
         input_dim: int,
@@ -129,6 +131,11 @@ class StackedLevel(nn.Module):
         if self.upper:
             levels += self.upper(encoded, lambda: self.student(student_cells), tuple(masks_above))
         return levels
+
+    @property
+    def encoder(self) -> CellEncoder:
+        """The encoder that is evaluated: the teacher or, if that never changes, the student."""
+        return self.student if self.teacher_is_given else self.teacher
 
     def share_teacher(self) -> None:
         """Let every student from here upwards be its own teacher."""

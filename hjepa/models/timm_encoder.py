@@ -15,7 +15,7 @@ from hjepa.config.errors import UserError
 from hjepa.config.types import PositiveInt
 from hjepa.models.conv_stem import mask_images
 from hjepa.models.encoder import Encoder, Stage
-from hjepa.models.maps import cell_index, check_patch_size, map_tokens
+from hjepa.models.maps import cell_index, map_tokens
 
 
 class TimmEncoder(Encoder):
@@ -113,12 +113,12 @@ class TimmEncoder(Encoder):
         return self
 
     def check_size(self, size: int) -> None:
-        """Raise `UserError` for local crops if the model takes images of one size only."""
+        """Raise `UserError` for crops of another size if the model takes images of one size only."""
         if self.fixed_size and size != self.image_size:
             raise UserError(
-                f"dataset.local_size={size}: {self.architecture['model_name']} encodes images of {self.image_size} pixels only; "
-                "set dataset.local_views=0, use a network such as model.encoder.name=convnext_atto or, for Swin, set "
-                "+model.encoder.options.strict_img_size=false."
+                f"Crops of {size} pixels (dataset.local_size or dataset.early_size): {self.architecture['model_name']} encodes "
+                f"images of {self.image_size} pixels only; set dataset.local_views=0 and dataset.early_size=null, use a network "
+                "such as model.encoder.name=convnext_atto or, for Swin, set +model.encoder.options.strict_img_size=false."
             )
 
     def freeze_unused(self) -> None:
@@ -203,7 +203,10 @@ def check_stages(name: str, reductions: list[int], image_size: int, patch_size: 
             f"model.patch_size={patch_size}: a cell of the last stage of {name} is {reductions[-1]} pixels wide; "
             f"set model.patch_size={reductions[-1]}."
         )
-    check_patch_size(image_size, patch_size)
+    if image_size % patch_size:
+        raise UserError(
+            f"dataset.image_size={image_size}: {name} needs a multiple of {patch_size}, the side of a cell of its last stage."
+        )
 
 
 def is_channels_last(network: nn.Module) -> bool:

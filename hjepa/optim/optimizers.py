@@ -15,6 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from hjepa.config.errors import UserError
 from hjepa.config.types import (
+    BetasFloat,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -126,7 +127,7 @@ def create_adamw(
     model: HJEPA,
     lr: PositiveFloat,
     weight_decay: NonNegativeFloat,
-    betas: list[Fraction],
+    betas: BetasFloat,
     eps: PositiveFloat,
     lr_scale: dict[str, NonNegativeFloat],
     layer_decay: PositiveFraction,
@@ -158,7 +159,7 @@ def create_soap(
     model: HJEPA,
     lr: PositiveFloat,
     weight_decay: NonNegativeFloat,
-    betas: list[Fraction],
+    betas: BetasFloat,
     eps: PositiveFloat,
     frequency: PositiveInt,
     max_dim: NonNegativeInt,
@@ -179,7 +180,7 @@ def create_muon(
     lr: PositiveFloat,
     weight_decay: NonNegativeFloat,
     momentum: Fraction,
-    betas: list[Fraction],
+    betas: BetasFloat,
     eps: PositiveFloat,
     lr_scale: dict[str, NonNegativeFloat],
     layer_decay: PositiveFraction,

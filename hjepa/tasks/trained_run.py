@@ -65,8 +65,8 @@ class TrainedRun:
 
     @property
     def encoder(self) -> Encoder:
-        """The teacher, which is the encoder that is probed, visualized and exported."""
-        return self.model.teacher
+        """The encoder that is probed, visualized and exported."""
+        return self.model.encoder
 
     @cached_property
     def initial(self) -> HJEPA | None:
@@ -111,6 +111,7 @@ def load_run(config: Config, checkpoint: str | None, root: str | None) -> Traine
     teacher: TeacherUpdate = build(run["teacher"])
     if teacher.shares_weights:
         model.share_teacher()
+    model.set_teacher_kind(given=teacher.never_changes)
     step = load_checkpoint(model, path, hardware)
     for module in filter(None, (model, untrained, untrained_upper)):
         module.to(hardware.device).eval()
@@ -258,7 +259,7 @@ class LayerFeatures(nn.Module):
         tokens = [LayerTokens(group, self.encoder.pool_stages(group)) for group in groups]
         cells = stages[layers[-1]].cells
         for level in self.stacked_levels:
-            cells = level.teacher(pool_cells(cells, level.grid, level.pool))
+            cells = level.encoder(pool_cells(cells, level.grid, level.pool))
             tokens.append(LayerTokens([Stage(cells, level.side, 0)], cells.mean(1)))
         return dict(zip(self.names(), tokens, strict=True))
 
@@ -267,7 +268,7 @@ class LayerFeatures(nn.Module):
         if name in self.layer_names:
             return self.encoder.attention_blocks(self.layer_names[name]), self.encoder.num_summary_tokens
         number = int(name.removeprefix("stacked "))
-        return list(self.stacked_levels[number - 1].teacher.blocks), 0
+        return list(self.stacked_levels[number - 1].encoder.blocks), 0
 
 
 def layer_features(run: TrainedRun, depths: list[int], initial: HJEPA | None = None) -> dict[NetworkKind, LayerFeatures]:
@@ -280,5 +281,5 @@ def layer_features(run: TrainedRun, depths: list[int], initial: HJEPA | None = N
     """
     networks: dict[NetworkKind, LayerFeatures] = {"trained": LayerFeatures(run.encoder, run.model.upper, depths)}
     if initial:
-        networks["initial"] = LayerFeatures(initial.teacher, initial.upper, depths)
+        networks["initial"] = LayerFeatures(initial.encoder, initial.upper, depths)
     return networks | {"untrained": LayerFeatures(run.untrained, run.untrained_upper, depths)}

@@ -51,8 +51,8 @@ def build_components(config: Config) -> Components:
     world = init_process_group(hardware.device.type == "cuda")
     hardware.prepare(world)
     dataset: DataModule = build(config["dataset"])
-    check_options(config, dataset)
     model, sampler, objective = build_model(config)
+    check_options(config, dataset, objective)
     if dataset.early_size and sampler.hides_patches:
         raise UserError(
             f"dataset.early_size={dataset.early_size}: masks are sampled for images of dataset.image_size={dataset.image_size} "
@@ -64,6 +64,7 @@ def build_components(config: Config) -> Components:
         load_model(model, config["init_from"])
     teacher_update: TeacherUpdate = build(config["teacher"])
     teacher_update.attach(model)
+    model.set_teacher_kind(given=teacher_update.never_changes)
     if world.main:
         warn_of_collapse(objective, model)
     if world.size > 1:
@@ -92,7 +93,7 @@ def build_untrained(config: Config, device: torch.device) -> Encoder | None:
     if not starts_from_weights(config):
         return None
     model, _, _ = build_model(config | {"model": config["model"] | {"pretrained": None, "pretrained_key": None}})
-    return model.teacher.to(device)
+    return model.encoder.to(device)
 
 
 def build_model(config: Config) -> tuple[HJEPA, MaskSampler, Objective]:
@@ -114,11 +115,22 @@ def build_model(config: Config) -> tuple[HJEPA, MaskSampler, Objective]:
     return model, sampler, objective
 
 
-def check_options(config: Config, dataset: DataModule) -> None:
+def check_options(config: Config, dataset: DataModule, objective: Objective) -> None:
     """Raise `UserError` for combinations of options that have no effect or do not fit together."""
     regularizer, levels, patch = "_target_" in config["regularizer"], config["levels"]["pool"], config["model"]["patch_size"]
     if not regularizer and not levels:
         raise UserError("levels=none with regularizer=none leaves nothing to minimize; choose levels or a regularizer.")
+    train, hardware = config["train"], config["hardware"]
+    smallest = train["batch_start"] or train["batch_size"]
+    if (regularizer or objective.compares_images) and smallest // train["accumulate"] < 2:
+        raise UserError(
+            f"train.accumulate={train['accumulate']} parts of a batch of {smallest} have one image each, but the loss compares "
+            "images; use fewer parts or larger batches."
+        )
+    if train["histograms"] and hardware["shard"]:
+        raise UserError(
+            f"train.histograms={train['histograms']} needs complete weights; set it to null, or set hardware.shard=false."
+        )
     if dataset.local_views and not regularizer and "other" not in config["levels"]["view"]:
         raise UserError(
             f"dataset.local_views={dataset.local_views} has an effect only with a regularizer or with levels.view=[other]; "
@@ -147,10 +159,14 @@ def check_other_views(model: HJEPA, dataset: DataModule, sampler: MaskSampler) -
             "levels.predictor=[matching] reads the student's output at the place of the target, which must not be hidden; choose "
             "masking=none, or levels.predictor=[attention]."
         )
-    if model.predictor is model.upper is None and model.last_layer not in [*model.level_layers, *model.regularized_layers]:
+    if (
+        model.predictor is None
+        and model.upper is None
+        and model.last_layer not in [*model.level_layers, *model.regularized_layers]
+    ):
         raise UserError(
-            f"levels.stage={[level.layer for level in model.levels]}: no level trains the last stage of the encoder, which probes "
-            f"and exports read; add a level at stage -1, which is {model.last_layer}."
+            f"levels.stage={[level.layer for level in model.levels]}: no level trains the last stage of the encoder, which "
+            f"probes and exports read; add a level at stage -1, which is {model.last_layer}."
         )
     sizes = {"local_size": dataset.local_size if dataset.local_views else 0, "early_size": dataset.early_size or 0}
     for option, size in sizes.items():

@@ -74,7 +74,8 @@ class Monitor:
         start, given = time.perf_counter(), self.untrained is not None
         name = "weights that the run starts from" if given else "untrained network"
         log.info("measuring the %s", name)
-        statistics = self.statistics_of(self.model.teacher)
+        by_encoder = self.collapse_statistics()
+        statistics = by_encoder["student" if self.model.teacher_is_given else "teacher"]
         self.untrained_statistics = self.statistics_of(self.untrained) if self.untrained else statistics
         collapse = describe_collapse(statistics, self.untrained_statistics)
         if self.components.world.main and collapse and given:
@@ -84,12 +85,13 @@ class Monitor:
                 "The features of the untrained network do not differ between images; look at the images, and at dataset.mean and "
                 "dataset.std, which must suit them."
             )
-        self.latest_scores = self.untrained_scores = self.probe_scores(self.model.teacher, f"probing the {name}")
+        self.latest_scores = self.untrained_scores = self.probe_scores(self.model.encoder, f"probing the {name}")
         measured = {
             **self.held_out_loss(),
-            **with_prefix("teacher", statistics),
             **with_prefix("probe", self.latest_scores),
         }
+        for encoder, values in by_encoder.items():
+            measured |= with_prefix(encoder, values)
         if self.untrained:
             self.initial_scores = self.latest_scores
             self.untrained_scores = self.probe_scores(self.untrained, "probing a network with random weights")
@@ -113,7 +115,7 @@ class Monitor:
         if collapses:
             log.warning("COLLAPSED - %s. These features are useless; see train.stop_on_collapse.", self.collapse)
         if run_probe and self.probe:
-            self.latest_scores = self.probe_scores(self.model.teacher, "probing")
+            self.latest_scores = self.probe_scores(self.model.encoder, "probing")
             measured |= with_prefix("probe", self.latest_scores) | with_prefix("untrained", self.untrained_scores)
             measured |= with_prefix("initial", self.initial_scores)
         self.seconds += time.perf_counter() - start
@@ -148,14 +150,16 @@ class Monitor:
         c = self.components
         training = self.model.training
         self.model.eval()
+        size = min(BATCH_SIZE, len(self.held_out))
+        batches = self.held_out[: len(self.held_out) // size * size].split(size)  # contrastive losses depend on their size
         sums = torch.zeros(2)
-        for i, images in enumerate(self.held_out.split(BATCH_SIZE)):
+        for i, images in enumerate(batches):
             crops, views = self.held_out_crops(images.to(c.hardware.device), i)
             masks = c.sampler(len(images) * views, generator(0, "held out", i)).to(c.hardware.device)
             with c.hardware.autocast():
                 output = self.model(crops.global_crops, masks, crops.local_crops, crops.boxes, views)
                 loss, _ = c.objective.prediction_loss(output)
-            sums += torch.stack([loss, c.objective.constant_baseline(output)]).cpu() * len(images) / len(self.held_out)
+            sums += torch.stack([loss, c.objective.constant_baseline(output)]).cpu() / len(batches)
         self.model.train(training)
         return {"validation/loss": sums[0].item(), "validation/constant_loss": sums[1].item()}
 

@@ -35,6 +35,7 @@ class TeacherUpdate:
     """Base class of teacher updates, whose own teacher stays as it is initialized: equal to the initial student."""
 
     shares_weights = False  # True if the teacher is the student itself
+    never_changes = False  # True if the teacher consists of given weights, so that the student is the encoder of interest
 
     def attach(self, model: HJEPA) -> None:
         """Prepare the model's teacher, once, before its first step."""
@@ -112,6 +113,8 @@ class Frozen(TeacherUpdate):
             architecture, which has no weights for stacked levels.
         weights_key: See `pretrained_key` of `hjepa.models.HJEPA`.
     """
+
+    never_changes = True
 
     def __init__(self, weights: str, weights_key: str | None = None) -> None:
         self.weights, self.weights_key = weights, weights_key

@@ -83,7 +83,7 @@ class Trainer:
         self.network = components.strategy.wrap(self.model, optimizer)
         self.accumulate, self.log_every, self.stop_on_collapse = accumulate, log_every, stop_on_collapse
         self.record_histograms: Callable[[int, dict[str, Histogram]], None] | None = None
-        self.histogram_every = histograms if components.strategy.measures() and self.world.main else None
+        self.histogram_every = histograms if self.world.main else None
         self.clip_norm = math.inf if clip_norm is None else clip_norm
         if isinstance(images, Tensor):
             self.images: Tensor | Stream = images.to(self.device)
@@ -127,7 +127,7 @@ class Trainer:
         """Return this process' images of a step, uint8 [B, 3, S, S] on the device; see `get_batch`."""
         if isinstance(self.images, Stream):
             return self.images.batch(step, stop)
-        return self.images[self.indices(step).to(self.device)]
+        return self.images[self.indices(step).to(self.device, non_blocking=True)]
 
     def indices(self, step: int) -> Tensor:
         """Return the indices of this process' images of a step.
@@ -165,7 +165,10 @@ class Trainer:
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums[name] + value / self.accumulate if name in sums else value / self.accumulate
         self.scaler.unscale_(c.optimizer)
-        sums["gradient_norm"] = full_tensor(clip_grad_norm_(self.trainable, self.clip_norm))
+        norm = full_tensor(clip_grad_norm_(self.trainable, self.clip_norm))
+        if self.scaler.is_enabled():  # gradients may overflow float16: the scaler then skips the update and lowers its scale
+            norm = torch.where(norm.isfinite(), norm, 0)
+        sums["gradient_norm"] = norm
         self.scaler.step(c.optimizer)
         self.scaler.update()
         if self.record_histograms and self.ends_epoch_with_histograms(step + 1):
@@ -201,6 +204,7 @@ class Trainer:
                 measured = monitor.measure_start() if self.components.strategy.measures() else {}
                 record({"step": 0, "seconds": 0.0, **measured})
                 self.save(monitor, checkpointer)
+                self.world.broadcast_object(None)  # the others wait for the measurements, however long they take
             self.started = True
             self.model.train()
             steps = {"total": self.num_steps, "initial": self.completed_steps, "unit": "step"}
@@ -209,7 +213,7 @@ class Trainer:
 
     def run_steps(self, monitor: Monitor, checkpointer: Checkpointer, record: Recorder, stop: StopFlag, bar: Any) -> None:
         """Take the remaining steps; see `fit`."""
-        consensus, logged_seconds = AsyncConsensus(self.world), self.seconds
+        consensus, logged_seconds, logged_steps = AsyncConsensus(self.world), self.seconds, self.completed_steps
         while self.completed_steps < self.num_steps:
             start = time.perf_counter()
             batch = self.next_batch(monitor, checkpointer, stop)
@@ -222,8 +226,9 @@ class Trainer:
                 losses = self.meter.interval_means()
             self.seconds += time.perf_counter() - start
             if log_now:
-                self.log_metrics(losses, self.seconds - logged_seconds, record, bar)
-                logged_seconds = self.seconds
+                images = self.plan.images_seen(self.completed_steps) - self.plan.images_seen(logged_steps)
+                self.log_metrics(losses, images / max(self.seconds - logged_seconds, 1e-9), record, bar)
+                logged_seconds, logged_steps = self.seconds, self.completed_steps
             stopping, requeue, save_due = consensus(bool(stop), stop.requeue, checkpointer.due())
             if self.completed_steps in self.plan.epoch_ends:
                 self.end_epoch(monitor, checkpointer, record)
@@ -245,10 +250,9 @@ class Trainer:
             self.save(monitor, checkpointer)
             raise Stopped(f"stopped by signal {stop.number} at step {self.completed_steps} of {self.num_steps}") from None
 
-    def log_metrics(self, losses: Scores, seconds: float, record: Recorder, bar: Any) -> None:
-        """Record the mean losses of a log interval, the hyperparameters of its last step, and the speed."""
-        step, first = self.completed_steps - 1, max(0, self.completed_steps - self.log_every)
-        speed = (self.plan.images_seen(self.completed_steps) - self.plan.images_seen(first)) / max(seconds, 1e-9)
+    def log_metrics(self, losses: Scores, speed: float, record: Recorder, bar: Any) -> None:
+        """Record the mean losses of a log interval, the hyperparameters of its last step, and the speed in images/s."""
+        step = self.completed_steps - 1
         values = {
             **{f"lr/{name}" if name else "lr": rates[step] for name, rates in self.learning_rates.items()},
             "weight_decay": self.weight_decay[step],
@@ -290,6 +294,11 @@ class Trainer:
                 f"The loss or gradient of step {step} is not finite. The indices of its images among the training images are "
                 f"{self.indices(step).tolist()}. The last good state is checkpoints/latest.pt; lower optimizer.lr or set "
                 "train.clip_norm."
+            )
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise UserError(
+                f"hardware.precision=float16: the gradients overflow even at a loss scale of {self.scaler.get_scale():g}; use "
+                "bfloat16 or float32, or lower optimizer.lr."
             )
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+import shutil
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from hjepa.config.instantiate import build
 from hjepa.config.schema import check, check_node, resolve
 from hjepa.data.augment import Augment
 from hjepa.data.checks import check_images_differ
-from hjepa.data.datamodule import stratified_indices
+from hjepa.data.datamodule import evenly_spaced_indices, stratified_indices
 from hjepa.data.image_folder import FolderMixture, ImageFolder, ImageNet
 from hjepa.data.shapes import Shapes
 from hjepa.data.torchvision_datasets import TorchvisionDataset
@@ -186,6 +187,28 @@ def test_mixture_of_labeled_and_unlabeled_folders(tmp_path: Path) -> None:
     assert split.labels["class"].tolist() == [-1] * 8 + [0] * 4 + [1] * 4 + [2] * 4
     assert mixture(b, b).load("train").labels == {}
     assert len(mixture(b, b).train_and_validation()[1]) == 4
+
+
+def test_labels_of_a_mixture_count_class_folders_without_images(tmp_path: Path) -> None:
+    a, b = make_folder(tmp_path / "a" / "train", images=4), make_folder(tmp_path / "b" / "train", images=4)
+    for root in (a.parent, b.parent):
+        shutil.copytree(root / "train", root / "test")
+    for image in (a.parent / "test" / "class2").iterdir():
+        image.unlink()
+    test = mixture(a.parent, b.parent).load("test").labels["class"]
+    assert torch.bincount(test).tolist() == [4, 4, 0, 4, 4, 4]
+
+
+def test_a_folder_of_a_mixture_with_no_image_left_is_named(tmp_path: Path) -> None:
+    a, b = make_folder(tmp_path / "a", images=40), make_folder(tmp_path / "b", classes=1, images=1)
+    with pytest.raises(UserError, match=r"dataset.weights: no image of .*/b is left .*dataset.max_images=20"):
+        mixture(a, b, a, weights=[1.0, 1.0, 1.0], max_images=20).train_and_validation()
+
+
+def test_indices_are_evenly_spaced_beyond_the_precision_of_float32() -> None:
+    indices = evenly_spaced_indices(2**26, 2**10)
+    assert (indices[0], indices[-1]) == (0, 2**26 - 1)
+    assert indices.diff().min() + 1 >= indices.diff().max()
 
 
 def test_bad_mixtures_are_refused(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from hjepa.models.hiera import HieraEncoder
 from hjepa.models.pretrained import load_encoder
 from hjepa.models.timm_encoder import TimmEncoder
 from hjepa.models.vit import ViTEncoder
-from tests.helpers.runs import build_components
+from hjepa.training.build import build_untrained
+from tests.helpers.runs import build_components, checked_config
 
 Weights = dict[str, Tensor]
 
@@ -299,6 +300,9 @@ def test_options_choose_the_encoder_of_student_and_teacher(tmp_path: Path) -> No
     name = "blocks.1.attn.qkv.weight"
     model = build_components(f"model.pretrained={tmp_path}/two.pth", "model.pretrained_key=depth").model
     assert torch.equal(model.student.state_dict()[name], other[name])
+    config = checked_config(f"model.pretrained={tmp_path}/two.pth", "model.pretrained_key=depth")
+    untrained = build_untrained(config, torch.device("cpu"))
+    assert not torch.equal(untrained.state_dict()[name], other[name])
     model = build_components("teacher=frozen", f"teacher.weights={tmp_path}/two.pth", "teacher.weights_key=image").model
     assert torch.equal(model.teacher.state_dict()[name], weights[name])
     with pytest.raises(UserError, match=r"choose one of them, as in teacher.weights_key=depth"):

@@ -249,11 +249,13 @@ def test_several_contexts_equal_separate_ones() -> None:
             assert torch.allclose(a.prediction[:, 0], b.prediction[:, 0].unflatten(1, (2, -1))[:, context], atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_activation_checkpointing_changes_nothing(precision: str) -> None:
-    grads = []
+@pytest.mark.parametrize(("model", "precision"), [("vit_nano", "float32"), ("vit_nano", "bfloat16"), ("conv_nano", "float32")])
+def test_activation_checkpointing_changes_nothing(model: str, precision: str) -> None:
+    grads, buffers = [], []
     for switch in ("false", "true"):
-        options = ("levels=stacked", f"hardware.activation_checkpointing={switch}", f"hardware.precision={precision}")
+        levels = "stacked" if model == "vit_nano" else "flat"
+        options = (f"model={model}", f"levels={levels}", "hardware.precision=" + precision)
+        options = (*options, f"hardware.activation_checkpointing={switch}")
         parts = build_components(*options)
         assert not any("checkpoint" in name for name in parts.model.state_dict())
         images, masks = (
@@ -264,7 +266,9 @@ def test_activation_checkpointing_changes_nothing(precision: str) -> None:
             loss, _ = parts.objective(parts.model(images, masks))
         loss.backward()
         grads.append([p.grad for p in parts.model.parameters() if p.grad is not None])
+        buffers.append([b.double() for b in parts.model.student.buffers()])
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads, strict=True))
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*buffers, strict=True)), "such as the statistics of batch norms"
 
 
 def test_lean_mlp_equals_timms_and_saves_less_for_the_backward_pass() -> None:

@@ -429,7 +429,8 @@ def test_a_schedule_of_an_unknown_component_is_refused() -> None:
         ("optimizer.layer_decay=0.0", "expected PositiveFraction"),
         ("optimizer.layer_decay=1.5", "expected PositiveFraction"),
         ("optimizer.lr=0.0", "expected PositiveFloat"),
-        ("optimizer.betas=[0.9,1.5]", r"expected list\[Fraction\]"),
+        ("optimizer.betas=[0.9,1.0]", "both from 0 to below 1"),
+        ("optimizer.betas=[0.9]", "decay of the first moment, decay of the second moment"),
     ],
 )
 def test_invalid_options_are_refused(override: str, message: str) -> None:

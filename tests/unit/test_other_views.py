@@ -52,6 +52,13 @@ def test_the_box_of_an_image_that_is_not_cropped_is_the_whole_image() -> None:
     assert torch.equal(augment.boxes(params), torch.eye(2, 3).expand(4, -1, -1))
 
 
+def test_crops_of_the_whole_area_are_the_image_or_its_mirror_image() -> None:
+    augment = Augment(scale=[1.0, 1.0], ratio=[0.75, 1.33], flip=0.5)
+    boxes = augment.boxes(torch.rand(5, 50))
+    assert torch.equal(boxes.abs(), torch.eye(2, 3).expand(50, -1, -1))
+    assert 0 < (boxes[:, 0, 0] < 0).sum() < 50
+
+
 def test_places_are_inverse_to_each_other_and_the_same_view_changes_nothing() -> None:
     a, b = (sample_boxes(5, 3, seed).unsqueeze(2) for seed in (0, 1))
     points = cell_centers(4)

@@ -1,11 +1,13 @@
 """Teacher updates: how and when each of them changes the target encoder."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import hjepa
 from hjepa.config.errors import UserError
 from hjepa.models.vit import ViTEncoder
 from hjepa.optim.schedules import ConstantSchedule
@@ -81,6 +83,20 @@ def test_a_frozen_teacher_has_the_weights_of_its_source_and_keeps_them(run, tmp_
         before, after = frozen_step(f"teacher.weights={weights}")
         assert torch.equal(before, expected)
         assert torch.equal(after, expected)
+
+
+def test_the_student_of_a_frozen_teacher_is_what_is_measured_and_evaluated(run, tmp_path: Path) -> None:
+    source = "name=source", "seed=5", "train.epochs=1"
+    run(*source)
+    run("name=r", "teacher=frozen", f"teacher.weights={tmp_path}/default/source", "optimizer.lr=0.01")
+    folder = tmp_path / "default" / "r"
+    weights = torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)["model"]
+    loaded = hjepa.load(folder, checkpoint="latest").encoder.state_dict()["blocks.0.attn.qkv.weight"]
+    assert torch.equal(loaded, weights["student.blocks.0.attn.qkv.weight"])
+    assert not torch.equal(loaded, weights["teacher.blocks.0.attn.qkv.weight"])
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    spreads = [record["student/std"] for record in records if "student/std" in record]
+    assert len(set(spreads)) > 1, "the student changes"
 
 
 @pytest.mark.thorough

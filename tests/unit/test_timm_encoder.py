@@ -114,7 +114,7 @@ def test_options_are_those_of_timm() -> None:
 
 
 def test_local_crops_need_a_model_of_any_image_size() -> None:
-    with pytest.raises(UserError, match=r"dataset.local_size=32: swin_tiny_patch4_window7_224 encodes images of 64 pixels only"):
+    with pytest.raises(UserError, match=r"Crops of 32 pixels .*: swin_tiny_patch4_window7_224 encodes images of 64 pixels only"):
         create("swin_tiny_patch4_window7_224", options=SMALL_SWIN)(torch.randn(2, 3, 32, 32))
     encoder = create("swin_tiny_patch4_window7_224", options=SMALL_SWIN | {"strict_img_size": False})
     assert encoder(torch.randn(2, 3, 32, 32))[0].tokens.shape == (2, 1, 192)
@@ -128,7 +128,7 @@ def test_local_crops_need_a_model_of_any_image_size() -> None:
         ("vit_tiny_patch16_224", {}, "model.encoder.name=vit_tiny_patch16_224 has no stages"),
         ("hiera_tiny_224", {}, "the outputs of its stages are no maps"),
         ("resnet18", {"patch_size": 16}, "a cell of the last stage of resnet18 is 32 pixels wide; set model.patch_size=32"),
-        ("resnet18", {"image_size": 48}, "model.patch_size=32 does not divide dataset.image_size=48"),
+        ("resnet18", {"image_size": 48}, "dataset.image_size=48: resnet18 needs a multiple of 32"),
         ("resnet18", {"options": {"drop_pth": 1}}, "model.encoder.options: timm.create_model does not accept them .*drop_pth"),
     ],
 )

@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from hjepa.config.errors import UserError
+from hjepa.config.terminal import progress_bar
 from hjepa.distributed.process_group import World
 from hjepa.losses import VICReg
 from hjepa.optim.schedules import ConstantSchedule, CosineSchedule, LinearSchedule, WSDSchedule
 from hjepa.training.meter import Meter
+from hjepa.training.signals import StopFlag
 from tests.helpers.runs import build_components, plan, trainer
 
 
@@ -115,6 +118,39 @@ def test_the_reported_gradient_norm_is_the_one_before_clipping() -> None:
     assert norms[0] > 1e-3
 
 
+def test_gradients_that_overflow_float16_skip_the_step_and_lower_the_scale() -> None:
+    t = trainer("schedule.lr.warmup_epochs=0")
+    t.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    before = [p.detach().clone() for p in t.model.student.parameters()]
+    t.meter.add(t.train_step(t.get_batch(0), 0))
+    t.check_finite()
+    assert all(torch.equal(a, b) for a, b in zip(before, t.model.student.parameters(), strict=True))
+    assert t.scaler.get_scale() == 2.0**126
+    t.scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
+    t.scaler.scale(torch.zeros(()))
+    with pytest.raises(UserError, match=r"hardware.precision=float16: .* even at a loss scale of 0\.5"):
+        t.check_finite()
+
+
+def test_the_speed_after_a_resume_counts_the_steps_since_then(monkeypatch) -> None:
+    class RecordedError(Exception):
+        pass
+
+    def record(values: dict[str, Any]) -> None:
+        speeds.append(values["images_per_second"])
+        raise RecordedError
+
+    t, speeds = trainer("train.log_every=4", "schedule.lr.warmup_epochs=0"), []
+    never = SimpleNamespace(due=bool, requeue=False, __bool__=bool)
+    for start in (0, 3):
+        ticks = itertools.count()
+        monkeypatch.setattr("hjepa.training.trainer.time", SimpleNamespace(perf_counter=lambda ticks=ticks: next(ticks)))
+        t.completed_steps, t.seconds = start, 0.0
+        with pytest.raises(RecordedError), progress_bar(total=8, disable=True) as bar:
+            t.run_steps(None, never, record, StopFlag(), bar)
+    assert speeds[0] == speeds[1] == 24
+
+
 def test_meter_means_are_means_not_last_values() -> None:
     meter = Meter(World())
     for value in (1.0, 2.0, 6.0):
@@ -182,6 +218,18 @@ def test_a_nan_stops_the_run_names_the_batch_and_leaves_a_good_checkpoint(run, t
 def test_invalid_lengths_are_refused(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         trainer(override)
+
+
+@pytest.mark.parametrize("options", [["loss=infonce", "regularizer=none"], ["regularizer=vicreg"]])
+def test_parts_of_one_image_are_refused_if_images_are_compared(options: list[str]) -> None:
+    with pytest.raises(UserError, match=r"train.accumulate=24 parts of a batch of 24 have one image each"):
+        build_components("train.accumulate=24", *options)
+    build_components("train.accumulate=24", "regularizer=none")
+
+
+def test_histograms_of_a_divided_model_are_refused() -> None:
+    with pytest.raises(UserError, match=r"train.histograms=2 needs complete weights"):
+        build_components("train.histograms=2", "hardware.shard=true")
 
 
 def test_every_option_of_the_groups_takes_a_step() -> None:

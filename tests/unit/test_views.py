@@ -21,6 +21,15 @@ def test_views_of_an_image_follow_one_another() -> None:
     assert output.num_global == 4
 
 
+def test_crops_of_an_image_that_is_not_augmented_are_normalized_once() -> None:
+    t = trainer("dataset.views=1", "dataset.local_views=2", "dataset.augment.flip=0", "dataset.augment.scale=[1,1]")
+    images, _, crops, _ = t.get_batch(0)
+    for pixels in (images, crops):
+        raw = pixels * t.components.dataset.std + t.components.dataset.mean
+        assert -1e-5 < raw.min() < raw.max() < 1 + 1e-5
+    assert crops.std() > images.std() / 2
+
+
 def test_features_of_each_view_are_those_of_the_view_alone() -> None:
     t = trainer(*MULTICROP)
     model = t.model.eval()

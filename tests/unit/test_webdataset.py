@@ -230,6 +230,11 @@ def test_images_without_labels(root: Path) -> None:
     assert tars(root, label=None).load("train").labels == {}
 
 
+def test_names_of_classes_may_have_any_encoding(root: Path) -> None:
+    write_tar(root / "latin.tar", {"a.jpg": b"x", "a.cls": "caf\u00e9".encode("latin-1"), "b.jpg": b"x", "b.cls": b"tea"})
+    assert tars(root, train="latin.tar").class_names("class") == ["caf\ufffd", "tea"]
+
+
 def test_the_missing_package_is_named(root: Path, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "webdataset.tariterators", None)
     with pytest.raises(UserError, match=r"dataset=webdataset needs the package webdataset; pip install webdataset"):

@@ -13,7 +13,7 @@ from hjepa.data.datamodule import DataModule, to_unit_range
 from hjepa.distributed.seeding import generator, seed_global
 from hjepa.metrics.probes import accuracy
 from hjepa.models.encoder import Encoder
-from hjepa.optim.optimizers import TOKENS
+from hjepa.optim.optimizers import TOKENS, is_matrix
 from hjepa.optim.schedules import CosineSchedule
 from hjepa.optim.step_plan import StepPlan
 from hjepa.tasks.evaluate.features import LabeledImages
@@ -122,7 +122,7 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
     by_decay: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            by_decay[parameter.ndim > 1 and not name.endswith(TOKENS)].append(parameter)
+            by_decay[is_matrix(parameter) and not name.endswith(TOKENS)].append(parameter)
     return [{"params": by_decay[True], "weight_decay": weight_decay}, {"params": by_decay[False], "weight_decay": 0.0}]
 
 

@@ -177,13 +177,6 @@ def all_gather(values: Tensor) -> Tensor:
     return gathered.to(values.dtype)
 
 
-def own_part(gathered: Tensor, count: int) -> Tensor:
-    """Return the `count` rows of this process from the rows of all processes, as `all_gather_with_grad` orders them."""
-    if not dist.is_initialized() or len(gathered) == count:
-        return gathered
-    return gathered[dist.get_rank() * count :][:count]
-
-
 def broadcast_from_main(values: Tensor) -> Tensor:
     """Overwrite a tensor with that of the main process, and return it."""
     if dist.is_initialized():

@@ -7,7 +7,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hjepa.config.errors import UserError
-from hjepa.distributed.process_group import all_gather_with_grad, own_part
 from hjepa.models.levels import Level
 
 
@@ -20,10 +19,9 @@ def build_heads(levels: list[Level], projector: Callable[..., nn.Module] | None)
 
 
 def project(head: nn.Module, tokens: Float[Tensor, "b k _"]) -> Float[Tensor, "b k _"]:
-    """Apply a projector to all tokens of each image; in training, it normalizes over the images of all processes."""
-    every = all_gather_with_grad(tokens) if head.training else tokens
-    projected: Tensor = head(every.flatten(0, 1))
-    return own_part(projected.unflatten(0, every.shape[:2]), len(tokens))
+    """Apply a projector to all tokens of each image."""
+    projected: Tensor = head(tokens.flatten(0, 1))
+    return projected.unflatten(0, tokens.shape[:2])
 
 
 def normalize_targets(cells: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape d"]:

@@ -210,7 +210,7 @@ class HJEPA(LevelPrediction):
     def features(self, stages: list[Stage], num_views: int) -> list[Float[Tensor, "b v _"]]:
         """Pool and project the stages of the student for every regularized level.
 
-        In training, B counts the images of all processes, because the projector normalizes over the batch.
+        In training, B counts the images of all processes.
 
         Args:
             stages: Stages at `self.layers` for B*V views.
@@ -219,8 +219,8 @@ class HJEPA(LevelPrediction):
         projected = {}
         for layer, stage in zip(self.layers, stages, strict=True):
             if layer in self.regularized_layers:
-                pooled = self.student.pool_tokens(stage)
-                projected[layer] = self.projectors[str(layer)](all_gather_with_grad(pooled) if self.training else pooled)
+                own = self.projectors[str(layer)](self.student.pool_tokens(stage))
+                projected[layer] = all_gather_with_grad(own) if self.training else own
         return [projected[layer].unflatten(0, (-1, num_views)) for layer in self.regularized_layers]
 
     def blocks(self) -> list[nn.Module]:

@@ -68,8 +68,7 @@ def build_components(config: Config) -> Components:
     if world.main:
         warn_of_collapse(objective, model)
     if world.size > 1:
-        for encoder in (model.student, model.teacher):
-            synchronize_batch_norms(encoder, hardware.device)
+        synchronize_batch_norms(model, hardware.device)
     hardware.prepare_model(model, model.blocks())
     strategy = FSDPStrategy(world) if hardware.shard else DDPStrategy(world)
     strategy.shard(model, hardware.device)

@@ -150,7 +150,9 @@ class Augment:
             boxes = self.crop_boxes(params, scale).to(images.device, non_blocking=True)
         shape = [*images.shape[:2], size or images.shape[2], size or images.shape[3]]
         grid = F.affine_grid(boxes, shape, align_corners=False)
-        return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        border = grid.new_tensor([1 - 1 / images.shape[3], 1 - 1 / images.shape[2]])
+        grid = torch.minimum(grid.maximum(-border), border)  # padding_mode="border", which Apple's GPUs lack
+        return F.grid_sample(images, grid, mode="bilinear", align_corners=False)
 
     def crop_boxes(self, params: Params, scale: Sequence[float]) -> Float[Tensor, "b 2 3"]:
         """Return the affine maps from the output to the crop, both in coordinates from -1 to 1."""

@@ -16,7 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def synchronize_batch_norms(module: nn.Module, device: torch.device) -> None:
     """Let the batch norms below a module compute their statistics over all processes; parameters and buffers stay."""
     if device.type != "cpu":
-        convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+        hooks = {name: norm._forward_hooks for name, norm in module.named_modules() if isinstance(norm, _BatchNorm)}
+        convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]  # its new modules have no hooks
+        for name in hooks:
+            module.get_submodule(name)._forward_hooks = hooks[name]
         return
     for norm in module.modules():
         if isinstance(norm, _BatchNorm):

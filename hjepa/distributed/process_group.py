@@ -2,8 +2,8 @@
 
 Every process samples the random numbers of a step for the whole batch, and computes only its own share of the images.
 Statistics over the batch are taken over all processes. N processes with B / N images each are therefore equal to one process
-with B images, up to rounding. Only the main process, rank 0, evaluates and writes. `hjepa.distributed.launch` starts
-the processes.
+with B images, up to rounding and, with stochastic depth, its random numbers. Only the main process, rank 0, evaluates and
+writes. `hjepa.distributed.launch` starts the processes.
 """
 
 import logging

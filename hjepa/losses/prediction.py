@@ -63,7 +63,7 @@ class Contrastive(Cosine):
 
     -log(e^p / (e^p + sum of e^n)), where p is the cosine similarity of a prediction to its target, and n are its similarities to
     all target cells of the other images in the same group (see `LevelOutput`), all divided by the temperature. Between projected
-    whole views, this is the NT-Xent loss of SimCLR (Chen et al. 2020).
+    whole views, this is the loss of MoCo v3 (Chen et al. 2021) in both directions; that of SimCLR has the other views too.
 
     Args:
         temperature: Divisor of the similarities; lower values put more weight on the nearest negatives.

@@ -55,7 +55,7 @@ class Regularizer(ABC):
     def __call__(self, output: Output) -> tuple[Scalar, dict[str, Scalar]]:
         """Compute the weighted sum and the terms; from the second level on, names end with the level's number."""
         total, named = output.zero(), {}
-        for index, features in zip(self.regularized_levels, output.features, strict=False):
+        for index, features in zip(self.regularized_levels, output.features, strict=True):
             for name, term in self.terms(features.float(), output.num_global).items():
                 total = total + self.levels[index] * self.weights[name] * term
                 named[f"{name}_level{index + 1}" if index else name] = term.detach()
@@ -65,6 +65,7 @@ class Regularizer(ABC):
 class VICReg(Regularizer):
     """VICReg (Bardes et al. 2022, eq. 1-5), used as in C-JEPA (Mo & Tong 2024).
 
+    The terms are means over views and, for the invariance, over dimensions, where the equations of the paper have sums.
     Every dimension keeps a standard deviation of at least 1 over the batch, dimensions are decorrelated, and the views and
     contexts of an image agree.
 

@@ -130,16 +130,18 @@ class HierarchicalMasking(BlockMaskSampler):
     ) -> None:
         if not target_scale or not blocks:
             raise UserError(f"masking.target_scale={target_scale} and masking.blocks={blocks} need an entry per level.")
-        self.target_scales = [target_scale[min(i, len(target_scale) - 1)] for i in range(len(pools))]
-        self.num_blocks = [blocks[min(i, len(blocks) - 1)] for i in range(len(pools))]
-        areas = [largest_block_area(s[1], target_aspect, grid, p) for s, p in zip(self.target_scales, pools, strict=True)]
+        self.block_pools = list(pools) or [1]  # without levels, blocks of patches are hidden
+        self.target_scales = [target_scale[min(i, len(target_scale) - 1)] for i in range(len(self.block_pools))]
+        self.num_blocks = [blocks[min(i, len(blocks) - 1)] for i in range(len(self.block_pools))]
+        scales = zip(self.target_scales, self.block_pools, strict=True)
+        areas = [largest_block_area(scale[1], target_aspect, grid, pool) for scale, pool in scales]
         max_covered = sum(count * area for count, area in zip(self.num_blocks, areas, strict=True))
         super().__init__(grid, pools, target_aspect, context_scale, max_covered)
 
     def __call__(self, batch_size: int, generator: Generator) -> Masks:
         targets, covered = [], torch.zeros(batch_size, self.num_patches, dtype=torch.bool)
-        for pool, scale, count in zip(self.pools, self.target_scales, self.num_blocks, strict=True):
+        for pool, scale, count in zip(self.block_pools, self.target_scales, self.num_blocks, strict=True):
             blocks, size = self.sample_targets((batch_size, 1, count), scale, pool, generator)
             targets.append(blocks_to_cells(blocks, size, self.grid, pool))
             covered |= indices_to_mask(blocks, self.num_patches)
-        return Masks(self.sample_context(covered, generator), tuple(targets))
+        return Masks(self.sample_context(covered, generator), tuple(targets[: len(self.pools)]))

@@ -1,6 +1,6 @@
 """Linear and k-NN probes of frozen features, and the effective rank of the features.
 
-Training and evaluation use the same protocol: features of the teacher of images without augmentation, standardized with the
+Training and evaluation use the same protocol: features of images without augmentation, standardized with the
 statistics of the training images, fitted on training images and scored on the validation images.
 
 The features of an image are the mean patch token, followed by the mean summary token if there are summary tokens. With

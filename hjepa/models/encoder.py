@@ -140,6 +140,9 @@ class Encoder(nn.Module, ABC):
         """Return the image features that probes and exports use: the pooled tokens of the last layer or of all layers."""
         return self.pool_stages(self(images, layers=self.feature_layers))
 
+    def check_masks(self) -> None:
+        """Raise `UserError` if the encoder can encode whole images only."""
+
     def adapt_state_dict(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Convert the state dict of a related network, such as a classifier, to one of this encoder where possible."""
         return weights

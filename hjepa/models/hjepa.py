@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hjepa.config.errors import UserError
 from hjepa.config.types import PositiveInt
 from hjepa.distributed.process_group import all_gather_with_grad
 from hjepa.masking import Masks
@@ -74,7 +75,12 @@ class HJEPA(LevelPrediction):
         self.predictor = predictor(encoder_dim=dim, levels=others) if others else None
         self.matching = levels.matching(levels=matched) if matched else None
         self.upper: StackedLevel | None = levels.upper(input_dim=dim, grid=self.grid) if levels.upper else None
-        self.regularized_layers = [self.level_layers[i] for i in regularized if i < len(self.level_layers)]
+        if (largest := max(regularized, default=-1)) >= len(self.level_layers):
+            raise UserError(
+                f"regularizer.levels has a factor for level {largest + 1}, but there are {len(self.level_layers)} levels; leave "
+                "it out."
+            )
+        self.regularized_layers = [self.level_layers[i] for i in regularized]
         self.projectors = nn.ModuleDict()  # levels of one layer share their features and a projector
         for layer in sorted(set(self.regularized_layers)):
             width = self.student.feature_dims[layer - 1]

@@ -8,6 +8,7 @@ token without learned affine parameters. With `summary`, a second pass of the pr
 only and must predict the targets of the first level.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
@@ -183,9 +184,14 @@ class Levels:
     def check_masked(self, levels: list[Level], grid: int) -> None:
         """Raise `UserError` if the cells of the masked levels do not nest."""
         pools = [level.mask_pool for level in levels if not level.other]
-        nested = all(max(pools) % pool == 0 for pool in pools)
-        if not nested or any(max(grid, level.grid) % min(grid, level.grid) for level in levels if not level.other):
+        if any(max(pools) % pool for pool in pools):
             raise UserError(f"levels.pool={list(self.pool)}: each entry must divide the largest one, as in [1, 2, 4].")
+        for level in levels:
+            if not level.other and max(grid, level.grid) % min(grid, level.grid):
+                raise UserError(
+                    f"levels.pool={list(self.pool)}: the {level.grid}x{level.grid} cells of {level.name} and the {grid}x{grid} "
+                    "patches, which are hidden as a whole, do not nest; use another pool."
+                )
 
 
 def entry(values: list[T], number: int) -> T:
@@ -199,7 +205,7 @@ def resolve_layer(stage: int | float, encoder: Encoder) -> int:
     if isinstance(stage, int) and 1 <= abs(stage) <= count:
         return stage if stage > 0 else count + 1 + stage
     if isinstance(stage, float) and 0 < stage < 1:
-        return max(1, round(stage * count))
+        return max(1, math.floor(stage * count + 0.5))
     raise UserError(
         f"levels.stage={stage}: {type(encoder).__name__} has the layers 1 to {count}; expected one of these numbers, -1 to "
         f"-{count} counted from the last layer, or a fraction of their number between 0 and 1."

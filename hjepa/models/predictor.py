@@ -22,7 +22,6 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from hjepa.config.errors import UserError
 from hjepa.config.types import NonNegativeInt, PositiveInt
 from hjepa.models.encoder import Stage
 from hjepa.models.layers import CrossBlock, LeanMlp, init_xavier, sincos_positions
-from hjepa.models.levels import Level
+from hjepa.models.levels import Level, pool_cells
 from hjepa.models.views import Queries
 
 CHANGES = 3  # relative height, relative width, mirrored
@@ -138,7 +137,7 @@ class MatchingPredictor(nn.Module):
     """Reads the student's cells of a level at the place of the target, by bilinear interpolation.
 
     An MLP may map the cells first. Without one, the prediction is the student's own output there, as in the contrast of matched
-    cells of VICRegL (Bardes et al. 2022) and, for a whole image, of SimCLR (Chen et al. 2020). If the level has a projector, the
+    cells of VICRegL (Bardes et al. 2022) and, for a whole image, of MoCo v3 (Chen et al. 2021). If the level has a projector, the
     cells are projected before they are interpolated, so that each cell is projected once, whatever the number of queries.
 
     Args:
@@ -175,11 +174,12 @@ def read_cells(cells: Float[Tensor, "b c n d"], places: Float[Tensor, "b c p t 2
     """Interpolate the cells of C views at places (row, column) from -1 to 1; a single cell is the same everywhere."""
     if cells.shape[2] == 1:
         return cells.unsqueeze(2).expand(*places.shape[:4], -1)
-    points = places.flatten(0, 1).flatten(1, 2).unsqueeze(1).flip(-1)  # (x, y)
     side = math.isqrt(cells.shape[2])
-    grid = cells.flatten(0, 1).mT.unflatten(2, (side, side)).to(points.dtype)
-    read = F.grid_sample(grid, points, padding_mode="border", align_corners=False)
-    return read.squeeze(2).mT.reshape(*places.shape[:4], -1)
+    index = ((places + 1) * (side / 2) - 0.5).clamp(0, side - 1)  # fractional (row, column)
+    by_axis = (1 - (index.unsqueeze(-1) - torch.arange(side, device=index.device)).abs()).clamp(min=0)
+    weights = (by_axis[..., 0, :, None] * by_axis[..., 1, None, :]).flatten(-2)  # [B, C, P, T, N]
+    read = weights.flatten(2, 3) @ cells.to(weights.dtype)
+    return read.unflatten(2, places.shape[2:4])
 
 
 class Fusion(nn.Module):
@@ -215,7 +215,15 @@ class Fusion(nn.Module):
 
 
 def average_to(stage: Stage, num_patches: int) -> Float[Tensor, "m n d"]:
-    """Return the tokens of a stage of which the r*r cells of each patch, which follow one another, are averaged."""
-    if stage.cells.shape[1] == num_patches:
+    """Return the tokens of a stage with the mean of the cells of each patch.
+
+    The cells of a complete view are in raster order; where patches are hidden, the cells of a patch follow one another.
+    """
+    cells = stage.cells
+    if cells.shape[1] == num_patches:
         return stage.tokens
-    return torch.cat([stage.summary, stage.cells.unflatten(1, (num_patches, -1)).mean(2)], dim=1)
+    if cells.shape[1] == stage.grid**2:
+        cells = pool_cells(cells, stage.grid, stage.grid // math.isqrt(num_patches))
+    else:
+        cells = cells.unflatten(1, (num_patches, -1)).mean(2)
+    return torch.cat([stage.summary, cells], dim=1)

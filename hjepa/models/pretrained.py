@@ -38,7 +38,7 @@ def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def load_encoder(encoder: Encoder, source: str, option: str, key: str | None = None) -> None:
-    """Load weights into an encoder: those of a run's teacher, of timm, or of a checkpoint of another trainer.
+    """Load weights into an encoder: those of the encoder that a run evaluates, of timm, or of a checkpoint of another trainer.
 
     Args:
         encoder: Encoder to change.
@@ -52,7 +52,17 @@ def load_encoder(encoder: Encoder, source: str, option: str, key: str | None = N
     path, given = find_weights(Path(source).expanduser()), f"{option}={source}"
     if not path.is_file():
         raise UserError(f"{given}: no such file or run folder with checkpoints exists.")
-    encoder.load_state_dict(find_encoder(read_weight_file(path, given), encoder, key, given, f"{option}_key"))
+    content = read_weight_file(path, given)
+    if key is None and trained_by_given_teacher(content):
+        key = "student"
+    encoder.load_state_dict(find_encoder(content, encoder, key, given, f"{option}_key"))
+
+
+def trained_by_given_teacher(content: Any) -> bool:
+    """Return whether a file is the checkpoint of a run whose teacher never changed, so that its student is what it trained."""
+    identity = content.get("identity") if isinstance(content, dict) else None
+    target = identity.get("teacher", {}).get("_target_") if isinstance(identity, dict) else None
+    return target == "hjepa.training.Frozen"
 
 
 def load_initial_weights(encoder: Encoder, pretrained: str | None, pretrained_key: str | None) -> None:
@@ -75,7 +85,11 @@ def load_stacked_teachers(model: nn.Module, source: str) -> None:
 
 def load_model(model: nn.Module, source: str) -> None:
     """Load the whole model of a run from its folder or one of its checkpoints."""
-    weights: Weights = read_checkpoint(find_checkpoint(Path(source).expanduser()), CPU)["model"]
+    checkpoint = read_checkpoint(find_checkpoint(Path(source).expanduser()), CPU)
+    weights: Weights = checkpoint["model"]
+    if trained_by_given_teacher(checkpoint):
+        trained = {name.replace("student.", "teacher.", 1): value for name, value in weights.items() if "student." in name}
+        weights = weights | {name: value for name, value in trained.items() if name in weights}
     check_fits(model.state_dict(), weights, f"init_from={source}")
     model.load_state_dict(weights)
 

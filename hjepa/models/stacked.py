@@ -118,8 +118,8 @@ class StackedLevel(nn.Module):
             Weight, prediction [B, C, P, T, dim] and target [B, C, P, T, dim] of every level.
         """
         mask, *masks_above = masks
-        cells = pool_cells(below, self.grid, self.pool)
-        student_cells = cells.detach() if self.detach else pool_cells(below_by_student(), self.grid, self.pool)
+        cells = pool_cells(below.detach() if self.detach else below, self.grid, self.pool)
+        student_cells = cells if self.detach else pool_cells(below_by_student(), self.grid, self.pool)
         with torch.set_grad_enabled(self.teacher is self.student and torch.is_grad_enabled()):
             encoded = self.teacher(cells)
             target = gather_tokens(encoded, mask.targets[0])

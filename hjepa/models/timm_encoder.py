@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
-from hjepa.config.errors import UserError
+from hjepa.config.errors import UserError, first_line
 from hjepa.config.types import PositiveInt
 from hjepa.models.conv_stem import mask_images
 from hjepa.models.encoder import Encoder, Stage
@@ -68,9 +68,17 @@ class TimmEncoder(Encoder):
         self._non_persistent_buffers_set = network._non_persistent_buffers_set
         self.__dict__["network"] = network
         self.visible: Tensor | None = None
-        for stage in self.stage_names:  # a bound method: the copy of an encoder has hooks of its own
-            network.get_submodule(stage).register_forward_hook(self.hide)
-        self.freeze_unused()
+        try:
+            for stage in self.stage_names:  # a bound method: the copy of an encoder has hooks of its own
+                network.get_submodule(stage).register_forward_hook(self.hide)
+            self.freeze_unused()
+        except UserError:
+            raise
+        except Exception as error:  # models of timm declare their stages in several ways
+            raise UserError(
+                f"model.encoder.name={name} cannot be used, because it does not return its stages as timm declares them "
+                f"({type(error).__name__}: {first_line(error)}); use a model such as resnet18 or convnext_atto."
+            ) from error
 
     def forward(
         self, images: Float[Tensor, "b 3 h w"], keep: Int[Tensor, "b c k"] | None = None, layers: Sequence[int] | None = None
@@ -96,7 +104,7 @@ class TimmEncoder(Encoder):
         """Set the hidden cells of the output of a stage to 0: a forward hook."""
         if self.visible is None:
             return output
-        if output.ndim != 4:
+        if not isinstance(output, Tensor) or output.ndim != 4:
             raise UserError(
                 f"model.encoder.name={self.architecture['model_name']}: the outputs of its stages are no maps, so that patches "
                 "cannot be masked; use a model with stages such as resnet18, convnext_atto or swin_tiny_patch4_window7_224."
@@ -125,13 +133,19 @@ class TimmEncoder(Encoder):
         """Freeze the parameters on which no stage depends; otherwise, they would have no gradient in training."""
         training = self.training
         self.eval()
-        images, keep = torch.zeros(1, 3, self.image_size, self.image_size), torch.zeros(1, 1, 1, dtype=torch.int64)
         with torch.enable_grad():
-            stages = self(images, keep, range(1, self.num_layers + 1))
+            stages = self(torch.zeros(1, 3, self.image_size, self.image_size), None, range(1, self.num_layers + 1))
             total = torch.stack([stage.tokens.sum() for stage in stages]).sum()
             parameters = list(self.parameters())
             for parameter, gradient in zip(parameters, torch.autograd.grad(total, parameters, allow_unused=True), strict=True):
                 parameter.requires_grad_(gradient is not None)
+        self.train(training)
+
+    @torch.no_grad()
+    def check_masks(self) -> None:
+        training = self.training
+        self.eval()
+        self(torch.zeros(1, 3, self.image_size, self.image_size), torch.zeros(1, 1, 1, dtype=torch.int64))
         self.train(training)
 
     @property
@@ -214,11 +228,11 @@ def is_channels_last(network: nn.Module) -> bool:
     return getattr(network, "output_fmt", "NCHW") == "NHWC"
 
 
-def final_norm(network: nn.Module) -> nn.Module | None:
+def final_norm(network: Any) -> nn.Module | None:
     """Return the norm at the end of a model, which the outputs of its stages lack, or None."""
-    modules = dict(network.named_modules())
+    modules, width = dict(network.named_modules()), network.feature_info[-1]["num_chs"]
     norms = [modules[name] for name in ("norm", "head.norm") if name in modules]
-    return next((norm for norm in norms if any(True for _ in norm.parameters())), None)
+    return next((norm for norm in norms if [len(p) for p in norm.parameters()][:1] == [width]), None)
 
 
 def stage_maps(network: Any, images: Float[Tensor, "b 3 h w"], indices: list[int]) -> list[Float[Tensor, "b _ _ _"]]:

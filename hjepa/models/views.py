@@ -1,8 +1,8 @@
 """Views: where a cell of one crop of an image lies in another crop.
 
 A box is the affine map [2, 3] from the coordinates of a crop to those of its image, both from -1 to 1, as
-`hjepa.data.augment.Augment.boxes` returns it: x' = width * x + left, y' = height * y + top, where a negative width stands
-for a mirrored crop. Points are (row, column) in the coordinates of a crop.
+`hjepa.data.augment.Augment.boxes` returns it: x' = width * x + center_x, y' = height * y + center_y, where the image has the
+width 1, and a negative width stands for a mirrored crop. Points are (row, column) in the coordinates of a crop.
 """
 
 from collections.abc import Sequence

@@ -30,7 +30,7 @@ from hjepa.optim.soap import SOAP
 Groups = list[dict[str, Any]]
 
 # They have the shape of matrices, but weight decay does not apply to them.
-TOKENS = ("mask_tokens", "reg_token", "pos_embed", "relative_position_bias_table")
+TOKENS = ("mask_tokens", "reg_token", "pos_embed", "relative_position_bias_table", "attention_biases")
 
 
 def parameter_groups(model: HJEPA, lr_scale: dict[str, float], layer_decay: float) -> Groups:

@@ -53,11 +53,14 @@ def build_components(config: Config) -> Components:
     dataset: DataModule = build(config["dataset"])
     model, sampler, objective = build_model(config)
     check_options(config, dataset, objective)
-    if dataset.early_size and sampler.hides_patches:
+    if dataset.early_size and (sampler.hides_patches or model.upper):
         raise UserError(
-            f"dataset.early_size={dataset.early_size}: masks are sampled for images of dataset.image_size={dataset.image_size} "
-            "only; choose masking=none, or set dataset.early_size to null."
+            f"dataset.early_size={dataset.early_size}: masks and stacked levels are made for images of "
+            f"dataset.image_size={dataset.image_size} only; choose masking=none and levels.upper=null, or set "
+            "dataset.early_size to null."
         )
+    if sampler.hides_patches:
+        model.student.check_masks()
     check_view_count(objective, dataset, sampler)
     check_other_views(model, dataset, sampler)
     if config["init_from"]:
@@ -88,7 +91,7 @@ def build_components(config: Config) -> Components:
 
 
 def build_untrained(config: Config, device: torch.device) -> Encoder | None:
-    """Return the teacher with the random weights of the seed, on the device, if the run starts from given weights instead."""
+    """Return the encoder with the random weights of the seed, on the device, if the run starts from given weights instead."""
     if not starts_from_weights(config):
         return None
     model, _, _ = build_model(config | {"model": config["model"] | {"pretrained": None, "pretrained_key": None}})
@@ -158,11 +161,9 @@ def check_other_views(model: HJEPA, dataset: DataModule, sampler: MaskSampler) -
             "levels.predictor=[matching] reads the student's output at the place of the target, which must not be hidden; choose "
             "masking=none, or levels.predictor=[attention]."
         )
-    if (
-        model.predictor is None
-        and model.upper is None
-        and model.last_layer not in [*model.level_layers, *model.regularized_layers]
-    ):
+    trained = {*model.level_layers, *model.regularized_layers}
+    trained_by_upper = model.upper is not None and not model.upper.detach
+    if model.predictor is None and not trained_by_upper and model.last_layer not in trained:
         raise UserError(
             f"levels.stage={[level.layer for level in model.levels]}: no level trains the last stage of the encoder, which "
             f"probes and exports read; add a level at stage -1, which is {model.last_layer}."

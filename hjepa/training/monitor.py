@@ -129,8 +129,9 @@ class Monitor:
         return self.probe(encoder, *self.probe_splits, self.components.dataset.normalize, progress)
 
     def collapse_statistics(self) -> dict[str, Scores]:
-        """Return the collapse statistics of teacher and student."""
-        encoders = {"teacher": self.model.teacher} | ({} if self.model.teacher_is_student else {"student": self.model.student})
+        """Return the collapse statistics of student and teacher, as far as the run trains them."""
+        encoders = {} if self.model.teacher_is_given else {"teacher": self.model.teacher}
+        encoders |= {} if self.model.teacher_is_student else {"student": self.model.student}
         return {name: self.statistics_of(encoder) for name, encoder in encoders.items()}
 
     def statistics_of(self, encoder: Encoder) -> Scores:
@@ -158,7 +159,7 @@ class Monitor:
             masks = c.sampler(len(images) * views, generator(0, "held out", i)).to(c.hardware.device)
             with c.hardware.autocast():
                 output = self.model(crops.global_crops, masks, crops.local_crops, crops.boxes, views)
-                loss, _ = c.objective.prediction_loss(output)
+            loss, _ = c.objective.prediction_loss(output)
             sums += torch.stack([loss, c.objective.constant_baseline(output)]).cpu() / len(batches)
         self.model.train(training)
         return {"validation/loss": sums[0].item(), "validation/constant_loss": sums[1].item()}

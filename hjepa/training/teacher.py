@@ -109,8 +109,8 @@ class Frozen(TeacherUpdate):
     """Pretrained weights that never change.
 
     Args:
-        weights: Run folder, checkpoint of a run (its teacher is used), or checkpoint of timm or another trainer with the same
-            architecture, which has no weights for stacked levels.
+        weights: Run folder, checkpoint of a run (the encoder that it evaluates is used), or checkpoint of timm or another
+            trainer with the same architecture, which has no weights for stacked levels.
         weights_key: See `pretrained_key` of `hjepa.models.HJEPA`.
     """
 

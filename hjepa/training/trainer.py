@@ -160,7 +160,7 @@ class Trainer:
                     # The teacher computes targets from complete crops; the student encodes their contexts, from which the
                     # predictor predicts the targets.
                     output = self.network(*micro_batch, c.dataset.views)
-                    loss, terms = c.objective(output)
+                loss, terms = c.objective(output)  # in float32
                 self.scaler.scale(loss / self.accumulate).backward()
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums[name] + value / self.accumulate if name in sums else value / self.accumulate

@@ -15,6 +15,7 @@ from hjepa.models.conv_stem import mask_images
 from hjepa.models.encoder import Encoder, Stage
 from hjepa.models.layers import gather_tokens
 from hjepa.models.maps import cell_index
+from hjepa.models.predictor import average_to
 from hjepa.models.vit import ViTEncoder
 from tests.helpers.runs import ROOT, TINY, build_components, checked_config, compose, trainer
 
@@ -117,6 +118,15 @@ def test_stages_have_the_declared_sizes(encoder: Encoder) -> None:
     crops = images[:, :, : encoder.image_size // 2, : encoder.image_size // 2]
     assert encoder(crops)[0].grid == 2, "local crops are smaller"
     assert encoder(crops)[0].cells.shape[1] == 4
+
+
+def test_the_means_over_patches_are_the_same_for_a_complete_view_and_for_all_patches_as_context(encoder: Encoder) -> None:
+    encoder.eval()
+    images, layers = random_images(encoder), list(range(1, encoder.num_layers + 1))
+    every = torch.arange(16).expand(2, 1, -1)
+    for complete, kept in zip(encoder(images, layers=layers), encoder(images, every, layers), strict=True):
+        crowded = Stage(kept.tokens, 0, kept.num_summary)  # whose tokens are not in raster order
+        torch.testing.assert_close(average_to(complete, 16), average_to(crowded, 16), atol=1e-4, rtol=1e-4)
 
 
 def test_stages_do_not_depend_on_dropped_patches(encoder: Encoder) -> None:

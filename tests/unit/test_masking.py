@@ -124,6 +124,13 @@ def test_partition_parts_are_disjoint_and_complete() -> None:
     assert torch.equal(together, torch.arange(64).expand(3, 4, 64))
 
 
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_patches_are_hidden_without_levels_too(kind: str) -> None:
+    masks = SAMPLERS[kind](8, [])(3, torch.Generator().manual_seed(0))
+    assert masks.context.shape[-1] < 64
+    assert masks.targets == ()
+
+
 def test_without_masking_every_patch_is_context() -> None:
     masks = NoMasking(3, [])(2, torch.Generator())
     assert masks.context.tolist() == [[list(range(9))]] * 2

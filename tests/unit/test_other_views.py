@@ -8,6 +8,7 @@ from hjepa.config.errors import UserError
 from hjepa.data.augment import Augment
 from hjepa.losses import Contrastive
 from hjepa.models.levels import Level, cell_centers
+from hjepa.models.predictor import read_cells
 from hjepa.models.views import match_levels, place_points, target_views, view_change
 from tests.helpers.runs import VIEWS, build_components, trainer
 
@@ -52,6 +53,20 @@ def test_the_box_of_an_image_that_is_not_cropped_is_the_whole_image() -> None:
     assert torch.equal(augment.boxes(params), torch.eye(2, 3).expand(4, -1, -1))
 
 
+def test_crops_and_cells_are_interpolated_as_torch_does_with_repeated_borders() -> None:
+    torch.manual_seed(0)
+    augment, images = Augment(scale=[0.1, 1.0], ratio=[0.5, 2.0], flip=0.5), torch.rand(6, 3, 8, 8)
+    params = torch.rand(5, 6)
+    grid = F.affine_grid(augment.boxes(params), [6, 3, 8, 8], align_corners=False)
+    expected = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    torch.testing.assert_close(augment(images, params), expected)
+    cells, places = torch.randn(2, 3, 16, 5), torch.rand(2, 3, 4, 7, 2) * 2.4 - 1.2
+    maps = cells.flatten(0, 1).mT.unflatten(2, (4, 4))
+    points = places.flatten(0, 1).flip(-1)
+    read = F.grid_sample(maps, points, padding_mode="border", align_corners=False).movedim(1, -1).unflatten(0, (2, 3))
+    torch.testing.assert_close(read_cells(cells, places), read, atol=1e-5, rtol=1e-5)
+
+
 def test_crops_of_the_whole_area_are_the_image_or_its_mirror_image() -> None:
     augment = Augment(scale=[1.0, 1.0], ratio=[0.75, 1.33], flip=0.5)
     boxes = augment.boxes(torch.rand(5, 50))
@@ -90,7 +105,7 @@ def test_matches_are_the_cells_nearest_to_the_center_of_the_context() -> None:
     assert torch.equal(rows.view(8, 2, 4), match.cell[:, :, 0])
 
 
-def test_whole_views_are_contrasted_as_in_simclr() -> None:
+def test_whole_views_are_contrasted_as_in_moco_v3() -> None:
     """The loss of a projected whole view is InfoNCE between the projections of the views, written out."""
     parts = build_components(*VIEWS, "levels.stage=[-1]", "levels.pool=[whole]", "levels.weight=[1.0]", "dataset.views=2")
     model, images = parts.model.eval(), torch.randn(8, 3, 32, 32)
@@ -178,7 +193,7 @@ def test_training_can_begin_with_smaller_crops() -> None:
         (["dataset.views=2", "dataset.early_size=36"], "and at most dataset.image_size=32"),
         (
             ["dataset.views=2", "levels.predictor=[attention]", "masking=random", "dataset.early_size=16"],
-            "dataset.early_size=16: masks are sampled for images of dataset.image_size=32 only; choose masking=none",
+            "dataset.early_size=16: masks and stacked levels are made for images of dataset.image_size=32 only; choose masking=none",
         ),
         (["dataset.views=1"], r"levels.view=\[other\] predicts other views .* set dataset.views=2 or more \(now 1\)"),
         (["dataset.views=2", "masking=random"], r"levels.predictor=\[matching\] reads .* choose masking=none"),

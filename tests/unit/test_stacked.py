@@ -27,6 +27,14 @@ def test_gradients_reach_the_level_below_only_without_detach(detach: bool) -> No
     assert all(p.grad is None for p in (*parts.model.teacher.parameters(), *parts.model.upper.teacher.parameters()))
 
 
+def test_a_detached_level_trains_nothing_below_it_if_the_student_is_its_own_teacher() -> None:
+    parts = build_components(*SMALL, "teacher=none")
+    images, masks = torch.randn(2, 3, 32, 32), parts.sampler(2, torch.Generator().manual_seed(0))
+    stacked_loss(parts, images, masks).backward()
+    assert parts.model.upper.student.embed.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in parts.model.student.parameters())
+
+
 def test_upper_target_written_out() -> None:
     """The target is the layer-normalized output of the upper teacher for 2x2 means of the lower teacher's patches."""
     parts = build_components(*SMALL)

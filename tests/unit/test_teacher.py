@@ -97,6 +97,10 @@ def test_the_student_of_a_frozen_teacher_is_what_is_measured_and_evaluated(run, 
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     spreads = [record["student/std"] for record in records if "student/std" in record]
     assert len(set(spreads)) > 1, "the student changes"
+    pretrained, teacher = (build_components(option).model for option in (f"model.pretrained={folder}", f"init_from={folder}"))
+    for model in (pretrained, teacher):
+        assert torch.equal(weight(model.student), weight(model.teacher))
+    assert not torch.equal(weight(pretrained.student), weights["teacher.blocks.0.attn.qkv.weight"])
 
 
 @pytest.mark.thorough

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hjepa.config.errors import UserError
+from hjepa.distributed.batch_norm import synchronize_batch_norms
 from hjepa.models.conv_stem import mask_images
 from hjepa.models.timm_encoder import TimmEncoder
 
@@ -113,6 +114,24 @@ def test_options_are_those_of_timm() -> None:
     assert not any(isinstance(module, nn.Linear) and module.out_features == 1000 for module in encoder.modules())
 
 
+def test_networks_whose_stages_are_no_maps_cannot_hide_patches() -> None:
+    encoder = create("hiera_tiny_224", patch_size=32)
+    assert encoder(torch.zeros(1, 3, 64, 64))[0].tokens.shape == (1, 4, 768)
+    with pytest.raises(UserError, match="the outputs of its stages are no maps"):
+        encoder.check_masks()
+    create("resnet18").check_masks()
+
+
+def test_hooks_of_stages_that_are_batch_norms_stay_when_these_are_synchronized() -> None:
+    encoder = create("mobilenetv3_small_100")
+    images, keep = torch.randn(2, 3, 64, 64), torch.tensor([[[0, 3]], [[1, 2]]])
+    before = encoder.eval()(images, keep, range(1, encoder.num_layers + 1))
+    synchronize_batch_norms(encoder, torch.device("cuda"))
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in encoder.modules())
+    for old, new in zip(before, encoder(images, keep, range(1, encoder.num_layers + 1)), strict=True):
+        assert torch.equal(old.tokens, new.tokens)
+
+
 def test_local_crops_need_a_model_of_any_image_size() -> None:
     with pytest.raises(UserError, match=r"Crops of 32 pixels .*: swin_tiny_patch4_window7_224 encodes images of 64 pixels only"):
         create("swin_tiny_patch4_window7_224", options=SMALL_SWIN)(torch.randn(2, 3, 32, 32))
@@ -126,7 +145,7 @@ def test_local_crops_need_a_model_of_any_image_size() -> None:
         ("resnet19", {}, r"model.encoder.name=resnet19: .* did you mean resnet18"),
         ("no model at all", {}, r"timm.list_models\(\) returns all names"),
         ("vit_tiny_patch16_224", {}, "model.encoder.name=vit_tiny_patch16_224 has no stages"),
-        ("hiera_tiny_224", {}, "the outputs of its stages are no maps"),
+        ("mvitv2_tiny", {}, "mvitv2_tiny cannot be used, because it does not return its stages as timm declares them"),
         ("resnet18", {"patch_size": 16}, "a cell of the last stage of resnet18 is 32 pixels wide; set model.patch_size=32"),
         ("resnet18", {"image_size": 48}, "dataset.image_size=48: resnet18 needs a multiple of 32"),
         ("resnet18", {"options": {"drop_pth": 1}}, "model.encoder.options: timm.create_model does not accept them .*drop_pth"),

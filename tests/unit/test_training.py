@@ -20,6 +20,15 @@ from hjepa.training.meter import Meter
 from hjepa.training.signals import StopFlag
 from tests.helpers.runs import build_components, plan, trainer
 
+STACKED_VIEWS = (
+    "levels.view=[other]",
+    "levels.project=[true]",
+    "levels.predictor=[matching]",
+    "masking=none",
+    "projector=mlp",
+    "dataset.views=2",
+)
+
 
 def test_schedules_equal_their_formulas() -> None:
     values = CosineSchedule(start=1.0, end=0.1, warmup_steps=4)(plan(24, 10))
@@ -230,6 +239,25 @@ def test_parts_of_one_image_are_refused_if_images_are_compared(options: list[str
 def test_histograms_of_a_divided_model_are_refused() -> None:
     with pytest.raises(UserError, match=r"train.histograms=2 needs complete weights"):
         build_components("train.histograms=2", "hardware.shard=true")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["levels=none", "regularizer=sigreg", "regularizer.levels=[0,1]"], "a factor for level 2, but there are 1 levels"),
+        (["levels=stacked", *STACKED_VIEWS, "dataset.early_size=16"], r"dataset.early_size=16: masks and stacked levels"),
+        (["levels=stacked", *STACKED_VIEWS, "levels.stage=[0.5]", "regularizer=none"], "no level trains the last stage"),
+        (["levels=flat", "levels.stage=[1.5]"], "expected one of these numbers"),
+    ],
+)
+def test_levels_that_do_not_fit_are_refused(options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_components(*options)
+
+
+def test_losses_are_computed_in_float32() -> None:
+    t = trainer("hardware.precision=bfloat16", "schedule.lr.warmup_epochs=0")
+    assert {value.dtype for value in t.train_step(t.get_batch(0), 0).values()} == {torch.float32}
 
 
 def test_every_option_of_the_groups_takes_a_step() -> None:

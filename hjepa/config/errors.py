@@ -23,6 +23,10 @@ class UserError(CompactHydraException):
     """An error that the user can fix: its message names the value, what was expected and what to do."""
 
 
+class NotApplicable(UserError):
+    """An error of a protocol that cannot evaluate a run; `protocol=all` leaves the protocol out instead."""
+
+
 @contextmanager
 def friendly_errors() -> Iterator[None]:
     """Turn errors of the machine into a `UserError`, and Ctrl-C into one line and the exit status 130."""

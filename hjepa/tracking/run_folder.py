@@ -78,6 +78,11 @@ def try_lock(folder: Path) -> Iterator[bool]:
         yield True
 
 
+def remove(path: Path) -> None:
+    """Remove a file or a folder with its contents."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 class LogFile(logging.FileHandler):
     """Handler of run.log that ignores a full disk, because the run itself then stops with that message."""
 
@@ -94,8 +99,10 @@ def check_writable(path: Path, remedy: str = "set output_root to a writable fold
     existing = path
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise UserError(f"The folder {path} cannot be written ({existing} is in the way); {remedy}.")
+    if not existing.is_dir():
+        raise UserError(f"The folder {path} cannot be written ({existing} is no folder); {remedy}.")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"The folder {path} cannot be written ({existing} is read-only); {remedy}.")
 
 
 class RunFolder:
@@ -142,7 +149,7 @@ class RunFolder:
         if overwrite:
             for child in self.path.iterdir():
                 if child.name != ".lock":
-                    shutil.rmtree(child) if child.is_dir() else child.unlink()
+                    remove(child)
         self.check_same_config()
         (self.path / "plots").mkdir(exist_ok=True)
         (self.path / "summary.json").unlink(missing_ok=True)  # of an earlier session

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hjepa.config.errors import UserError
+from hjepa.config.errors import NotApplicable
 from hjepa.config.types import NonNegativeFloat, PositiveFloat, PositiveInt
 from hjepa.data.datamodule import DataModule, to_unit_range
 from hjepa.distributed.seeding import generator, seed_global
@@ -42,13 +42,14 @@ class FineTuning(EvalProtocol):
     warmup_epochs: NonNegativeFloat
 
     def check(self, context: EvalContext) -> None:
+        super().check(context)
         self.plan(context)
 
     def plan(self, context: EvalContext) -> StepPlan:
         """Return the steps of the training; the last few images of an epoch, which do not fill a batch, are left out."""
         count = len(context.data.subsets["train"])
         if self.batch_size > count:
-            raise UserError(
+            raise NotApplicable(
                 f"protocol.finetune.batch_size={self.batch_size}: expected at most {count}, the number of images to train on."
             )
         return StepPlan(count, self.epochs, None, self.batch_size)

@@ -33,6 +33,9 @@ class Quality(EvalProtocol):
         if self.images < 2 or self.views < 2:
             raise UserError(f"protocol.quality.images={self.images} and views={self.views}: expected at least 2 of each.")
 
+    def check(self, context: EvalContext) -> None:
+        context.data.subsets  # noqa: B018  # which raises for images that cannot be evaluated; labels are not needed
+
     def describe(self, context: EvalContext) -> str:
         count = len(context.data.subsets["test"])
         return (

@@ -98,7 +98,7 @@ def visualize_run(
     if searched < 2:
         raise UserError(f"task.searched={searched}: expected at least 2 images.")
     folder = run_folder(config) / "visualize"
-    check_writable(folder)
+    check_writable(folder, "make it writable, or copy the run elsewhere")
     run = load_run(config, checkpoint, root)
     _, validation = run.dataset.train_and_validation()
     samples = Samples(run, folder, select_samples(validation, max(shown, searched)), shown)

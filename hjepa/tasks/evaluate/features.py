@@ -108,12 +108,14 @@ class EvalData:
     def labels(self) -> list[tuple[str, Tensor, Tensor]]:
         """The name of every label, its values to fit to [N] and to score on [M], in the order of the images.
 
+        Labels of which either set knows no value are left out; a value of -1 is unknown.
+
         Raises:
             UserError: If the images have no labels, or those to score on have others.
         """
         check_labels({subset: images.split for subset, images in self.subsets.items()})
         train, test = (self.subsets[subset].labels for subset in SUBSETS)
-        return [(name, train[name], test[name]) for name in train]
+        return [(name, train[name], test[name]) for name in train if min(train[name].max(), test[name].max()) >= 0]
 
     def describe(self) -> str:
         """Return the numbers and the origin of the images in words."""
@@ -239,7 +241,7 @@ class Features:
         images, side = self.data.subsets[subset], min(PIXEL_SIZE, self.run.encoder.image_size)
         pixels = torch.empty(len(images), 3 * side**2)
         first = 0
-        for batch in images.batches(1024, torch.device("cpu"), f"averaging pixels ({subset})"):
+        for batch in images.batches(self.batch_size, torch.device("cpu"), f"averaging pixels ({subset})"):
             pixels[first : first + len(batch)] = F.adaptive_avg_pool2d(to_unit_range(batch), side).flatten(1)
             first += len(batch)
         return pixels

@@ -46,7 +46,7 @@ class EvalContext:
         return short_hash(self.features.key | {"options": self.options, "probe": asdict(self.probe)})
 
     def labels(self) -> list[tuple[str, Tensor, Tensor]]:
-        """Return the name of every label, its values to fit to [N] and to score on [M], in the order of the features."""
+        """Return the name of every label, its values to fit to [N] and to score on [M]; see `EvalData.labels`."""
         return self.data.labels
 
     def sources(self, protocol: str, last_only: bool = False) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -50,7 +50,8 @@ class Quality(EvalProtocol):
         for kind in networks:
             features, views = context.features.load(kind, "test"), self.view_features(context, kind)
             for layer in layers:
-                scores[f"{kind}/{layer}"] = feature_statistics(features[layer]) | {"lidar": lidar(views[layer])}
+                rank = lidar(views[layer])
+                scores[f"{kind}/{layer}"] = feature_statistics(features[layer]) | ({} if rank is None else {"lidar": rank})
                 progress.update()
         progress.close()
         return scores

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hjepa.config.errors import UserError
-from hjepa.config.identity import BENCHMARK, flatten, identity, short_hash
+from hjepa.config.identity import flatten, identity, is_benchmark, short_hash
 from hjepa.config.schema import Config
 from hjepa.sweeps.job import Job
 from hjepa.sweeps.sweep import Sweep, check_metric, log_artifacts_of_jobs
@@ -113,12 +113,6 @@ def run_folders(run: str) -> list[Path]:
     if not children:
         raise UserError(f"task.runs: {folder} is no run folder and contains none (no config.yaml); list run folders.")
     return [child for child in children if not is_benchmark(read_config(child))] or children
-
-
-def is_benchmark(config: Config) -> bool:
-    """Return whether a run folder's config is of a benchmark; the config may be of any version."""
-    task = config.get("task")
-    return isinstance(task, dict) and task.get("_target_") == BENCHMARK
 
 
 def flat_identity(folder: Path, config: Config) -> Config:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hjepa.config.errors import UserError
+from hjepa.config.identity import starts_from_weights
 from hjepa.config.instantiate import build
 from hjepa.config.schema import Config, check
 from hjepa.data.datamodule import DataModule
@@ -45,6 +46,7 @@ class TrainedRun:
         hardware: Device and precision to compute with.
         dataset: Dataset of the run.
         model: Model with the weights of the checkpoint.
+        started_from_weights: Whether the run started from given weights instead of random ones.
         sampler: Mask sampler of the run.
         objective: Loss and regularizer of the run.
         untrained: Teacher encoder with its random initial weights.
@@ -58,6 +60,7 @@ class TrainedRun:
     hardware: Hardware
     dataset: DataModule
     model: HJEPA
+    started_from_weights: bool
     sampler: MaskSampler
     objective: Objective
     untrained: Encoder
@@ -71,7 +74,8 @@ class TrainedRun:
     @cached_property
     def initial(self) -> HJEPA | None:
         """The model with the weights that the run started from; None if these were random, or are not known."""
-        if not (path := self.folder / "checkpoints" / "initial.pt").exists():
+        path = self.folder / "checkpoints" / "initial.pt"
+        if not self.started_from_weights or not path.exists():
             return None
         model = copy.deepcopy(self.model)
         load_checkpoint(model, path, self.hardware)
@@ -101,7 +105,7 @@ def load_run(config: Config, checkpoint: str | None, root: str | None) -> Traine
     path = find_checkpoint(folder) if checkpoint is None else folder / "checkpoints" / f"{checkpoint.removesuffix('.pt')}.pt"
     if not path.exists():
         names = sorted(file.stem for file in (folder / "checkpoints").glob("*.pt"))
-        remedy = f"choose task.checkpoint among {', '.join(names)}" if names else "the run was stopped before its first one"
+        remedy = f"this run has {', '.join(names)}" if names else "the run was stopped before its first one"
         raise UserError(f"There is no checkpoint {path}; {remedy}.")
     hardware: Hardware = build(run["hardware"])
     hardware.prepare(World())
@@ -123,6 +127,7 @@ def load_run(config: Config, checkpoint: str | None, root: str | None) -> Traine
         hardware=hardware,
         dataset=dataset,
         model=model,
+        started_from_weights=starts_from_weights(read_config(folder)),
         sampler=sampler,
         objective=objective,
         untrained=untrained,
@@ -165,7 +170,8 @@ def load_run_config(folder: Path, config: Config, root: str | None) -> Config:
     if root:
         option = next((name for name in ("root", "path") if name in run["dataset"]), None)
         if option is None:
-            raise UserError(f"task.root={root}: the dataset of {folder.name} does not read a folder; leave task.root out.")
+            reads = "reads several folders, which one cannot replace" if "roots" in run["dataset"] else "does not read a folder"
+            raise UserError(f"task.root={root}: the dataset of {folder.name} {reads}; leave task.root out.")
         run["dataset"][option] = root
     return run
 

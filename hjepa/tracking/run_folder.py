@@ -52,7 +52,12 @@ def read_summary(folder: Path) -> Record:
         return {}
     summary = json.loads(file.read_text())
     is_old = "untrained" in summary and "initial" not in summary and (folder / "config.yaml").exists()
-    return upgrade_summary(summary, is_old and starts_from_weights(read_config(folder)))
+    return upgrade_summary(summary, is_old and measures_given_weights(read_config(folder)))
+
+
+def measures_given_weights(config: dict[str, Any]) -> bool:
+    """Return whether the probes of a run of version 0.1, which measured the teacher, began with weights that it was given."""
+    return starts_from_weights(config) or bool(config.get("teacher", {}).get("weights"))
 
 
 def read_run_id(folder: Path) -> str | None:
@@ -153,7 +158,8 @@ class RunFolder:
         self.check_same_config()
         (self.path / "plots").mkdir(exist_ok=True)
         (self.path / "summary.json").unlink(missing_ok=True)  # of an earlier session
-        self.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(hide_passwords(self.config))))
+        config = self.config | {"overwrite": False, "extend": False}  # so that training this config again changes nothing
+        self.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(hide_passwords(config))))
 
     def acquire_lock(self) -> None:
         """Lock the folder, or raise BlockingIOError if another process keeps it locked."""

@@ -267,7 +267,7 @@ def unchanged(folder: Path) -> None:
         (unchanged, ("protocol=[quality]", "protocol.quality.views=1"), "at least 2 of each"),
         (unchanged, ("protocol=[fewshot]", "protocol.fewshot.shots=[17]"), "only 16 images to sample from"),
         (unchanged, ("protocol=[finetune]", "protocol.finetune.batch_size=49"), "at most 48"),
-        (unchanged, ("task.checkpoint=epoch-00009",), "choose task.checkpoint among"),
+        (unchanged, ("task.checkpoint=epoch-00009",), "this run has best"),
         (lambda folder: shutil.rmtree(folder / "checkpoints"), (), "stopped before its first one"),
         (lambda folder: (folder / "config.yaml").write_text("seed: 0\n"), (), "another version of hjepa"),
         (remove_class, (), "class1 only in its train split"),

@@ -12,7 +12,6 @@ from statistics import mean
 from typing import Literal
 
 from hjepa.config.errors import NotApplicable, UserError
-from hjepa.config.identity import starts_from_weights
 from hjepa.config.instantiate import build
 from hjepa.config.schema import Config
 from hjepa.config.types import PositiveInt
@@ -20,7 +19,7 @@ from hjepa.sweeps.sweep import Sweep
 from hjepa.tasks.evaluate.protocol import EvalContext, EvalOptions, EvalProtocol
 from hjepa.tasks.evaluate.results import Results, aggregate_seeds
 from hjepa.tasks.trained_run import TrainedRun
-from hjepa.tracking.run_folder import check_writable, find_runs, read_config, try_lock
+from hjepa.tracking.run_folder import check_writable, find_runs, try_lock
 from hjepa.tracking.tracker import Artifacts, log_artifacts
 
 log = logging.getLogger(__name__)
@@ -108,7 +107,7 @@ def explain_baselines(run: TrainedRun) -> str:
     """Return a line about the rows of a run that started from given weights, as training calls them; empty for other runs."""
     if run.initial:
         return 'Rows "initial" are the weights it started from, rows "untrained" a network with random weights.\n'
-    if starts_from_weights(read_config(run.folder)):
+    if run.started_from_weights:
         return 'Rows "untrained" are a network with random weights; the weights it started from were not kept (no initial.pt).\n'
     return ""
 

@@ -6,6 +6,7 @@ data; the command line determines where and how to compute (`hardware`, `trackin
 
 import copy
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -222,11 +223,12 @@ class LayerFeatures(nn.Module):
         encoder: Encoder, trained or not.
         upper: First stacked level, None without stacked levels.
         depths: Ascending numbers of the encoder's layers to return; the last one is the encoder's last layer.
+        given: Frozen teacher, whose output stacked levels with `detach` take as in training; None without one.
     """
 
-    def __init__(self, encoder: Encoder, upper: StackedLevel | None, depths: list[int]) -> None:
+    def __init__(self, encoder: Encoder, upper: StackedLevel | None, depths: list[int], given: Encoder | None = None) -> None:
         super().__init__()
-        self.encoder, self.depths = encoder, depths
+        self.encoder, self.depths, self.given = encoder, depths, given
         self.layer_names = {f"{encoder.layer_name} {depth}": depth for depth in reversed(depths)}
         self.joint_names = [f"all {encoder.layer_name}s"] if encoder.pooled == "all" else []
         self.stacked_levels = upper.stacked_levels() if upper else []
@@ -263,11 +265,19 @@ class LayerFeatures(nn.Module):
         stages = dict(zip(layers, self.encoder(images, layers=layers), strict=True))
         groups = [list(stages.values()) for _ in self.joint_names] + [[stages[depth]] for depth in self.layer_names.values()]
         tokens = [LayerTokens(group, self.encoder.pool_stages(group)) for group in groups]
-        cells = stages[layers[-1]].cells
-        for level in self.stacked_levels:
-            cells = level.encoder(pool_cells(cells, level.grid, level.pool))
+        for level, cells in zip(self.stacked_levels, self.stacked_cells(images, stages[layers[-1]].cells), strict=True):
             tokens.append(LayerTokens([Stage(cells, level.side, 0)], cells.mean(1)))
         return dict(zip(self.names(), tokens, strict=True))
+
+    def stacked_cells(self, images: Tensor, cells: Tensor) -> Iterator[Tensor]:
+        """Yield the output [B, side^2, D] of every stacked level, given that of the encoder."""
+        given = self.given(images)[-1].cells if self.given and self.stacked_levels else None
+        for level in self.stacked_levels:
+            below = given if given is not None and level.detach else cells
+            cells = level.encoder(pool_cells(below, level.grid, level.pool))
+            if given is not None:
+                given = level.teacher(pool_cells(given, level.grid, level.pool))
+            yield cells
 
     def blocks(self, name: str) -> tuple[list[Any], int]:
         """Return the transformer blocks that lead to one layer, and the number of summary tokens that pass through them."""
@@ -275,6 +285,11 @@ class LayerFeatures(nn.Module):
             return self.encoder.attention_blocks(self.layer_names[name]), self.encoder.num_summary_tokens
         number = int(name.removeprefix("stacked "))
         return list(self.stacked_levels[number - 1].encoder.blocks), 0
+
+
+def model_layers(model: HJEPA, depths: list[int]) -> LayerFeatures:
+    """Return the layers of a model, with the encoder's features at these depths."""
+    return LayerFeatures(model.encoder, model.upper, depths, model.teacher if model.teacher_is_given else None)
 
 
 def layer_features(run: TrainedRun, depths: list[int], initial: HJEPA | None = None) -> dict[NetworkKind, LayerFeatures]:
@@ -285,7 +300,7 @@ def layer_features(run: TrainedRun, depths: list[int], initial: HJEPA | None = N
         depths: Ascending numbers of the encoder's layers.
         initial: Model with the weights that the run started from, to include its layers.
     """
-    networks: dict[NetworkKind, LayerFeatures] = {"trained": LayerFeatures(run.encoder, run.model.upper, depths)}
+    networks: dict[NetworkKind, LayerFeatures] = {"trained": model_layers(run.model, depths)}
     if initial:
-        networks["initial"] = LayerFeatures(initial.encoder, initial.upper, depths)
+        networks["initial"] = model_layers(initial, depths)
     return networks | {"untrained": LayerFeatures(run.untrained, run.untrained_upper, depths)}

@@ -88,7 +88,7 @@ class Sweep:
 
     def locate(self, path: Path) -> Path:
         """Return where a file or folder below output_root is now, if it was moved together with the sweep folder."""
-        root = self.folder.parents[1]
+        root = self.folder.parent.parent
         moved = (root.joinpath(*path.parts[i:]) for i in range(1, len(path.parts) - 1))
         return path if path.exists() else next((place for place in moved if place.exists()), path)
 

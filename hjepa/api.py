@@ -134,7 +134,7 @@ def train(config: DictConfig | Mapping[str, Any]) -> "Run":
         try:
             perform(plain, folder)
         except SystemExit:  # the command line would end here
-            raise KeyboardInterrupt("The run is saved; the same call continues it.") from None
+            raise KeyboardInterrupt("The same call continues the run from its last checkpoint, if it has one.") from None
     from hjepa.tasks.inference import load_run_folder
 
     return load_run_folder(folder, None, plain)

@@ -23,6 +23,10 @@ class UserError(CompactHydraException):
     """An error that the user can fix: its message names the value, what was expected and what to do."""
 
 
+class NotApplicable(UserError):
+    """An error of a protocol that cannot evaluate a run; `protocol=all` leaves the protocol out instead."""
+
+
 @contextmanager
 def friendly_errors() -> Iterator[None]:
     """Turn errors of the machine into a `UserError`, and Ctrl-C into one line and the exit status 130."""
@@ -47,13 +51,14 @@ def explain_machine_error(error: BaseException) -> UserError | None:
         if isinstance(cause, OSError) and cause.errno in DISK_FULL:
             where = f" ({cause.filename})" if cause.filename else ""
             return UserError(
-                f"A file could not be written{where}: {cause.strerror}. Free some space, or move output_root to a larger disk; "
-                "the same command then continues the run from its last checkpoint."
+                f"A file could not be written{where}: {cause.strerror}. Free some space, or use a larger disk, and repeat the "
+                "command; a training run continues from its last checkpoint."
             )
         if isinstance(cause, MemoryError | RuntimeError | OSError) and is_out_of_memory(cause):
             return UserError(
-                f"Out of memory ({first_line(cause)}). Continue this run with hardware.activation_checkpointing=true, or start "
-                "one that needs less memory: train.accumulate=2 or more, a smaller train.batch_size, or a smaller model."
+                f"Out of memory ({first_line(cause)}). Training: hardware.activation_checkpointing=true continues this run; a "
+                "new one needs less with train.accumulate=2 or more, a smaller train.batch_size, or a smaller model. Evaluation "
+                "and features: a smaller task.batch_size."
             )
     return None
 

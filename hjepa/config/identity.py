@@ -25,16 +25,24 @@ def identity(config: Config) -> Config:
     kept = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
     if "train" in kept:
         kept["train"] = {key: value for key, value in kept["train"].items() if key not in NOT_IDENTITY_TRAIN}
-    if config["task"]["_target_"] == BENCHMARK:
+    if is_benchmark(config):
         return kept | {key: config[key] for key in ("hardware", "task")}
     dataset = {key: value for key, value in config["dataset"].items() if key not in NOT_IDENTITY_DATASET}
     return kept | {"dataset": dataset, "hardware": {"precision": config["hardware"]["precision"]}}
 
 
 def starts_from_weights(config: Config) -> bool:
-    """Return whether a run, given by its config or its identity, starts from the weights of another one or of a file."""
-    model, teacher = config.get("model", {}), config.get("teacher", {})
-    return any((config.get("init_from"), model.get("pretrained"), teacher.get("weights")))
+    """Return whether a run, given by its config or its identity, starts from the weights of another one or of a file.
+
+    A frozen teacher does not count: the encoder that is measured is then the student, whose weights are random.
+    """
+    return bool(config.get("init_from") or config.get("model", {}).get("pretrained"))
+
+
+def is_benchmark(config: Config) -> bool:
+    """Return whether a config, of any version, is that of a benchmark."""
+    task = config.get("task")
+    return isinstance(task, dict) and task.get("_target_") == BENCHMARK
 
 
 def config_hash(config: Config) -> str:

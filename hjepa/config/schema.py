@@ -74,6 +74,8 @@ def check(config: Config) -> None:
     for group in GROUPS:
         if not isinstance(config.get(group, {}), dict):
             raise UserError(f"{group}={config[group]!r}: expected an option of the group, or its values as {group}.KEY=VALUE.")
+    if missing := [key for key in (*TOP_LEVEL, *GROUPS) if key not in config and key != "protocol"]:
+        raise UserError(f"{missing[0]} is missing; expected the complete config of a run, as hjepa.compose returns it.")
     for option, annotation in TOP_LEVEL.items():
         check_type(option, config[option], annotation)
     validate_targets(config)

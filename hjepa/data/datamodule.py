@@ -37,16 +37,26 @@ class Split:
     Attributes:
         images: uint8 [N, 3, S, S], or files that become such a tensor when they are indexed.
         labels: Labels int64 [N] by name, the main one first; -1 stands for an unknown label.
+        epoch: Positions of the images of an epoch of training, int64, if some images are repeated in it; None for every image
+            once.
     """
 
     images: Tensor | ImageFiles
     labels: dict[str, Tensor]
+    epoch: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: Tensor) -> "Split":
         return Split(self.images[index], {name: label[index] for name, label in self.labels.items()})
+
+    @property
+    def epoch_images(self) -> Tensor | ImageFiles:
+        """Images of an epoch of training."""
+        if self.epoch is None:
+            return self.images
+        return self.images[self.epoch] if isinstance(self.images, Tensor) else self.images.select(self.epoch)
 
 
 class Crops(NamedTuple):

@@ -6,6 +6,7 @@ To read images from another place, write a subclass with `find_images(split)`, a
 
 import logging
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -62,13 +63,15 @@ class FileDataModule(DataModule):
         is_unlabeled = files.labels.max() < 0
         train, held_out = self.split_indices(torch.zeros(len(files)) if is_unlabeled else files.labels)
         warn_of_unscored_classes(files.labels[train], files.labels[held_out], self.class_names("class"), self.validation)
-        train = self.repeat(train)
-        stream = self.must_stream(len(train) + len(held_out))
-        return self.make_split(files.select(train), stream), self.make_split(files.select(held_out), stream)
+        epoch = self.repeat(train)
+        stream = self.must_stream(len(train if epoch is None else epoch) + len(held_out))
+        training = self.make_split(files.select(train), stream)
+        epoch = None if epoch is None else torch.searchsorted(train, epoch)
+        return replace(training, epoch=epoch), self.make_split(files.select(held_out), stream)
 
-    def repeat(self, train: Tensor) -> Tensor:
-        """Return the positions of the images of an epoch, given those of all images to train on."""
-        return train
+    def repeat(self, train: Tensor) -> Tensor | None:
+        """Return the positions of the images of an epoch, given those of all images to train on; None for each of them once."""
+        return None
 
     def sample(self, count: int) -> Tensor:
         files = self.files("train")

@@ -1,6 +1,7 @@
 """Datasets of image files in one or several folders."""
 
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,16 +22,21 @@ class FolderDataModule(FileDataModule):
     Args:
         roots: The folders.
         weights: Share of each folder in an epoch; None uses every image once.
-        classes: Names of the class folders to use; None uses all.
+        classes: Names of the class folders to use, or a text file with one name per line; None uses all.
         **files: Options of `FileDataModule`.
     """
 
     test_folders: tuple[str, ...] = ("test", "val")  # names of the test split; the first that exists is used
     root_option = "root"  # option that names the folders, for messages
 
-    def __init__(self, roots: list[str], weights: list[float] | None, classes: list[str] | None, **files: Any) -> None:
+    def __init__(self, roots: list[str], weights: list[float] | None, classes: list[str] | str | None, **files: Any) -> None:
         super().__init__(**files)
-        self.roots, self.weights, self.classes = [Path(root).expanduser() for root in roots], weights, classes
+        self.roots, self.weights, self.chosen = [Path(root).expanduser() for root in roots], weights, classes
+
+    @cached_property
+    def classes(self) -> list[str] | None:
+        """Names of the class folders to use; a file is only read when images are, so that an encoder can be loaded without."""
+        return read_lines(Path(self.chosen).expanduser()) if isinstance(self.chosen, str) else self.chosen
 
     def find_images(self, split: Literal["train", "test"]) -> tuple[FilePaths, Tensor]:
         """Return the files of all roots; classes of different roots are different labels."""
@@ -58,9 +64,9 @@ class FolderDataModule(FileDataModule):
                 "same class folders."
             )
 
-    def repeat(self, train: Tensor) -> Tensor:
+    def repeat(self, train: Tensor) -> Tensor | None:
         if self.weights is None:
-            return train
+            return None
         sizes = [len(self.list_files(root, "train")[0]) for root in self.roots]
         used = torch.bucketize(train, torch.tensor(sizes).cumsum(0), right=True).unique().tolist()
         if unused := [str(root) for number, root in enumerate(self.roots) if number not in used]:
@@ -121,8 +127,7 @@ class ImageFolder(FolderDataModule):
     """
 
     def __init__(self, root: str, classes: list[str] | str | None, **common: Any) -> None:
-        names = read_lines(Path(classes).expanduser()) if isinstance(classes, str) else classes
-        super().__init__([root], None, names, **common)
+        super().__init__([root], None, classes, **common)
 
 
 def read_lines(file: Path) -> list[str]:

@@ -81,10 +81,11 @@ class Probe:
 
         Returns:
             Accuracies in [0, 1] as `linear` and `knn` for the main label and `linear_NAME` and `knn_NAME` for the others, and
-            the effective rank as `rankme`.
+            the effective rank as `rankme`. Labels of which either split knows no value are left out.
         """
         num_batches = sum(-(-len(split) // self.batch_size) for split in (train, validation))
-        steps = num_batches + 2 * len(train.labels)
+        known = [name for name, labels in train.labels.items() if min(labels.max(), validation.labels[name].max()) >= 0]
+        steps = num_batches + 2 * len(known)
         with progress_bar(desc=progress, total=steps, leave=False, disable=progress is None) as bar:
 
             def features(split: Split) -> Tensor:
@@ -97,8 +98,8 @@ class Probe:
             x, y = features(train), features(validation)
             scores = {"rankme": effective_rank(y)}
             x, y = standardize(x, y)
-            for position, (name, labels) in enumerate(train.labels.items()):
-                suffix = f"_{name}" if position else ""
+            for position, name in enumerate(known):
+                labels, suffix = train.labels[name], f"_{name}" if position else ""
                 scores[f"linear{suffix}"] = accuracy(self.linear(x, labels, y), validation.labels[name])
                 bar.update()
                 votes = knn(x, labels, y, self.neighbors, self.temperature)
@@ -107,10 +108,11 @@ class Probe:
         return scores
 
     def linear(self, x: Tensor, labels: Tensor, y: Tensor) -> Tensor:
-        """Return the logits [M, classes] for y [M, D] of a logistic regression on x [N, D].
+        """Return the logits [M, classes] for y [M, D] of a logistic regression on x [N, D]; rows with the label -1 are left out.
 
         The penalty is selected on a fifth of x; then the regression is fitted on all of x.
         """
+        x, labels = known_rows(x, labels)
         classes, held = int(labels.max()) + 1, len(x) // 5
         if len(self.penalties) == 1:
             return logistic(x, labels, classes, self.penalties[0])(y)
@@ -167,15 +169,22 @@ def extract_features(
         yield features
 
 
+def known_rows(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows of x [N, D] whose labels [N] are known (not -1), and these labels."""
+    known = labels >= 0
+    return (x, labels) if known.all() else (x[known.to(x.device)], labels[known])
+
+
 def standardize(train: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Standardize both sets of features with the mean and standard deviation per dimension of the training features."""
-    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
+    mean, std = train.mean(0), train.std(0, correction=min(1, len(train) - 1)).clamp(min=1e-6)
     return (train - mean).div_(std), (other - mean).div_(std)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Return the fraction of rows whose highest logit is the label."""
-    return (logits.argmax(1) == labels.to(logits.device)).float().mean().item()
+    """Return the fraction of rows whose highest logit is the label, among those whose label is known (not -1)."""
+    labels = labels.to(logits.device)
+    return (logits.argmax(1) == labels)[labels >= 0].float().mean().item()
 
 
 def logistic(x: Tensor, labels: Tensor, classes: int, penalty: float) -> Callable[[Tensor], Tensor]:
@@ -231,8 +240,11 @@ def principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def knn(x: Tensor, labels: Tensor, y: Tensor, neighbors: int, temperature: float, chunk: int = 1024) -> Tensor:
-    """Return the votes [M, classes] of the nearest neighbors in x [N, D] for y [M, D], weighted by exp(cosine / temperature)."""
-    labels = labels.to(x.device)
+    """Return the votes [M, classes] of the nearest neighbors in x [N, D] for y [M, D], weighted by exp(cosine / temperature).
+
+    Rows of x with the label -1 have no vote.
+    """
+    x, labels = known_rows(x, labels.to(x.device))
     x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
     votes = []
     for queries in y.split(chunk):

@@ -39,13 +39,15 @@ def alpha_req(features: Tensor) -> float | None:
     return -((weight * x * y).sum() / (weight * x * x).sum()).item()
 
 
-def lidar(views: Tensor, delta: float = 1e-4) -> float:
+def lidar(views: Tensor, delta: float = 1e-4) -> float | None:
     """Return LiDAR (Thilak et al. 2023, eqs. 1 to 4) of the features [n, q, F] of q views of each of n images.
 
     LiDAR is the effective rank of the between-image covariance, whitened by the within-image covariance. `delta` is added to the
-    diagonal of the latter to make it invertible.
+    diagonal of the latter to make it invertible. Returns None for a single image.
     """
     n, q, width = views.shape
+    if n < 2:
+        return None
     views = views.double()
     means = views.mean(1)
     between, within = means - means.mean(0), (views - means[:, None]).flatten(0, 1)

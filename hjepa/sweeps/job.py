@@ -18,7 +18,7 @@ class Job:
         overrides: Overrides of the command line that are specific to this job.
         folder: Folder of its run; None if its config is invalid.
         log: File with its output; None if it was never started.
-        state: pending, running, finished, collapsed, stopped, FAILED, or a state of the SLURM queue.
+        state: pending, running, finished, collapsed, stopped, FAILED, missing (see `Sweep.load`), or a state of the SLURM queue.
         reason: Why it failed or stopped.
         slurm_id: Its id in SLURM.
         config: The resolved and checked config; empty for an invalid config and for jobs read from a sweep folder.
@@ -51,4 +51,4 @@ class Job:
     @property
     def is_done(self) -> bool:
         """Whether nothing remains to be run."""
-        return self.state in ("finished", "collapsed", "stopped", "FAILED")
+        return self.state in ("finished", "collapsed", "stopped", "FAILED", "missing")

@@ -34,6 +34,14 @@ Lines = dict[str, dict[str, list[float]]]  # label of a line -> tick on the axis
 ProbeCurve = list[tuple[float, float]]  # seconds of training, accuracy
 
 
+def save_plots(comparison: Comparison, title: str, path: Path) -> list[Path]:
+    """Plot the results to a file and, if the runs were probed, their progress beside it; print and return the paths."""
+    plot_results(comparison, title, path)
+    files = [path, *plot_progress(comparison, title, path.with_name("progress.png"))]
+    print(f"Plots: {', '.join(map(str, files))}")
+    return files
+
+
 def plot_results(comparison: Comparison, title: str, path: Path) -> None:
     """Plot the metric of a comparison and other metrics of interest, each in a panel.
 

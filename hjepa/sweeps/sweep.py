@@ -65,13 +65,32 @@ class Sweep:
         return link
 
     def load(self) -> list[Job]:
-        """Return the jobs from sweep.json."""
+        """Return the jobs from sweep.json; the state of a complete job whose run folder no longer exists is `missing`.
+
+        Raises:
+            UserError: There is no sweep.json, or none of the run folders of complete jobs exists.
+        """
         if not self.file.exists():
             raise UserError(f"{self.folder} is no sweep folder: it has no sweep.json; set a folder that a sweep has printed.")
         jobs = [Job(**{key: row[key] for key in SAVED_FIELDS}) for row in json.loads(self.file.read_text())["jobs"]]
         for job in jobs:
-            job.folder, job.log = (Path(path) if path else None for path in (job.folder, job.log))
+            job.folder, job.log = (self.locate(Path(path)) if path else None for path in (job.folder, job.log))
+        complete = [job for job in jobs if job.is_complete]
+        missing = [job for job in complete if job.folder and not job.folder.exists()]
+        for job in missing:
+            job.state, job.reason = "missing", "its run folder was moved or removed"
+        if missing and len(missing) == len(complete):
+            raise UserError(
+                f"The runs of {self.folder} were moved or removed, for example {missing[0].folder}; move them back, or move the "
+                "sweep folder and the folders of its runs together."
+            )
         return jobs
+
+    def locate(self, path: Path) -> Path:
+        """Return where a file or folder below output_root is now, if it was moved together with the sweep folder."""
+        root = self.folder.parent.parent
+        moved = (root.joinpath(*path.parts[i:]) for i in range(1, len(path.parts) - 1))
+        return path if path.exists() else next((place for place in moved if place.exists()), path)
 
     def refresh(self, jobs: list[Job]) -> None:
         """Update states and results from the run folders; a failed job stays failed until its run is continued."""
@@ -101,12 +120,9 @@ class Sweep:
         files = [self.folder / "table.txt"]
         atomic_write(files[0], text + "\n")
         if comparison.values(comparison.metric):
-            from hjepa.sweeps.plots import plot_progress, plot_results
+            from hjepa.sweeps.plots import save_plots
 
-            files.append(self.folder / "sweep.png")
-            plot_results(comparison, title, files[1])
-            files += plot_progress(comparison, title, self.folder / "progress.png")
-            print(f"Plots: {', '.join(str(file) for file in files[1:])}")
+            files += save_plots(comparison, title, self.folder / "sweep.png")
         log_artifacts_of_jobs(jobs, files, "sweep", {"sweep": self.folder.name})
         print(f"Sweep folder: {self.folder}", flush=True)
 

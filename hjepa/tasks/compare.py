@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hjepa.config.errors import UserError
-from hjepa.config.identity import BENCHMARK, flatten, identity, short_hash
+from hjepa.config.identity import flatten, identity, is_benchmark, short_hash
 from hjepa.config.schema import Config
 from hjepa.sweeps.job import Job
 from hjepa.sweeps.sweep import Sweep, check_metric, log_artifacts_of_jobs
@@ -38,7 +38,9 @@ def compare_runs(config: Config, path: Path, runs: list[str], sweep: str | None,
     Raises:
         UserError: A folder contains no run, fewer than two runs are complete, or the runs do not differ.
     """
-    if bool(runs) == bool(sweep):
+    if runs and sweep:
+        raise UserError("task=compare compares either task.runs or the runs of task.sweep, and both are set; leave one out.")
+    if not runs and not sweep:
         raise UserError(
             "task=compare needs what to compare: 'task.runs=[outputs/default/A,outputs/default/B]' or task.sweep=FOLDER."
         )
@@ -59,18 +61,17 @@ def compare_runs(config: Config, path: Path, runs: list[str], sweep: str | None,
 
 def save_comparison(folder: Path, jobs: list[Job], metric: str, notes: list[str]) -> list[Path]:
     """Print and save the table, the plots and the JSON file; return their paths."""
-    from hjepa.sweeps.plots import plot_progress, plot_results
-
     comparison = Comparison(jobs, metric)
     root = Path(os.path.commonpath([job.folder.parent for job in jobs if job.folder]))
     text = "\n".join([comparison.to_text(f"Comparison of {len(jobs)} runs in {root}", root), *notes])
     print(f"\n{text}", flush=True)
-    files = [folder / name for name in ("table.txt", "compare.json", "compare.png")]
+    files = [folder / "table.txt", folder / "compare.json"]
     atomic_write(files[0], text + "\n")
     atomic_write(files[1], json.dumps(comparison_data(comparison), indent=2) + "\n")
-    plot_results(comparison, f"Comparison of {len(jobs)} runs", files[2])
-    files += plot_progress(comparison, f"Comparison of {len(jobs)} runs", folder / "progress.png")
-    print(f"Plots: {', '.join(str(file) for file in files[2:])}")
+    if comparison.values(metric):
+        from hjepa.sweeps.plots import save_plots
+
+        files += save_plots(comparison, f"Comparison of {len(jobs)} runs", folder / "compare.png")
     return files
 
 
@@ -112,12 +113,6 @@ def run_folders(run: str) -> list[Path]:
     if not children:
         raise UserError(f"task.runs: {folder} is no run folder and contains none (no config.yaml); list run folders.")
     return [child for child in children if not is_benchmark(read_config(child))] or children
-
-
-def is_benchmark(config: Config) -> bool:
-    """Return whether a run folder's config is of a benchmark; the config may be of any version."""
-    task = config.get("task")
-    return isinstance(task, dict) and task.get("_target_") == BENCHMARK
 
 
 def flat_identity(folder: Path, config: Config) -> Config:

@@ -170,7 +170,7 @@ class Run:
         if unreadable:
             warnings.warn(f"{len(unreadable)} of {len(paths)} images are left out: {describe(unreadable)}", stacklevel=3)
         names = [os.path.relpath(path, folder) for path in paths if path not in unreadable]
-        return pd.DataFrame(features.numpy(), index=pd.Index(names, name="path"))
+        return pd.DataFrame(features.numpy(), index=pd.Index(names, dtype=object, name="path"))
 
     def _embed_all(self, encoder: nn.Module, images: Sequence[ImageOrPath], batch_size: int) -> tuple[Tensor, dict[str, str]]:
         """Return the features of all readable images, and for each unreadable file the reason."""

@@ -18,7 +18,7 @@ def show_sweep(config: Config, path: Path, folder: str, metric: str | None) -> N
         metric: Dotted key of summary.json to compare by. None: the linear probe, or the speed of benchmarks.
     """
     sweep = Sweep(Path(folder).expanduser().absolute())
-    check_writable(sweep.folder)
+    check_writable(sweep.folder, "make it writable, or copy the sweep and its runs elsewhere")
     jobs = sweep.load()
     sweep.refresh(jobs)
     fail_cancelled_jobs(jobs)

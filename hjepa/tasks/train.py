@@ -75,7 +75,7 @@ class TrainingRun:
         train, validation = self.components.dataset.train_and_validation()
         check_images_differ(train, validation)
         self.preview = validation.images[evenly_spaced_indices(len(validation), 4)]
-        self.trainer: Trainer = build(config["train"], components=self.components, images=train.images)
+        self.trainer: Trainer = build(config["train"], components=self.components, images=train.epoch_images)
         untrained = build_untrained(config, self.components.hardware.device)
         self.monitor = Monitor(self.components, build_or_none(config["probe"]), train, validation, untrained)
         self.checkpointer: Checkpointer = build(config["checkpoint"])

@@ -6,6 +6,7 @@ data; the command line determines where and how to compute (`hardware`, `trackin
 
 import copy
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hjepa.config.errors import UserError
+from hjepa.config.identity import starts_from_weights
 from hjepa.config.instantiate import build
 from hjepa.config.schema import Config, check
 from hjepa.data.datamodule import DataModule
@@ -45,6 +47,7 @@ class TrainedRun:
         hardware: Device and precision to compute with.
         dataset: Dataset of the run.
         model: Model with the weights of the checkpoint.
+        started_from_weights: Whether the run started from given weights instead of random ones.
         sampler: Mask sampler of the run.
         objective: Loss and regularizer of the run.
         untrained: Teacher encoder with its random initial weights.
@@ -58,6 +61,7 @@ class TrainedRun:
     hardware: Hardware
     dataset: DataModule
     model: HJEPA
+    started_from_weights: bool
     sampler: MaskSampler
     objective: Objective
     untrained: Encoder
@@ -71,7 +75,8 @@ class TrainedRun:
     @cached_property
     def initial(self) -> HJEPA | None:
         """The model with the weights that the run started from; None if these were random, or are not known."""
-        if not (path := self.folder / "checkpoints" / "initial.pt").exists():
+        path = self.folder / "checkpoints" / "initial.pt"
+        if not self.started_from_weights or not path.exists():
             return None
         model = copy.deepcopy(self.model)
         load_checkpoint(model, path, self.hardware)
@@ -101,7 +106,7 @@ def load_run(config: Config, checkpoint: str | None, root: str | None) -> Traine
     path = find_checkpoint(folder) if checkpoint is None else folder / "checkpoints" / f"{checkpoint.removesuffix('.pt')}.pt"
     if not path.exists():
         names = sorted(file.stem for file in (folder / "checkpoints").glob("*.pt"))
-        remedy = f"choose task.checkpoint among {', '.join(names)}" if names else "the run was stopped before its first one"
+        remedy = f"this run has {', '.join(names)}" if names else "the run was stopped before its first one"
         raise UserError(f"There is no checkpoint {path}; {remedy}.")
     hardware: Hardware = build(run["hardware"])
     hardware.prepare(World())
@@ -123,6 +128,7 @@ def load_run(config: Config, checkpoint: str | None, root: str | None) -> Traine
         hardware=hardware,
         dataset=dataset,
         model=model,
+        started_from_weights=starts_from_weights(read_config(folder)),
         sampler=sampler,
         objective=objective,
         untrained=untrained,
@@ -165,7 +171,8 @@ def load_run_config(folder: Path, config: Config, root: str | None) -> Config:
     if root:
         option = next((name for name in ("root", "path") if name in run["dataset"]), None)
         if option is None:
-            raise UserError(f"task.root={root}: the dataset of {folder.name} does not read a folder; leave task.root out.")
+            reads = "reads several folders, which one cannot replace" if "roots" in run["dataset"] else "does not read a folder"
+            raise UserError(f"task.root={root}: the dataset of {folder.name} {reads}; leave task.root out.")
         run["dataset"][option] = root
     return run
 
@@ -216,11 +223,12 @@ class LayerFeatures(nn.Module):
         encoder: Encoder, trained or not.
         upper: First stacked level, None without stacked levels.
         depths: Ascending numbers of the encoder's layers to return; the last one is the encoder's last layer.
+        given: Frozen teacher, whose output stacked levels with `detach` take as in training; None without one.
     """
 
-    def __init__(self, encoder: Encoder, upper: StackedLevel | None, depths: list[int]) -> None:
+    def __init__(self, encoder: Encoder, upper: StackedLevel | None, depths: list[int], given: Encoder | None = None) -> None:
         super().__init__()
-        self.encoder, self.depths = encoder, depths
+        self.encoder, self.depths, self.given = encoder, depths, given
         self.layer_names = {f"{encoder.layer_name} {depth}": depth for depth in reversed(depths)}
         self.joint_names = [f"all {encoder.layer_name}s"] if encoder.pooled == "all" else []
         self.stacked_levels = upper.stacked_levels() if upper else []
@@ -257,11 +265,19 @@ class LayerFeatures(nn.Module):
         stages = dict(zip(layers, self.encoder(images, layers=layers), strict=True))
         groups = [list(stages.values()) for _ in self.joint_names] + [[stages[depth]] for depth in self.layer_names.values()]
         tokens = [LayerTokens(group, self.encoder.pool_stages(group)) for group in groups]
-        cells = stages[layers[-1]].cells
-        for level in self.stacked_levels:
-            cells = level.encoder(pool_cells(cells, level.grid, level.pool))
+        for level, cells in zip(self.stacked_levels, self.stacked_cells(images, stages[layers[-1]].cells), strict=True):
             tokens.append(LayerTokens([Stage(cells, level.side, 0)], cells.mean(1)))
         return dict(zip(self.names(), tokens, strict=True))
+
+    def stacked_cells(self, images: Tensor, cells: Tensor) -> Iterator[Tensor]:
+        """Yield the output [B, side^2, D] of every stacked level, given that of the encoder."""
+        given = self.given(images)[-1].cells if self.given and self.stacked_levels else None
+        for level in self.stacked_levels:
+            below = given if given is not None and level.detach else cells
+            cells = level.encoder(pool_cells(below, level.grid, level.pool))
+            if given is not None:
+                given = level.teacher(pool_cells(given, level.grid, level.pool))
+            yield cells
 
     def blocks(self, name: str) -> tuple[list[Any], int]:
         """Return the transformer blocks that lead to one layer, and the number of summary tokens that pass through them."""
@@ -269,6 +285,11 @@ class LayerFeatures(nn.Module):
             return self.encoder.attention_blocks(self.layer_names[name]), self.encoder.num_summary_tokens
         number = int(name.removeprefix("stacked "))
         return list(self.stacked_levels[number - 1].encoder.blocks), 0
+
+
+def model_layers(model: HJEPA, depths: list[int]) -> LayerFeatures:
+    """Return the layers of a model, with the encoder's features at these depths."""
+    return LayerFeatures(model.encoder, model.upper, depths, model.teacher if model.teacher_is_given else None)
 
 
 def layer_features(run: TrainedRun, depths: list[int], initial: HJEPA | None = None) -> dict[NetworkKind, LayerFeatures]:
@@ -279,7 +300,7 @@ def layer_features(run: TrainedRun, depths: list[int], initial: HJEPA | None = N
         depths: Ascending numbers of the encoder's layers.
         initial: Model with the weights that the run started from, to include its layers.
     """
-    networks: dict[NetworkKind, LayerFeatures] = {"trained": LayerFeatures(run.encoder, run.model.upper, depths)}
+    networks: dict[NetworkKind, LayerFeatures] = {"trained": model_layers(run.model, depths)}
     if initial:
-        networks["initial"] = LayerFeatures(initial.encoder, initial.upper, depths)
+        networks["initial"] = model_layers(initial, depths)
     return networks | {"untrained": LayerFeatures(run.untrained, run.untrained_upper, depths)}

@@ -52,7 +52,12 @@ def read_summary(folder: Path) -> Record:
         return {}
     summary = json.loads(file.read_text())
     is_old = "untrained" in summary and "initial" not in summary and (folder / "config.yaml").exists()
-    return upgrade_summary(summary, is_old and starts_from_weights(read_config(folder)))
+    return upgrade_summary(summary, is_old and measures_given_weights(read_config(folder)))
+
+
+def measures_given_weights(config: dict[str, Any]) -> bool:
+    """Return whether the probes of a run of version 0.1, which measured the teacher, began with weights that it was given."""
+    return starts_from_weights(config) or bool(config.get("teacher", {}).get("weights"))
 
 
 def read_run_id(folder: Path) -> str | None:
@@ -78,6 +83,11 @@ def try_lock(folder: Path) -> Iterator[bool]:
         yield True
 
 
+def remove(path: Path) -> None:
+    """Remove a file or a folder with its contents."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 class LogFile(logging.FileHandler):
     """Handler of run.log that ignores a full disk, because the run itself then stops with that message."""
 
@@ -94,8 +104,10 @@ def check_writable(path: Path, remedy: str = "set output_root to a writable fold
     existing = path
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise UserError(f"The folder {path} cannot be written ({existing} is in the way); {remedy}.")
+    if not existing.is_dir():
+        raise UserError(f"The folder {path} cannot be written ({existing} is no folder); {remedy}.")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"The folder {path} cannot be written ({existing} is read-only); {remedy}.")
 
 
 class RunFolder:
@@ -142,11 +154,12 @@ class RunFolder:
         if overwrite:
             for child in self.path.iterdir():
                 if child.name != ".lock":
-                    shutil.rmtree(child) if child.is_dir() else child.unlink()
+                    remove(child)
         self.check_same_config()
         (self.path / "plots").mkdir(exist_ok=True)
         (self.path / "summary.json").unlink(missing_ok=True)  # of an earlier session
-        self.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(hide_passwords(self.config))))
+        config = self.config | {"overwrite": False, "extend": False}  # so that training this config again changes nothing
+        self.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(hide_passwords(config))))
 
     def acquire_lock(self) -> None:
         """Lock the folder, or raise BlockingIOError if another process keeps it locked."""

@@ -25,7 +25,9 @@ from tests.helpers.runs import ROOT, compose, tiny
 def run(tmp_path_factory: pytest.TempPathFactory) -> hjepa.Run:
     """Train a tiny run."""
     folder = tmp_path_factory.mktemp("api")
-    return hjepa.train(hjepa.compose(*tiny("levels=summary", "dataset.mean=[0.4,0.5,0.6]"), f"output_root={folder}", "name=r"))
+    return hjepa.train(
+        hjepa.compose(*tiny("levels=summary", "dataset.mean=[0.4,0.5,0.6]"), "overwrite=true", f"output_root={folder}", "name=r")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,8 @@ def test_mistakes_are_reported_in_one_sentence(tmp_path: Path) -> None:
     config.train.epochs = "many"
     with pytest.raises(hjepa.UserError, match=r"train.epochs='many'"):
         hjepa.train(config)
+    with pytest.raises(hjepa.UserError, match="task is missing"):
+        hjepa.train({key: value for key, value in hjepa.compose().items() if key != "task"})
     with pytest.raises(hjepa.UserError, match="task=train"):
         hjepa.train(hjepa.compose("task=sync"))
 
@@ -204,6 +208,10 @@ def test_unreadable_images_are_left_out_of_folders_and_refused_in_lists(run: hje
     (tmp_path / "good.png").write_bytes(paths(images)[0].read_bytes())
     with pytest.warns(UserWarning, match=r"1 of 2 images are left out: .*broken.png"):
         assert list(run.features(tmp_path).index) == ["good.png"]
+    (tmp_path / "good.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
+    with pytest.warns(UserWarning, match="are left out"):
+        assert list(run.features(tmp_path).index) == [os.fsdecode(b"\xff.png")]
+    (tmp_path / os.fsdecode(b"\xff.png")).rename(tmp_path / "good.png")
     with pytest.raises(hjepa.UserError, match=r"1 of 2 images cannot be read: .*broken.png"):
         run.features(sorted(tmp_path.iterdir()))
 

@@ -87,6 +87,22 @@ def test_a_sweep_and_its_run_folders_give_the_same_comparison(trained: Path, com
     assert [group["options"] for group in by_sweep["groups"]] == [{"levels": "flat"}, {"levels": "pyramid"}]
 
 
+def test_a_sweep_that_was_moved_together_with_its_runs_is_found(trained: Path, compare, tmp_path: Path) -> None:
+    jobs = [Job(seed, [f"seed={seed}"], tmp_path / "old" / "default" / f"flat{seed}", state="finished") for seed in (0, 1)]
+    folder = tmp_path / "new" / "sweeps" / "s"
+    folder.mkdir(parents=True)
+    Sweep(folder).save(jobs)
+    with pytest.raises(UserError, match=r"were moved or removed, for example .*old/default/flat0"):
+        compare(f"task.sweep={folder}")
+    shutil.copytree(trained / "flat1", tmp_path / "new" / "default" / "flat1")
+    with pytest.raises(UserError, match=r"1 of 2 runs are complete, .*flat0 \(missing\)"):
+        compare(f"task.sweep={folder}")
+    shutil.copytree(trained / "flat0", tmp_path / "new" / "default" / "flat0")
+    assert [run["folder"] for run in compare(f"task.sweep={folder}")["runs"]] == [
+        str(tmp_path / "new" / "default" / f"flat{seed}") for seed in (0, 1)
+    ]
+
+
 def test_one_pair_of_runs_has_no_error_and_a_warning(trained: Path, compare, capsys) -> None:
     data = compare(folders(trained, "flat0", "pyramid0"))
     assert data["groups"][1]["difference"]["probe.linear"]["error"] is None
@@ -130,7 +146,7 @@ def test_runs_that_cannot_be_compared_are_refused_in_one_sentence(trained: Path,
     (tmp_path / "empty").mkdir()
     for overrides, message in (
         (["task.runs=[]"], "needs what to compare"),
-        ([folders(trained, "flat0"), f"task.sweep={tmp_path}"], "needs what to compare"),
+        ([folders(trained, "flat0"), f"task.sweep={tmp_path}"], "both are set"),
         ([folders(tmp_path, "empty")], "is no run folder"),
         ([folders(trained, "flat0", "flat0")], "list at least two"),
         ([folders(tmp_path, "again", str(trained / "flat0"))], "do not differ in any option"),

@@ -117,10 +117,12 @@ def test_every_protocol_scores_every_source_and_is_not_computed_again(fresh: Pat
     before = (fresh / "evaluate" / "summary.json").read_text()
     text = (fresh / "evaluate" / "table.txt").read_text()
     shutil.rmtree(fresh / "evaluate" / "features")
+    (fresh / "evaluate" / "features").mkdir()
+    (fresh / "evaluate" / "features" / ".DS_Store").touch()
     assert evaluate(fresh, "protocol=all", *QUICK) == score
     assert (fresh / "evaluate" / "summary.json").read_text() == before
     assert (fresh / "evaluate" / "table.txt").read_text() == text
-    assert not (fresh / "evaluate" / "features").exists()
+    assert not list((fresh / "evaluate" / "features").iterdir())
 
 
 def test_other_options_and_checkpoints_are_evaluated_beside_the_earlier_results(fresh: Path) -> None:
@@ -172,7 +174,17 @@ def test_seeds_are_shown_with_mean_and_standard_deviation(seeds: Path, tmp_path:
     assert score == mean(rows["trained/block 2"]["part"] for rows in each)
     text = (tmp_path / "runs" / "evaluate" / "table.txt").read_text()
     assert "seed 0" in text
+    assert "no_checkpoint" not in text
     assert "seed 1" in text
+
+
+def test_a_copy_of_a_run_does_not_count_twice_in_the_statistics_over_seeds(seeds: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(seeds, tmp_path / "runs")
+    shutil.copytree(seeds / "s1", tmp_path / "runs" / "s1_copy")
+    evaluate(tmp_path / "runs", "protocol=[quality]", "task.depths=[2]", "protocol.quality.images=5")
+    (group,) = read_summary(tmp_path / "runs" / "evaluate")["groups"]
+    assert [Path(folder).name for folder in group["runs"]] == ["s0", "s1"]
+    assert "s1_copy has the config and the seed of" in capsys.readouterr().out
 
 
 def test_linear_and_knn_agree_with_scikit_learn_on_the_same_features(fresh: Path) -> None:
@@ -222,8 +234,8 @@ def remove_test(folder: Path) -> None:
     shutil.rmtree(folder.parent / "images" / "test")
 
 
-def remove_labels(folder: Path) -> None:
-    for split in ("train", "test"):
+def remove_labels(folder: Path, *splits: str) -> None:
+    for split in splits or ("train", "test"):
         images = folder.parent / "images" / split
         for file in sorted(images.glob("*/*.png")):
             file.rename(images / f"{file.parent.name}-{file.name}")
@@ -255,12 +267,14 @@ def unchanged(folder: Path) -> None:
         (unchanged, ("protocol=[quality]", "protocol.quality.views=1"), "at least 2 of each"),
         (unchanged, ("protocol=[fewshot]", "protocol.fewshot.shots=[17]"), "only 16 images to sample from"),
         (unchanged, ("protocol=[finetune]", "protocol.finetune.batch_size=49"), "at most 48"),
-        (unchanged, ("task.checkpoint=epoch-00009",), "choose task.checkpoint among"),
+        (unchanged, ("task.checkpoint=epoch-00009",), "this run has best"),
         (lambda folder: shutil.rmtree(folder / "checkpoints"), (), "stopped before its first one"),
         (lambda folder: (folder / "config.yaml").write_text("seed: 0\n"), (), "another version of hjepa"),
         (remove_class, (), "class1 only in its train split"),
         (remove_test, (), "task.split=validation"),
         (remove_labels, (), "have no labels"),
+        (lambda folder: remove_labels(folder, "test"), (), "test images have no labels; .*task.split=validation"),
+        (lambda folder: shutil.rmtree(folder.parent / "images"), ("protocol=all",), "is not a folder"),
     ],
 )
 def test_bad_requests_are_refused_in_one_sentence(fresh_colored: Path, break_it: Callable, options, word: str) -> None:
@@ -269,6 +283,18 @@ def test_bad_requests_are_refused_in_one_sentence(fresh_colored: Path, break_it:
         evaluate(fresh_colored, f"task.root={fresh_colored.parent}/images", *options)
     assert "\n" not in str(error.value)
     assert not list(fresh_colored.glob("evaluate/features/*"))
+
+
+def test_features_of_unlabeled_images_have_a_quality(fresh_colored: Path, capsys) -> None:
+    remove_labels(fresh_colored)
+    evaluate(fresh_colored, f"task.root={fresh_colored.parent}/images", "protocol=all", "protocol.quality.images=5")
+    assert set(read_scores(fresh_colored)) == {"quality"}
+    assert "linear is left out: The training images have no labels" in capsys.readouterr().out
+
+
+def test_an_evaluation_without_an_applicable_protocol_fails(fresh_colored: Path, capsys) -> None:
+    with pytest.raises(UserError, match="No protocol can evaluate this run"):
+        evaluate(fresh_colored, "protocol=[dense]", "+protocol.skip_inapplicable=true")
 
 
 def test_unknown_protocols_are_refused_with_the_known_ones() -> None:

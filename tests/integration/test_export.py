@@ -329,7 +329,7 @@ def test_random_images_are_compared_if_the_dataset_is_missing(trained: Path, roo
         ("task.formats=[tflite]", "task.formats.*'tflite'.*onnx"),
         ("task.formats=[torchscript]", "task.formats.*'torchscript'.*torch_export"),
         ("task.tolerance=0.0", r"task.tolerance=0.0: expected PositiveFloat"),
-        ("task.checkpoint=epoch-9", "no checkpoint .*epoch-9.pt; choose task.checkpoint among .*latest"),
+        ("task.checkpoint=epoch-9", "no checkpoint .*epoch-9.pt; this run has .*latest"),
     ],
 )
 def test_invalid_options_of_export_raise_one_sentence(trained: Path, override: str, message: str) -> None:

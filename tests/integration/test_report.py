@@ -174,6 +174,23 @@ def test_report_is_deterministic(trained: Path) -> None:
     assert (trained / "report.html").read_bytes() == first
 
 
+def test_the_page_says_which_pictures_and_probes_are_missing(trained: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(trained, tmp_path / "r"))
+    summary = json.loads((folder / "visualize" / "summary.json").read_text())
+    (folder / "visualize" / "summary.json").write_text(json.dumps(summary | {"skipped": ["neighbors"]}))
+    (folder / "summary.json").unlink()
+    report(f"run={folder}")
+    text = (folder / "report.html").read_text()
+    assert "Not drawn yet: predictions, scatter." in text
+    assert "no results of probes yet" in text
+
+
+def test_a_config_of_another_program_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("learning_rate: 1\n")
+    with pytest.raises(UserError, match=r"config\.yaml has no experiment_name"):
+        report(f"run={tmp_path}")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

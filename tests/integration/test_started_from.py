@@ -92,3 +92,11 @@ def test_summaries_of_earlier_versions_are_read(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(old))
     (tmp_path / "config.yaml").write_text("init_from: /somewhere\n")
     assert read_summary(tmp_path)["initial"] == {"linear": 0.4}
+    (tmp_path / "config.yaml").write_text("teacher: {weights: /somewhere}\n")
+    assert read_summary(tmp_path)["initial"] == {"linear": 0.4}
+
+
+def test_a_run_with_a_frozen_teacher_is_measured_from_random_weights(root: Path, run, tmp_path: Path) -> None:
+    run(*SHORT, "train.steps=1", "teacher=frozen", f"teacher.weights={root / 'source'}", "name=r")
+    assert not (tmp_path / "default" / "r" / "checkpoints" / "initial.pt").exists()
+    assert read_summary(tmp_path / "default" / "r")["initial"] == {}

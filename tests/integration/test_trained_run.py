@@ -81,7 +81,7 @@ def test_a_broken_run_is_refused_in_one_sentence(trained: Path, tmp_path: Path, 
 
 
 def test_an_unknown_checkpoint_is_refused_with_the_known_ones(trained: Path) -> None:
-    with pytest.raises(UserError, match=r"no checkpoint .*epoch-00009.pt; choose task.checkpoint among .*epoch-00001.*latest"):
+    with pytest.raises(UserError, match=r"no checkpoint .*epoch-00009.pt; this run has .*epoch-00001.*latest"):
         reopen(trained, "epoch-00009")
     with pytest.raises(UserError, match="does not read a folder"):
         reopen(trained, root="/nowhere")

@@ -18,9 +18,9 @@ from hjepa.tasks.visualize.neighbors import nearest_neighbors, same_label_fracti
 from hjepa.tasks.visualize.pca import pca_colors
 from hjepa.tasks.visualize.predictions import LevelSimilarity, level_similarities
 from hjepa.tasks.visualize.samples import Samples, select_samples
-from hjepa.tasks.visualize.tsne import select_images
+from hjepa.tasks.visualize.tsne import select_images, tsne
 from hjepa.tasks.visualize.views import predicted_levels, similarity_map
-from hjepa.tasks.visualize.visualize import PICTURES, picture_names
+from hjepa.tasks.visualize.visualize import PICTURES, available_pictures, picture_names
 from hjepa.training.preview import TwoCrops, outline
 from tests.helpers.runs import VIEWS, build_components, compose, tiny
 
@@ -157,6 +157,16 @@ def test_invalid_options_raise_one_sentence(trained: Path, overrides: list[str],
     with pytest.raises(UserError, match=message) as error:
         visualize(trained, *overrides)
     assert "\n" not in str(error.value)
+
+
+def test_scatter_is_skipped_for_few_images_unless_it_is_requested(samples: Samples, tmp_path: Path) -> None:
+    few = Samples(samples.run, tmp_path, samples.split[torch.arange(5)], 3)
+    assert available_pictures(["pca", "scatter"], few, skip=True) == ["pca"]
+    assert available_pictures(["scatter"], samples, skip=False) == ["scatter"]
+
+
+def test_equal_features_are_one_point() -> None:
+    assert tsne(torch.full((8, 3), 0.1)).unique(dim=0).shape == (1, 2)
 
 
 # -- Computations ---------------------------------------------------------------------------------------------------------

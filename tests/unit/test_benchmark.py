@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from PIL import Image
 
 from hjepa.config.errors import UserError, friendly_errors
+from hjepa.tasks.benchmark.benchmark import build_summary
+from hjepa.tasks.benchmark.measure import StepMeasurements
 from hjepa.tasks.benchmark.phase_timer import PhaseTimer, attach_phase_timer
 from tests.helpers.database import prepare_database
 from tests.helpers.runs import trainer
@@ -102,6 +105,13 @@ def test_slow_decoding_is_recognized_as_bound_by_data(run: Run, tmp_path: Path) 
     in_memory = read_summary(tmp_path)
     assert in_memory["bound"] != "data"
     assert in_memory["decoded_per_second"] is None
+
+
+def test_a_batch_too_small_to_tell_is_bound_by_computing() -> None:
+    measured = StepMeasurements(1.0, {"data": 0.2}, None, 10, 100.0, None, 1.0)
+    assert build_summary([measured], 8, None)["shares"] == pytest.approx({"data": 0.2, "computing": 0.8})
+    known = build_summary([replace(measured, fixed_fraction=0.5)], 8, None)["shares"]
+    assert known == pytest.approx({"data": 0.2, "launch": 0.4, "compute": 0.4})
 
 
 @pytest.mark.thorough

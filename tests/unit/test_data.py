@@ -114,14 +114,14 @@ def test_chosen_classes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no class folder lion"):
         folder(tmp_path / "images", classes=["class0", "lion"]).load("train")
     with pytest.raises(UserError, match=r"nowhere.txt is no file"):
-        folder(tmp_path / "images", classes=str(tmp_path / "nowhere.txt"))
+        folder(tmp_path / "images", classes=str(tmp_path / "nowhere.txt")).load("train")
     with pytest.raises(UserError, match="no class folder lion and tiger"):
         folder(tmp_path / "images", classes=["lion and tiger"]).load("train")
     (tmp_path / "names.txt").write_text("class2\r\n", encoding="utf-8-sig")
     assert folder(tmp_path / "images", classes=str(tmp_path / "names.txt")).class_names("class") == ["class2"]
     (tmp_path / "names.txt").write_bytes("Bär".encode("latin-1"))
     with pytest.raises(UserError, match=r"names.txt cannot be read .*; save it as plain text in UTF-8"):
-        folder(tmp_path / "images", classes=str(tmp_path / "names.txt"))
+        folder(tmp_path / "images", classes=str(tmp_path / "names.txt")).load("train")
 
 
 def test_a_text_file_of_class_names_is_an_option_of_the_command_line(tmp_path: Path) -> None:
@@ -174,10 +174,12 @@ def test_a_mixture_reaches_its_shares_and_keeps_every_image(tmp_path: Path, weig
     once, held = mixture(a, b).train_and_validation()
     train, same = mixture(a, b, weights=weights).train_and_validation()
     assert torch.equal(held.images, same.images)
-    assert [(train.labels["class"] < 3).sum(), (train.labels["class"] >= 3).sum()] == counts
-    assert set(map(pixels, train.images)) == set(map(pixels, once.images))
+    assert torch.equal(train.images, once.images), "probes are fitted to every image once"
+    labels = train.labels["class"][train.epoch]
+    assert [(labels < 3).sum(), (labels >= 3).sum()] == counts
+    assert set(map(pixels, train.epoch_images)) == set(map(pixels, once.images))
     streamed, _ = mixture(a, b, weights=weights, memory_limit_gb=0.0).train_and_validation()
-    assert torch.equal(streamed.images[:], train.images)
+    assert torch.equal(streamed.epoch_images[:], train.epoch_images)
 
 
 def test_mixture_of_labeled_and_unlabeled_folders(tmp_path: Path) -> None:

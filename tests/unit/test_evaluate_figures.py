@@ -9,6 +9,7 @@ from hjepa.metrics.probes import logistic
 from hjepa.metrics.spectrum import alpha_req, feature_statistics, lidar
 from hjepa.tasks.evaluate.dense import NUM_CLASSES, DenseProbe
 from hjepa.tasks.evaluate.few_shot import sample_subset
+from hjepa.tasks.evaluate.finetune import cross_entropy
 from hjepa.tasks.evaluate.tables import aggregate_runs, result_table, runs_table, to_text
 
 
@@ -25,6 +26,7 @@ def test_lidar_equals_its_definition() -> None:
     share = torch.linalg.eigvalsh(root @ between @ root)
     share = share / share.sum()
     assert lidar(views) == pytest.approx(torch.exp(-(share * share.log()).sum()).item(), rel=1e-3)
+    assert lidar(views[:1]) is None
 
 
 @pytest.mark.parametrize(("exponent", "width"), [(1.0, 64), (2.5, 64), (0.5, 12)])
@@ -62,6 +64,12 @@ def test_shots_are_sampled_from_every_class_and_depend_on_the_generator_only() -
     assert len(subset.unique()) == 15
     assert torch.equal(subset, sample_subset(labels, lambda members: 5, generator(0, "x")))
     assert not torch.equal(subset, sample_subset(labels, lambda members: 5, generator(0, "y")))
+
+
+def test_a_label_without_known_values_in_a_batch_does_not_change_the_loss_of_fine_tuning() -> None:
+    logits = {"class": torch.randn(4, 3), "color": torch.randn(4, 2)}
+    labels = {"class": torch.tensor([0, 2, -1, 1]), "color": torch.full((4,), -1)}
+    assert cross_entropy(logits, labels) == cross_entropy(logits, {"class": labels["class"]})
 
 
 def test_labels_of_patches_agree_with_the_images() -> None:

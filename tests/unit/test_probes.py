@@ -1,6 +1,7 @@
 """Probes agree with scikit-learn, and a collapse is detected and reported."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -51,6 +52,21 @@ def test_standardize_uses_only_the_statistics_of_the_training_features() -> None
     a, b = standardize(x, y)
     assert torch.allclose(a.mean(0), torch.zeros(3), atol=1e-5)
     assert torch.allclose(b, (y - x.mean(0)) / x.std(0), atol=1e-5)
+
+
+def test_rows_with_unknown_labels_neither_vote_nor_count() -> None:
+    (x, labels), (y, truth) = blobs(80, 1), blobs(40, 2)
+    known = torch.arange(len(x)) % 4 > 0
+    probe = Probe(1, 80, 40, 5, 0.1, [0.01, 0.1], 16)
+    some, some_truth = labels.where(known, -1), truth.where(torch.arange(len(y)) % 2 > 0, -1)
+    for classify in (probe.linear, partial(knn, neighbors=5, temperature=0.1)):
+        logits = classify(x, some, y)
+        assert torch.equal(logits, classify(x[known], labels[known], y))
+        assert accuracy(logits, some_truth) == accuracy(logits[1::2], truth[1::2])
+
+
+def test_one_training_image_has_finite_features() -> None:
+    assert torch.isfinite(torch.stack(standardize(torch.ones(1, 3), torch.zeros(1, 3)))).all()
 
 
 def test_probe_uses_the_same_labeled_images_each_time() -> None:

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from hjepa.config.errors import UserError
+from hjepa.models.levels import pool_cells
+from hjepa.tasks.trained_run import model_layers
 from tests.helpers.runs import build_components, trainer
 from tests.unit.test_masking import check_contract
 
@@ -45,6 +47,18 @@ def test_upper_target_written_out() -> None:
     index = masks.stacked[0].targets[0]
     expected = torch.stack([encoded[i][index[i]] for i in range(2)])
     assert torch.allclose(model(images, masks).levels[-1].target.view_as(expected), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_a_level_above_a_frozen_teacher_is_evaluated_on_the_input_that_it_was_trained_on(detach: bool) -> None:
+    model, images = build_components(*SMALL, f"levels.upper.detach={detach}").model.eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for parameter in model.student.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        model.set_teacher_kind(given=True)
+        below = (model.teacher if detach else model.student)(images)[-1].cells
+        expected = model.upper.student(pool_cells(below, 8, 2)).mean(1)
+    torch.testing.assert_close(model_layers(model, [2]).features(images)["stacked 1"], expected)
 
 
 def test_masks_of_a_stacked_level_fulfill_the_contract_on_their_own_grid() -> None:

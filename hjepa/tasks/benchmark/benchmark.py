@@ -32,6 +32,7 @@ BOUNDS = {
     "data": "is spent waiting for images",
     "launch": "does not depend on the batch: launching operations, the update, communication between processes",
     "compute": "grows with the batch",
+    "computing": "is spent computing; the batch is too small to tell how much of that depends on it",
 }
 
 
@@ -59,9 +60,11 @@ def benchmark_process(config: Config, path: Path, warmup: int, steps: int, refer
     folder = RunFolder(path, config)
     components: Components = build_components(config)
     world = components.world
+    if components.dataset.early_share > 0:
+        components.dataset.early_share = 1.0  # all steps are like those of the first part of the training
     train, _ = components.dataset.train_and_validation()
     length = {"epochs": None, "steps": required_steps(warmup, steps), "batch_start": None, "batch_warmup": 0}
-    trainer: Trainer = build(config["train"] | length, components=components, images=train.images)
+    trainer: Trainer = build(config["train"] | length, components=components, images=train.epoch_images)
     trainer.model.train()
     try:
         by_process = world.all_gather_object(measure_steps(trainer, warmup, steps))
@@ -99,8 +102,7 @@ def build_summary(by_process: list[StepMeasurements], batch_size: int, reference
     # Batches that were decoded ahead are used up in a longer run, so a step takes at least as long as decoding its images.
     seconds = max(main.step_seconds, batch_size / decoded_per_second if decoded_per_second else 0.0)
     waiting = main.phase_seconds.get("data", 0.0) + seconds - main.step_seconds
-    fixed = (seconds - waiting) * (main.fixed_fraction or 0.0)
-    bound_seconds = {"data": waiting, "launch": fixed, "compute": seconds - waiting - fixed}
+    bound_seconds = {"data": waiting, **split_computing(seconds - waiting, main.fixed_fraction)}
     speed, flop, matmul_flops = batch_size / seconds, sum(m.flop for m in by_process), sum(m.matmul_flops for m in by_process)
     gflop_per_image = flop / batch_size / 1e9
     return {
@@ -120,6 +122,13 @@ def build_summary(by_process: list[StepMeasurements], batch_size: int, reference
         "normalized": speed * (reference_gflop or gflop_per_image) * 1e9 / matmul_flops,
         "peak_memory_mb": max(m.peak_memory_mb for m in by_process),
     }
+
+
+def split_computing(seconds: float, fixed_fraction: float | None) -> dict[str, float]:
+    """Return the computing time of a step by what bounds it, as far as that is known."""
+    if fixed_fraction is None:
+        return {"computing": seconds}
+    return {"launch": seconds * fixed_fraction, "compute": seconds * (1 - fixed_fraction)}
 
 
 def save_results(folder: RunFolder, summary: dict[str, Any]) -> None:

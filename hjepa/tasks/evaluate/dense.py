@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import jaccard_score
 from torch import Tensor
 
-from hjepa.config.errors import UserError
+from hjepa.config.errors import NotApplicable
 from hjepa.config.terminal import progress_bar
 from hjepa.config.types import PositiveFloat, PositiveFraction, PositiveInt
 from hjepa.data.datamodule import to_unit_range
@@ -43,7 +43,7 @@ class DenseProbe(EvalProtocol):
 
     def check(self, context: EvalContext) -> None:
         if not isinstance(context.data.dataset, Shapes):
-            raise UserError(
+            raise NotApplicable(
                 "protocol=[dense] is for runs on dataset=shapes, where the part that every patch shows is known; leave it out."
             )
 

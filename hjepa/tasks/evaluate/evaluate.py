@@ -11,8 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Literal
 
-from hjepa.config.errors import UserError
-from hjepa.config.identity import starts_from_weights
+from hjepa.config.errors import NotApplicable, UserError
 from hjepa.config.instantiate import build
 from hjepa.config.schema import Config
 from hjepa.config.types import PositiveInt
@@ -20,7 +19,7 @@ from hjepa.sweeps.sweep import Sweep
 from hjepa.tasks.evaluate.protocol import EvalContext, EvalOptions, EvalProtocol
 from hjepa.tasks.evaluate.results import Results, aggregate_seeds
 from hjepa.tasks.trained_run import TrainedRun
-from hjepa.tracking.run_folder import check_writable, find_runs, read_config, try_lock
+from hjepa.tracking.run_folder import check_writable, find_runs, try_lock
 from hjepa.tracking.tracker import Artifacts, log_artifacts
 
 log = logging.getLogger(__name__)
@@ -64,7 +63,8 @@ def evaluate_runs(
         results = {folder: evaluate_run(config, folder, options, protocols, skip_inapplicable) for folder in folders}
     except KeyboardInterrupt:
         raise UserError(
-            "Interrupted: the protocols that were finished are stored; the same command continues with the others."
+            "Interrupted: the protocols that were finished are stored; the same command continues with the others"
+            f"{' if you leave out overwrite=true, which deletes them' if config['overwrite'] else ''}."
         ) from None
     if len(folders) > 1:
         aggregate_seeds(Path(config["run"]).expanduser().absolute(), results)
@@ -82,7 +82,7 @@ def evaluate_run(
         folder: Run folder.
         options: Options that all protocols share.
         protocols: Protocols by name.
-        skip_inapplicable: Skip protocols that cannot evaluate this run, instead of raising their `UserError`.
+        skip_inapplicable: Leave out protocols that cannot evaluate this run, instead of raising their `NotApplicable`.
     """
     output = folder / "evaluate"
     check_writable(output, "make it writable, or copy the run elsewhere")
@@ -107,7 +107,7 @@ def explain_baselines(run: TrainedRun) -> str:
     """Return a line about the rows of a run that started from given weights, as training calls them; empty for other runs."""
     if run.initial:
         return 'Rows "initial" are the weights it started from, rows "untrained" a network with random weights.\n'
-    if starts_from_weights(read_config(run.folder)):
+    if run.started_from_weights:
         return 'Rows "untrained" are a network with random weights; the weights it started from were not kept (no initial.pt).\n'
     return ""
 
@@ -115,17 +115,23 @@ def explain_baselines(run: TrainedRun) -> str:
 def compute_missing(
     protocols: dict[str, EvalProtocol], contexts: dict[str, EvalContext], results: Results, skip_inapplicable: bool
 ) -> None:
-    """Compute the protocols without results and print all tables; every protocol is checked before the first computation."""
+    """Compute the protocols without results and print all tables; every protocol is checked before the first computation.
+
+    Raises:
+        UserError: If a protocol cannot evaluate the run or its data or, with `skip_inapplicable`, if none can.
+    """
     missing = [name for name in protocols if not results.has(name, contexts[name])]
     skipped = []
     for name in missing:
         try:
             protocols[name].check(contexts[name])
-        except UserError as error:
+        except NotApplicable as error:
             if not skip_inapplicable:
                 raise
             print(f"{name} is left out: {error}")
             skipped.append(name)
+    if len(skipped) == len(protocols):
+        raise UserError("No protocol can evaluate this run, for the reasons above; correct one of them, or choose another run.")
     results.select([name for name in protocols if name not in skipped])
     for name in results.protocols:
         if name in missing:

@@ -9,7 +9,7 @@ side are one more layer, "all blocks".
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hjepa.config.errors import UserError
+from hjepa.config.errors import NotApplicable, UserError
 from hjepa.config.identity import NOT_IDENTITY_DATASET, short_hash
 from hjepa.config.schema import Config
 from hjepa.config.terminal import progress_bar
@@ -38,7 +38,7 @@ SUBSETS: tuple[Subset, Subset] = ("train", "test")
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """Labeled images of a split.
+    """Labeled images of a split, or images of a split without labels.
 
     Attributes:
         split: Split that contains the images.
@@ -91,18 +91,31 @@ class EvalData:
 
     @cached_property
     def subsets(self) -> dict[Subset, LabeledImages]:
-        """The labeled images.
+        """The labeled images; those of a split without labels are all of its images.
 
         Raises:
-            UserError: If the images have no labels, their labels or classes differ, or they do not have three channels.
+            UserError: If a split does not exist, or its images do not have three channels.
         """
         train, validation = self.dataset.train_and_validation()
         splits: dict[Subset, Split] = {
             "train": train,
             "test": validation if self.test == "validation" else self.dataset.load("test"),
         }
-        check_labeled(splits)
-        return {subset: LabeledImages(split, labeled_indices(split, self.limits[subset])) for subset, split in splits.items()}
+        check_channels(splits)
+        return {subset: LabeledImages(split, chosen_indices(split, self.limits[subset])) for subset, split in splits.items()}
+
+    @cached_property
+    def labels(self) -> list[tuple[str, Tensor, Tensor]]:
+        """The name of every label, its values to fit to [N] and to score on [M], in the order of the images.
+
+        Labels of which either set knows no value are left out; a value of -1 is unknown.
+
+        Raises:
+            UserError: If the images have no labels, or those to score on have others.
+        """
+        check_labels({subset: images.split for subset, images in self.subsets.items()})
+        train, test = (self.subsets[subset].labels for subset in SUBSETS)
+        return [(name, train[name], test[name]) for name in train if min(train[name].max(), test[name].max()) >= 0]
 
     def describe(self) -> str:
         """Return the numbers and the origin of the images in words."""
@@ -111,16 +124,32 @@ class EvalData:
         return f"fitted to {train} images of the training part, scored on {test} of {origin}"
 
 
-def check_labeled(splits: dict[Subset, Split]) -> None:
-    """Raise `UserError` for images without labels or with other channels, and for classes that only the scored images have."""
+def has_labels(split: Split) -> bool:
+    """Return whether any image of a split has a known main label."""
+    return bool(split.labels) and int(next(iter(split.labels.values())).max()) >= 0
+
+
+def chosen_indices(split: Split, count: int | None) -> Tensor:
+    """Return the positions of at most `count` labeled images, or of at most `count` images of a split without labels."""
+    return labeled_indices(split if has_labels(split) else replace(split, labels={"": torch.zeros(len(split))}), count)
+
+
+def check_channels(splits: dict[Subset, Split]) -> None:
+    """Raise `UserError` for images without three channels."""
     for subset, split in splits.items():
-        if not split.labels or int(next(iter(split.labels.values())).max()) < 0:
-            raise UserError(
-                f"The {subset} images have no labels, which an evaluation needs; sort them into class folders, or evaluate the "
-                "features on a labeled dataset: protocol=[transfer] dataset@protocol.transfer.dataset=cifar100."
-            )
         if (channels := split.images[:1].shape[1]) != 3:
             raise UserError(f"The {subset} images have {channels} channels, and the encoder takes 3; convert the images.")
+
+
+def check_labels(splits: dict[Subset, Split]) -> None:
+    """Raise `NotApplicable` for images without labels, and `UserError` for classes that only the scored images have."""
+    if not has_labels(splits["train"]):
+        raise NotApplicable(
+            "The training images have no labels, which this protocol needs; sort them into class folders, or evaluate the "
+            "features on a labeled dataset: protocol=[transfer] dataset@protocol.transfer.dataset=cifar100."
+        )
+    if not has_labels(splits["test"]):
+        raise UserError("The test images have no labels; score on the held-out training images: task.split=validation.")
     for name, label in splits["train"].labels.items():
         scored = splits["test"].labels.get(name)
         unknown = set() if scored is None else set(scored[scored >= 0].tolist()) - set(label.tolist())
@@ -212,7 +241,7 @@ class Features:
         images, side = self.data.subsets[subset], min(PIXEL_SIZE, self.run.encoder.image_size)
         pixels = torch.empty(len(images), 3 * side**2)
         first = 0
-        for batch in images.batches(1024, torch.device("cpu"), f"averaging pixels ({subset})"):
+        for batch in images.batches(self.batch_size, torch.device("cpu"), f"averaging pixels ({subset})"):
             pixels[first : first + len(batch)] = F.adaptive_avg_pool2d(to_unit_range(batch), side).flatten(1)
             first += len(batch)
         return pixels

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 import torch
 from torch import Generator, Tensor
 
-from hjepa.config.errors import UserError
+from hjepa.config.errors import NotApplicable, UserError
 from hjepa.config.types import PositiveFloat, PositiveFraction, PositiveInt
 from hjepa.distributed.seeding import generator
 from hjepa.metrics.probes import accuracy, logistic
@@ -44,9 +44,10 @@ class FewShot(EvalProtocol):
         for name, labels, _ in context.labels():
             classes, counts = labels[labels >= 0].unique(return_counts=True)
             if self.shots and int(counts.min()) < max(self.shots):
-                raise UserError(
+                more = ", or raise task.train_images" if context.data.limits["train"] else ""
+                raise NotApplicable(
                     f"protocol.fewshot.shots={list(self.shots)}: class {int(classes[counts.argmin()])} of the label {name} has "
-                    f"only {int(counts.min())} images to sample from; set fewer shots, or raise task.train_images."
+                    f"only {int(counts.min())} images to sample from; set fewer shots{more}."
                 )
 
     def describe(self, context: EvalContext) -> str:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hjepa.config.errors import UserError
+from hjepa.config.errors import NotApplicable
 from hjepa.config.types import NonNegativeFloat, PositiveFloat, PositiveInt
 from hjepa.data.datamodule import DataModule, to_unit_range
 from hjepa.distributed.seeding import generator, seed_global
@@ -42,13 +42,14 @@ class FineTuning(EvalProtocol):
     warmup_epochs: NonNegativeFloat
 
     def check(self, context: EvalContext) -> None:
+        super().check(context)
         self.plan(context)
 
     def plan(self, context: EvalContext) -> StepPlan:
         """Return the steps of the training; the last few images of an epoch, which do not fill a batch, are left out."""
         count = len(context.data.subsets["train"])
         if self.batch_size > count:
-            raise UserError(
+            raise NotApplicable(
                 f"protocol.finetune.batch_size={self.batch_size}: expected at most {count}, the number of images to train on."
             )
         return StepPlan(count, self.epochs, None, self.batch_size)
@@ -62,16 +63,16 @@ class FineTuning(EvalProtocol):
 
     def fine_tune(self, context: EvalContext, encoder: Encoder, kind: NetworkKind) -> dict[str, float]:
         """Fine-tune a copy of an encoder, and return its accuracy on the images to score on by label."""
-        train, test = (context.data.subsets[subset] for subset in ("train", "test"))
+        test = context.data.subsets["test"]
         device, normalize = context.run.hardware.device, context.run.dataset.normalize
         seed_global(context.run.config["seed"], "finetune")
-        classifier = Classifier(encoder, {name: int(label.max()) + 1 for name, label in train.labels.items()}).to(device)
+        classifier = Classifier(encoder, {name: int(label.max()) + 1 for name, label, _ in context.labels()}).to(device)
         self.train(classifier.train(), context, kind)
         classifier.eval()
         with torch.no_grad():
             batches = test.batches(context.features.batch_size, device, f"scoring finetune ({kind})")
             logits = [classifier(normalize(images)) for images in batches]
-        return {name: accuracy(torch.cat([batch[name] for batch in logits]), label) for name, label in test.labels.items()}
+        return {name: accuracy(torch.cat([batch[name] for batch in logits]), label) for name, _, label in context.labels()}
 
     def train(self, classifier: "Classifier", context: EvalContext, kind: NetworkKind) -> None:
         """Train a classifier; all random numbers are functions of the run's seed and the step."""
@@ -89,7 +90,7 @@ class FineTuning(EvalProtocol):
                 group["lr"] = learning_rates[step]
             with hardware.autocast():
                 logits = classifier(augment(dataset, batch, seed, step))
-            loss = cross_entropy(logits, {name: label[rows] for name, label in images.labels.items()})
+            loss = cross_entropy(logits, {name: label[rows] for name, label, _ in context.labels()})
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -139,8 +140,10 @@ def augment(dataset: DataModule, images: Tensor, seed: int, step: int) -> Tensor
 
 
 def cross_entropy(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
-    """Return the sum of the cross-entropies of all labels; unknown labels (-1) are ignored."""
+    """Return the sum of the cross-entropies of all labels with known values; unknown ones (-1) are ignored."""
     losses = [
-        F.cross_entropy(logits[name].float(), label.to(logits[name].device), ignore_index=-1) for name, label in labels.items()
+        F.cross_entropy(logits[name].float(), label.to(logits[name].device), ignore_index=-1)
+        for name, label in labels.items()
+        if label.max() >= 0
     ]
     return torch.stack(losses).sum()

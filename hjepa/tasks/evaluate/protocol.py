@@ -46,9 +46,8 @@ class EvalContext:
         return short_hash(self.features.key | {"options": self.options, "probe": asdict(self.probe)})
 
     def labels(self) -> list[tuple[str, Tensor, Tensor]]:
-        """Return the name of every label, its values to fit to [N] and to score on [M], in the order of the features."""
-        train, test = (self.data.subsets[subset].labels for subset in ("train", "test"))
-        return [(name, train[name], test[name]) for name in train]
+        """Return the name of every label, its values to fit to [N] and to score on [M]; see `EvalData.labels`."""
+        return self.data.labels
 
     def sources(self, protocol: str, last_only: bool = False) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield `Features.sources` with a progress bar."""
@@ -62,7 +61,10 @@ class EvalProtocol(ABC):
     percent = True  # scores are fractions, which tables show in percent
 
     def check(self, context: EvalContext) -> None:
-        """Raise `UserError` for a run or data that the protocol cannot evaluate; called before any long computation."""
+        """Raise `UserError` for data that cannot be evaluated, and `NotApplicable` if only this protocol cannot evaluate it.
+
+        This is called before any long computation. Without an implementation of its own, a protocol needs labels.
+        """
         context.labels()
 
     @abstractmethod

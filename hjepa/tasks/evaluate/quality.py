@@ -33,6 +33,9 @@ class Quality(EvalProtocol):
         if self.images < 2 or self.views < 2:
             raise UserError(f"protocol.quality.images={self.images} and views={self.views}: expected at least 2 of each.")
 
+    def check(self, context: EvalContext) -> None:
+        context.data.subsets  # noqa: B018  # which raises for images that cannot be evaluated; labels are not needed
+
     def describe(self, context: EvalContext) -> str:
         count = len(context.data.subsets["test"])
         return (
@@ -47,7 +50,8 @@ class Quality(EvalProtocol):
         for kind in networks:
             features, views = context.features.load(kind, "test"), self.view_features(context, kind)
             for layer in layers:
-                scores[f"{kind}/{layer}"] = feature_statistics(features[layer]) | {"lidar": lidar(views[layer])}
+                rank = lidar(views[layer])
+                scores[f"{kind}/{layer}"] = feature_statistics(features[layer]) | ({} if rank is None else {"lidar": rank})
                 progress.update()
         progress.close()
         return scores

@@ -8,7 +8,6 @@ checkpoints   hash -> name, step, results; results: protocol -> key (hash of all
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from hjepa.tasks.evaluate.protocol import EvalContext, EvalProtocol, Scores
 from hjepa.tasks.evaluate.tables import Result, aggregate_runs, result_table, runs_table, to_text
 from hjepa.tasks.trained_run import TrainedRun
 from hjepa.tracking.atomic import atomic_write
-from hjepa.tracking.run_folder import Record, check_writable, read_config, read_summary
+from hjepa.tracking.run_folder import Record, check_writable, read_config, read_summary, remove
 
 
 class Results:
@@ -35,7 +34,7 @@ class Results:
             (folder / "summary.json").unlink(missing_ok=True)
         for features in (folder / "features").glob("*"):
             if overwrite or not features.name.startswith(run.hash):
-                shutil.rmtree(features)  # features of another checkpoint, or incomplete ones
+                remove(features)  # features of another checkpoint, or incomplete ones
         self.folder = folder
         self.protocols: list[str] = []
         self.summary: Record = {
@@ -107,7 +106,7 @@ def aggregate_seeds(root: Path, results: dict[Path, Results]) -> None:
         if len(folders) < 2:
             continue
         runs = [results[folder] for folder in folders]
-        names = label_runs(folders, runs)
+        names = [f"seed {run.summary['seed']}" for run in runs]
         blocks.append(f"{len(runs)} runs that differ only in their seeds: {', '.join(folder.name for folder in folders)}")
         means = {}
         for protocol in [name for name in runs[0].protocols if all(name in run.protocols for run in runs)]:
@@ -126,14 +125,11 @@ def aggregate_seeds(root: Path, results: dict[Path, Results]) -> None:
 
 
 def group_by_seed(folders: Sequence[Path]) -> list[list[Path]]:
-    """Return run folders in groups whose configs differ only in their seeds."""
-    groups: dict[str, list[Path]] = {}
+    """Return run folders in groups whose configs differ only in their seeds; of copies of a run, one is kept with a note."""
+    groups: dict[str, dict[int, Path]] = {}
     for folder in folders:
-        groups.setdefault(short_hash(identity(read_config(folder)) | {"seed": None}), []).append(folder)
-    return list(groups.values())
-
-
-def label_runs(folders: Sequence[Path], runs: Sequence[Results]) -> list[str]:
-    """Return a name for every run: its seed or, if two runs have the same seed, its folder."""
-    seeds = [f"seed {run.summary['seed']}" for run in runs]
-    return seeds if len(set(seeds)) == len(seeds) else [folder.name for folder in folders]
+        config = identity(read_config(folder))
+        kept = groups.setdefault(short_hash(config | {"seed": None}), {}).setdefault(config["seed"], folder)
+        if kept != folder:
+            print(f"{folder} has the config and the seed of {kept}, and is left out of the statistics over seeds.")
+    return [list(group.values()) for group in groups.values()]

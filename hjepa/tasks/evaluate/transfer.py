@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from hjepa.config.errors import UserError
+from hjepa.config.errors import NotApplicable, UserError
 from hjepa.data.datamodule import DataModule
 from hjepa.tasks.evaluate.features import EvalData, Features
 from hjepa.tasks.evaluate.linear_knn import KNNProbe, LinearProbe
@@ -33,7 +33,7 @@ class Transfer(EvalProtocol):
     def target_context(self, context: EvalContext) -> EvalContext:
         """Return the context with the same run and the other dataset."""
         if self.dataset is None:
-            raise UserError(
+            raise NotApplicable(
                 "protocol=[transfer] needs a dataset to transfer to, such as dataset@protocol.transfer.dataset=cifar100."
             )
         size, limits, features = context.run.encoder.image_size, context.data.limits, context.features

@@ -49,6 +49,6 @@ def write_report(config: Config, path: Path, sweep: str | None) -> None:
 
 def write_page(folder: Path, template: str, facts: dict[str, Any]) -> None:
     """Write report.html of a folder and print its path."""
-    check_writable(folder)
+    check_writable(folder, "make it writable, or copy the folder elsewhere")
     atomic_write(folder / "report.html", render(template, facts))
     print(f"Report: {folder / 'report.html'}")

@@ -5,7 +5,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from hjepa.config.identity import flatten
+from hjepa.config.errors import UserError
+from hjepa.config.identity import flatten, is_benchmark
 from hjepa.config.passwords import hide_passwords
 from hjepa.config.schema import Config
 from hjepa.plotting import CAPTIONS
@@ -41,16 +42,19 @@ def run_facts(folder: Path) -> dict[str, Any]:
     """Return the facts of a run's page; the run may be unfinished, failed, or without probes."""
     config, summary, records = read_config(folder), read_summary(folder), read_records(folder)
     pictures = find_pictures(folder)
-    names = {picture.name for picture in pictures}
+    absent = {picture.name for picture in pictures} | set(read_summary(folder / "visualize").get("skipped", []))
+    check_complete(folder, config)
     return {
         "title": f"{config['experiment_name']} / {folder.name}",
         "folder": str(folder),
         "status": describe_status(summary, records),
         "gains": gains(summary),
+        "is_probed": bool(config.get("probe")),
+        "is_benchmark": is_benchmark(config),
         "held_out": held_out_losses(records),
         "curves": [picture for picture in pictures if picture.name == "curves"],
         "pictures": [picture for picture in pictures if picture.name != "curves"],
-        "missing": [name for name in CAPTIONS if name not in names and name not in impossible_pictures(config)],
+        "missing": [name for name in CAPTIONS if name not in absent and name not in impossible_pictures(config)],
         "evaluation": evaluation_tables(folder),
         "costs": cost_rows(summary),
         "groups": [group_row(group, config[group]) for group in GROUPS if group in config],
@@ -58,6 +62,12 @@ def run_facts(folder: Path) -> dict[str, Any]:
         "provenance": {key: hide_passwords(summary.get(key)) for key in ("command", "commit", "dirty")},
         "seed": config["seed"],
     }
+
+
+def check_complete(folder: Path, config: Config) -> None:
+    """Raise `UserError` for a config that was not written by this package."""
+    if missing := [key for key in ("experiment_name", "seed", "task", "levels", "masking") if key not in config]:
+        raise UserError(f"{folder}/config.yaml has no {missing[0]}, which every run has; choose the folder of a run.")
 
 
 def impossible_pictures(config: Config) -> set[str]:

@@ -21,11 +21,16 @@ MAX_POINTS = 1000
 MIN_POINTS = 8  # t-SNE is meaningless for fewer images
 
 
+def check_tsne(samples: Samples) -> None:
+    """Raise `UserError` if there are too few images."""
+    count = len(select_images(samples.labels, len(samples.split))[0])
+    if count < MIN_POINTS:
+        raise UserError(f"{count} held-out images are too few for scatter; expected at least {MIN_POINTS}.")
+
+
 def draw_tsne(samples: Samples) -> list[Path]:
     """Draw one row of panels per layer, trained beside untrained, with one color per class."""
     index, labels = select_images(samples.labels, len(samples.pixels))
-    if len(index) < MIN_POINTS:
-        raise UserError(f"{len(index)} held-out images are too few for scatter; expected at least {MIN_POINTS}.")
     layers = samples.layers
     figure, axes = plt.subplots(len(layers), 2, figsize=(10.5, 4.4 * len(layers)), layout="constrained", squeeze=False)
     for row, layer in zip(axes, layers, strict=True):
@@ -51,7 +56,9 @@ def select_images(labels: Tensor | None, total: int) -> tuple[Tensor, Tensor | N
 
 
 def tsne(features: Tensor) -> Tensor:
-    """Map standardized features [N, F] to points [N, 2], deterministically."""
+    """Map standardized features [N, F] to points [N, 2], deterministically; equal features to the origin."""
+    if (features == features[0]).all():  # for which scikit-learn crashes
+        return torch.zeros(len(features), 2)
     standardized = standardize(features, features)[0].numpy()
     perplexity = min(30.0, (len(standardized) - 1) / 3)
     return torch.from_numpy(TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(standardized))

@@ -21,7 +21,7 @@ from hjepa.tasks.visualize.neighbors import draw_neighbors
 from hjepa.tasks.visualize.pca import draw_pca
 from hjepa.tasks.visualize.predictions import check_predictions, draw_predictions
 from hjepa.tasks.visualize.samples import Samples, select_samples
-from hjepa.tasks.visualize.tsne import draw_tsne
+from hjepa.tasks.visualize.tsne import check_tsne, draw_tsne
 from hjepa.tasks.visualize.views import check_views, draw_views
 from hjepa.tracking.atomic import atomic_write
 from hjepa.tracking.run_folder import check_writable, read_records
@@ -68,6 +68,7 @@ CHECKS: dict[str, Callable[[Samples], None]] = {
     "views": check_views,
     "predictions": check_predictions,
     "attention": check_attention,
+    "scatter": check_tsne,
 }
 
 
@@ -98,17 +99,17 @@ def visualize_run(
     if searched < 2:
         raise UserError(f"task.searched={searched}: expected at least 2 images.")
     folder = run_folder(config) / "visualize"
-    check_writable(folder)
+    check_writable(folder, "make it writable, or copy the run elsewhere")
     run = load_run(config, checkpoint, root)
     _, validation = run.dataset.train_and_validation()
     samples = Samples(run, folder, select_samples(validation, max(shown, searched)), shown)
-    names = available_pictures(names, samples, skip=pictures == "all")
+    available = available_pictures(names, samples, skip=pictures == "all")
     folder.mkdir(exist_ok=True)
     files = []
-    for name in (bar := progress_bar(names, desc="drawing pictures", unit="picture")):
+    for name in (bar := progress_bar(available, desc="drawing pictures", unit="picture")):
         bar.set_postfix_str(name)
         files += PICTURES[name](samples)
-    write_summary(run, files, len(samples.split))
+    write_summary(run, files, [name for name in names if name not in available], len(samples.split))
     log_artifacts(config, run.folder, Artifacts(files, "visualize"))
     for file in files:
         print(f"{file.stem:>22}: {CAPTIONS[file.stem.partition('-')[0]]}")
@@ -145,11 +146,12 @@ def available_pictures(names: list[str], samples: Samples, skip: bool) -> list[s
     return available
 
 
-def write_summary(run: TrainedRun, files: list[Path], num_images: int) -> None:
-    """Write summary.json beside the pictures."""
+def write_summary(run: TrainedRun, files: list[Path], skipped: list[str], num_images: int) -> None:
+    """Write summary.json beside the pictures, with the names of pictures that the run cannot have."""
     summary = {
         "status": "finished",
         "pictures": [file.name for file in files],
+        "skipped": skipped,
         "checkpoint": run.checkpoint.name,
         "hash": run.hash,
         "step": run.step,

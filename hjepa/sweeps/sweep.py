@@ -58,10 +58,13 @@ class Sweep:
             atomic_write(file, hide_passwords(file.read_text()))
 
     def link_log(self, number: int, log: Path) -> Path:
-        """Let N.log of this folder be a link to the log of a job, and return it."""
+        """Let N.log of this folder be a link to the log of a job, and return it; return the log where links are not supported."""
         link = self.folder / f"{number}.log"
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(log, self.folder))
+        try:
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(log, self.folder))
+        except OSError:
+            return log
         return link
 
     def load(self) -> list[Job]:

@@ -1,5 +1,6 @@
 """A run that is stopped and started again goes on where it was, and its files are never damaged; see also test_kills."""
 
+import errno
 import json
 import os
 import time
@@ -11,6 +12,7 @@ import torch
 from hjepa.config.errors import UserError
 from hjepa.distributed.process_group import World
 from hjepa.models.pretrained import read_checkpoint
+from hjepa.tracking.run_folder import RunFolder
 from hjepa.training.checkpoint import Checkpointer, best_rank
 from tests.helpers.children import start
 from tests.helpers.results import wait_for_records
@@ -46,6 +48,31 @@ def test_the_folder_of_another_config_is_refused_and_overwrite_replaces_it(run, 
         run("name=r", "optimizer.lr=0.003")
     run("name=r", "optimizer.lr=0.003", "overwrite=true")
     assert "lr: 0.003" in (tmp_path / "default" / "r" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("executor", ["local", "slurm"])
+def test_a_job_that_is_started_again_does_not_empty_its_folder_again(tmp_path: Path, monkeypatch, executor: str) -> None:
+    jobs = {"SLURM_JOB_ID": "7", "SUBMITIT_LOCAL_JOB_ID": "7", "SUBMITIT_FOLDER": str(tmp_path)}
+    for name, value in {"SUBMITIT_EXECUTOR": executor, **jobs}.items():
+        monkeypatch.setenv(name, value)
+    folder = RunFolder(tmp_path / "r", {})
+    assert not folder.was_emptied_by_this_job()
+    folder.claim(overwrite=True)
+    folder.release()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert folder.was_emptied_by_this_job()
+    monkeypatch.setenv("SLURM_JOB_ID" if executor == "slurm" else "SUBMITIT_LOCAL_JOB_ID", "8")
+    assert not folder.was_emptied_by_this_job()
+
+
+def test_checkpoints_are_kept_on_file_systems_without_hard_links(tmp_path: Path, monkeypatch) -> None:
+    def link(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    (tmp_path / "latest.pt").write_bytes(b"state")
+    checkpointer(tmp_path).keep_as("epoch-00001.pt", tmp_path / "latest.pt")
+    assert (tmp_path / "epoch-00001.pt").read_bytes() == b"state"
 
 
 def test_a_run_whose_folder_is_removed_ends_with_one_sentence_and_writes_nothing(tmp_path: Path) -> None:

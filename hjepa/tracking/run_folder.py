@@ -109,9 +109,13 @@ class LogFile(logging.FileHandler):
 def check_writable(path: Path, remedy: str = "set output_root to a writable folder") -> None:
     """Raise a UserError with a remedy if files cannot be written to a folder, which need not exist yet."""
     existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+    try:
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        is_writable = existing.is_dir() and os.access(existing, os.W_OK)
+    except OSError:  # a folder without permission
+        is_writable = False
+    if not is_writable:
         raise UserError(f"The folder {path} cannot be written ({existing} is in the way); {remedy}.")
 
 

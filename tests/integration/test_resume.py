@@ -3,7 +3,10 @@
 import errno
 import json
 import os
+import signal
+import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from hjepa.distributed.process_group import World
 from hjepa.models.pretrained import read_checkpoint
 from hjepa.tracking.run_folder import RunFolder
 from hjepa.training.checkpoint import Checkpointer, best_rank
+from hjepa.training.signals import StopFlag
 from tests.helpers.children import start
 from tests.helpers.results import wait_for_records
 from tests.helpers.runs import TINY
@@ -147,6 +151,34 @@ def test_saving_and_loading_are_inverse(tmp_path: Path) -> None:
     trainer, monitor = State(), State()
     assert checkpointer(tmp_path).load(trainer, monitor, torch.device("cpu"))
     assert (trainer["step"], monitor) == (7, {"seconds": 2.5})
+
+
+def test_the_main_process_decides_whether_there_is_a_checkpoint(tmp_path: Path) -> None:
+    class StaleWorld(World):
+        def broadcast_object(self, value: object) -> object:
+            return False
+
+    checkpointer(tmp_path).save(complete(7), State())
+    assert checkpointer(tmp_path, StaleWorld()).load(State(), State(), torch.device("cpu")) is None
+
+
+def test_what_submitit_writes_at_a_requeue_is_private(tmp_path: Path) -> None:
+    stop = StopFlag()
+    stop.previous_handlers[signal.SIGUSR2] = lambda number, frame: (tmp_path / "config.pkl").touch()
+    stop.adopt(requeue=True)
+    before = os.umask(0o022)
+    try:
+        stop.leave()
+        (tmp_path / "other").touch()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "config.pkl").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "other").stat().st_mode) == 0o644
+
+
+def test_a_run_in_another_thread_handles_no_signals() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(StopFlag().__enter__).result()
 
 
 def test_a_failed_write_leaves_the_old_checkpoint_and_no_temporary_file(tmp_path: Path, monkeypatch) -> None:

@@ -16,6 +16,8 @@ from hydra.errors import CompactHydraException
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+SCRIPT_ADVICE = "In a Python script, call hjepa below `if __name__ == '__main__':`."  # which starts processes
+
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
 
 
@@ -53,6 +55,11 @@ def explain_machine_error(error: BaseException) -> UserError | None:
             return UserError(
                 f"A file could not be written{where}: {cause.strerror}. Free some space, or use a larger disk, and repeat the "
                 "command; a training run continues from its last checkpoint."
+            )
+        if isinstance(cause, PermissionError) and cause.filename:
+            return UserError(
+                f"{os.fsdecode(cause.filename)} cannot be accessed ({cause.strerror}); change its permissions, or choose another "
+                "place."
             )
         if isinstance(cause, MemoryError | RuntimeError | OSError) and is_out_of_memory(cause):
             return UserError(

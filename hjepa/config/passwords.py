@@ -1,6 +1,6 @@
 """Passwords in addresses, such as `https://user:PASSWORD@host` and `postgresql://user:PASSWORD@host/db`.
 
-Nothing that a run prints or writes contains them.
+Runs print and write `***` in their place; only the pickles that pass a sweep's jobs their configs contain them.
 """
 
 import logging

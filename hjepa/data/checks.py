@@ -1,4 +1,4 @@
-"""Checks of the images before training: do they differ, and does every class have images to score?"""
+"""A check of the images before training: do they differ?"""
 
 import logging
 import os

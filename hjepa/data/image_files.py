@@ -25,6 +25,8 @@ from hjepa.data.sources import ImageSource
 
 log = logging.getLogger(__name__)
 
+WINDOW = 2048  # images that threads are asked to decode at a time, since a request takes memory
+
 MAX_MEGAPIXELS = 179.0  # the largest images that Pillow decodes unless it is told otherwise
 
 MapFunction = Callable[[Callable[[int], Any], list[int]], Iterable[Any]]  # the built-in `map`, or one that uses threads
@@ -107,7 +109,7 @@ class ImageFiles:
         with thread_pool() as pool:  # PIL releases the interpreter lock
 
             def map_in_threads(read: Callable[[int], Any], positions: list[int]) -> Iterable[Any]:
-                results = pool.map(read, positions, chunksize=64)
+                results = map_in_windows(pool, read, positions)
                 is_main = os.environ.get("RANK", "0") == "0"  # every process of a distributed run decodes the same images
                 return progress_bar(results, total=len(positions), desc="decoding images", unit="image", disable=not is_main)
 
@@ -172,6 +174,12 @@ def copy_pixels(pixels: np.ndarray | str, image: Tensor, position: int, errors: 
         errors[position] = pixels
     else:
         image.copy_(torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+def map_in_windows(pool: ThreadPoolExecutor, read: Callable[[int], Any], positions: list[int]) -> Iterator[Any]:
+    """Yield the results of a function in order; at most `WINDOW` calls wait in the pool at a time."""
+    for start in range(0, len(positions), WINDOW):
+        yield from pool.map(read, positions[start : start + WINDOW])
 
 
 @contextmanager

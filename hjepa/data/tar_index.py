@@ -4,11 +4,11 @@ A tar file has no table of contents, so its headers are read once, and the index
 (`~/.cache/hjepa`, or below `XDG_CACHE_HOME`) for as long as the file does not change.
 """
 
+import contextlib
 import hashlib
 import io
 import os
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hjepa.config.errors import UserError, import_optional
 from hjepa.data.file_lists import is_hidden, is_image
+from hjepa.tracking.atomic import atomic_files
 
 FOLDER = "folder"  # the label that is the name of an image's folder
 
@@ -102,19 +103,24 @@ def tar_index(path: Path, image: str | None, label: str | None) -> TarIndex:
     key = repr((INDEX_VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, image, label))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hjepa" / "tar-index"
     cached = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-    try:
-        with np.load(cached) as arrays:
-            return TarIndex(**arrays)
-    except (OSError, ValueError, BadZipFile):  # not there, or damaged
-        index = read_index(path, image, label)
-    try:
+    index = read_cached(cached)
+    if index is not None:
+        return index
+    index = read_index(path, image, label)
+    with contextlib.suppress(OSError):  # a home folder without space: the next run reads the headers again
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        with atomic_files(cached) as (temporary,), temporary.open("wb") as file:
             np.savez(file, **index._asdict())
-        Path(file.name).replace(cached)
-    except OSError:  # a home folder without space: the next run reads the headers again
-        pass
     return index
+
+
+def read_cached(file: Path) -> TarIndex | None:
+    """Return the index in a file of the cache; None if there is none or it is damaged."""
+    try:
+        with np.load(file) as arrays:
+            return TarIndex(**arrays)
+    except (OSError, ValueError, EOFError, KeyError, TypeError, BadZipFile):
+        return None
 
 
 def read_index(path: Path, image: str | None, label: str | None) -> TarIndex:

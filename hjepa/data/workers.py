@@ -21,7 +21,7 @@ import torch
 import torch.multiprocessing  # lets tensors be sent to processes that are not forked
 from torch import Tensor
 
-from hjepa.config.errors import UserError
+from hjepa.config.errors import SCRIPT_ADVICE, UserError
 from hjepa.data.image_files import ImageFiles
 
 Batch = tuple[Tensor, dict[str, str]]  # images uint8 [B, 3, S, S], and the reasons for unreadable files by name
@@ -143,9 +143,11 @@ class Workers:
         process, group = self.processes[worker], self.files.corrupt.option_group
         process.join(1)
         code = process.exitcode
-        reason = f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
+        if code is None or code >= 0:
+            return UserError(f"A process that decodes images died (exit code {code}); its output above says why. {SCRIPT_ADVICE}")
+        cause = ", most likely because memory ran out" if code == -signal.SIGKILL else ""
         return UserError(
-            f"A process that decodes images died ({reason}), most likely because memory ran out; lower {group}.workers and "
+            f"A process that decodes images died (killed by {signal.Signals(-code).name}){cause}; lower {group}.workers and "
             "start the same command again, which continues a run."
         )
 

@@ -35,7 +35,7 @@ def has_fast_bfloat16(device: str) -> bool:
     x86 processors without them compute several times slower in bfloat16 than in float32.
     """
     if device == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

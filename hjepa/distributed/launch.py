@@ -3,12 +3,13 @@
 If one process fails, all of them end, and the run reports the error of the one that failed first.
 """
 
+import contextlib
 import logging.config
 import multiprocessing
 import os
 import signal
-import socket
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -17,11 +18,11 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from hjepa.config.errors import UserError, friendly_errors
+from hjepa.config.errors import SCRIPT_ADVICE, UserError, friendly_errors
 from hjepa.config.paths import CONF
 from hjepa.config.schema import Config
 from hjepa.config.terminal import survive_closed_pipes
-from hjepa.tracking.run_folder import RunFolder
+from hjepa.tracking.run_folder import RunFolder, try_lock
 
 Task = Callable[[Config, Path], float | None]
 
@@ -37,7 +38,9 @@ def launch(task: Task, config: Config, path: Path) -> float | None:
     count = config["hardware"]["processes"]
     if count == 1 or "RANK" in os.environ:
         return task(config, path)
-    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
+    if was_started_by_srun():
+        from hjepa.distributed.slurm import adopt_slurm
+
         adopt_slurm()
         return task(config, path)
     count = count or num_gpus()
@@ -51,19 +54,9 @@ def num_gpus() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def adopt_slurm() -> None:
-    """Set the environment variables of torchrun from those of SLURM's tasks."""
-    from submitit.helpers import TorchDistributedEnvironment
-
-    tasks = TorchDistributedEnvironment()
-    if int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) == 1:
-        tasks.master_addr = "127.0.0.1"
-    else:
-        try:
-            socket.gethostbyname(tasks.master_addr)
-        except OSError:  # a name that does not resolve would fail only after minutes
-            tasks.master_addr = os.environ["SLURM_LAUNCH_NODE_IPADDR"]
-    tasks.export(set_cuda_visible_devices=False)
+def was_started_by_srun() -> bool:
+    """Return whether this process is one of several tasks of `srun`, and not a job of a local sweep inside of one."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and os.environ.get("SUBMITIT_EXECUTOR") != "local"
 
 
 def start(task: Task, config: Config, path: Path, count: int) -> float | None:
@@ -76,20 +69,25 @@ def start(task: Task, config: Config, path: Path, count: int) -> float | None:
     logging_node = HydraConfig.get().job_logging if called_by_hydra else OmegaConf.load(CONF / "hydra/job_logging/hjepa.yaml")
     loggers = OmegaConf.to_container(logging_node, resolve=True)
     arguments = (task, config, path, count, get_free_port(), loggers, reports)
+    claimed = claim_time(path)
     processes = start_processes(rank, arguments, nprocs=count, join=False, start_method="spawn")
 
     def forward(number: int, frame: FrameType | None) -> None:
         for pid in processes.pids():
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.kill(pid, number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    is_main_thread = threading.current_thread() is threading.main_thread()  # only that one may handle signals
+    previous = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)} if is_main_thread else {}
     try:
         while not processes.join(grace_period=GRACE_SECONDS):
             pass
     except ProcessExitedException as error:
-        death = f"Process {error.error_index} of {count} died ({error}); the same command continues the run."
+        advice = "the same command continues the run." if error.signal_name else f"its output above says why. {SCRIPT_ADVICE}"
+        death = f"Process {error.error_index} of {count} died ({error}); {advice}"
         reason = death if reports.empty() else reports.get()
-        record_failure(config, path, reason)
+        if claim_time(path) not in (None, claimed):
+            record_failure(config, path, reason)
         raise UserError(reason) from None
     finally:
         for number, handler in previous.items():
@@ -119,8 +117,16 @@ def rank(number: int, task: Task, config: Config, path: Path, count: int, port: 
         reports.put(report)
 
 
+def claim_time(path: Path) -> int | None:
+    """Return when a process has claimed a run folder last; None if it has never been claimed."""
+    file = path / "config.yaml"
+    return file.stat().st_mtime_ns if file.exists() else None
+
+
 def record_failure(config: Config, path: Path, reason: str) -> None:
     """Write the reason of a failure into the summary, in case the main process died before it could."""
-    folder = RunFolder(path, config)
-    if path.is_dir():
-        folder.write_summary(folder.summary() | {"status": "failed", "reason": reason})
+    with try_lock(path) as is_free:
+        folder = RunFolder(path, config)
+        summary = folder.summary()
+        if is_free and summary.get("status") not in ("finished", "collapsed"):
+            folder.write_summary(summary | {"status": "failed", "reason": reason})

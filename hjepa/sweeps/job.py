@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from hjepa.config.run_path import run_path
 from hjepa.config.schema import Config
 
 
@@ -16,7 +17,7 @@ class Job:
     Attributes:
         number: Position in the sweep, from 0.
         overrides: Overrides of the command line that are specific to this job.
-        folder: Folder of its run; None if its config is invalid.
+        folder: Folder of its run; None if its config is invalid or its task makes no run.
         log: File with its output; None if it was never started.
         state: pending, running, finished, collapsed, stopped, FAILED, missing (see `Sweep.load`), or a state of the SLURM queue.
         reason: Why it failed or stopped.
@@ -42,6 +43,11 @@ class Job:
         self.summary = summary
         self.state = {"failed": "FAILED"}.get(summary["status"], summary["status"])
         self.reason = summary.get("reason") or ""
+
+    @property
+    def path(self) -> Path:
+        """The folder that its config names."""
+        return self.folder or run_path(self.config)
 
     @property
     def is_complete(self) -> bool:

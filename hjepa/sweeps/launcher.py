@@ -13,7 +13,8 @@ from hydra.core.utils import JobReturn
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from omegaconf import DictConfig, OmegaConf
 
-from hjepa.config.errors import UserError
+from hjepa.config.errors import UserError, friendly_errors
+from hjepa.config.paths import INSTALLED
 from hjepa.sweeps.job import Job
 from hjepa.sweeps.local import LocalQueue
 from hjepa.sweeps.plan import plan_jobs
@@ -27,9 +28,12 @@ OURS = ("_target_", "wait", "poll_seconds")  # options that are not submitit's
 
 MAY_BE_ZERO = ("gpus_per_node", "gpus_per_task", "max_num_timeout")
 
+NUM_FAILURES = 5  # trials that have to fail before a search without any result ends
+
 QUEUES = {"local": LocalQueue, "slurm": SlurmQueue}
 
 
+@friendly_errors()
 def launch(
     worker: Any,
     cluster: str,
@@ -73,13 +77,19 @@ def launch(
     stopped = queue.follow()
     sweep.save(queue.jobs)
     sweep.refresh(jobs)
-    if is_search and not stopped and any(job.is_complete for job in queue.jobs):
+    if is_search and not stopped and may_go_on(queue.jobs, sweep_config.hydra.sweeper):
         return sweep.trial_returns(jobs)  # `SweepStart` makes the table when the search has ended
     sweep.summarize(queue.jobs)
     if stopped:
         print("Stopped. The same command continues the sweep.", file=sys.stderr)
         raise SystemExit(STOPPED_STATUS)
     return sweep.job_returns(jobs)
+
+
+def may_go_on(jobs: list[Job], sweeper: DictConfig) -> bool:
+    """Return whether a search goes on: a trial has a result, or only a few have failed and others follow."""
+    num_failures = max(NUM_FAILURES, sweeper.get("n_jobs", 1))
+    return any(job.is_complete for job in jobs) or len(jobs) < min(num_failures, sweeper.get("n_trials", num_failures))
 
 
 def log_done(jobs: list[Job]) -> None:
@@ -114,6 +124,7 @@ def build_executor(cluster: str, options: dict[str, Any]) -> submitit.AutoExecut
 
 def import_this_copy() -> None:
     """Let jobs import this copy of the code wherever they were submitted from, and nothing from the folder they start in."""
-    root = str(Path(__file__).resolve().parents[2])
-    os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    root, folders = str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if not INSTALLED and root not in folders:
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, folders)])
     os.environ["PYTHONSAFEPATH"] = "1"  # `hjepa.config.run` adds the working directory, as the last one

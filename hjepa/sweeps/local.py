@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,7 @@ class LocalQueue(Queue):
     def submit(self) -> None:
         while self.waiting and self.free_slots:
             job, slot = self.waiting.popleft(), self.free_slots.pop(0)
-            assert job.folder is not None, "a job without a folder has failed"
-            submission = LocalSubmission(job.config, job.folder, job.composed, git_state(), slot, self.command)
+            submission = LocalSubmission(job.config, job.path, job.composed, git_state(), slot, self.command)
             with detached(self.sweep.folder / "submitit.log"):
                 submitted = self.executor.submit(self.worker, submission)
             submitted.paths.result_pickle.unlink(missing_ok=True)  # of a process that had the same id long ago
@@ -171,8 +170,9 @@ class LocalQueue(Queue):
         """Send a signal to the process of submitit that watches a job; SIGKILL also to all processes of the job."""
         try:
             controller = psutil.Process(int(self.submitted[job.number].job_id))
-            processes = controller.children(recursive=True) if number == signal.SIGKILL else []
-            for process in [controller, *processes]:
-                process.send_signal(number)
+            processes = [controller, *(controller.children(recursive=True) if number == signal.SIGKILL else [])]
         except psutil.NoSuchProcess:  # it has ended in the meantime
             return
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)

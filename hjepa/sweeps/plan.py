@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from hjepa.config.errors import UserError
-from hjepa.config.identity import TRAINING
+from hjepa.config.identity import BENCHMARK, TRAINING
 from hjepa.config.run import prepare
 from hjepa.config.schema import Config
 from hjepa.sweeps.job import Job
@@ -37,8 +37,10 @@ def plan_jobs(loader: ConfigLoader, sweep_config: DictConfig, overrides: Sequenc
                     "A sweep is launched as a whole: hardware=slurm_* cannot be chosen for a part of its jobs; choose it for "
                     "all of them, as in `--multirun hardware=slurm_cpu seed=0,1`."
                 )
-            config, folder = prepare_job(composed)
-            twin = next((job for job in jobs if job.folder == folder), None)
+            config, path = prepare_job(composed)
+            task = config["task"]["_target_"]
+            folder = path if task in (TRAINING, BENCHMARK) else None
+            twin = next((job for job in jobs if folder and job.folder == folder), None)
             if twin and runs_a_search(sweep_config):
                 jobs.append(Job(number, list(job_overrides), folder, state="finished", config=config))  # as soon as the twin is
                 continue
@@ -47,8 +49,7 @@ def plan_jobs(loader: ConfigLoader, sweep_config: DictConfig, overrides: Sequenc
                     f"This is the run of job {twin.number} again: the jobs differ only in options that change no result, or "
                     f"name={config['name']} is the same for both; sweep an option that changes the result, and leave out name."
                 )
-            is_training = config["task"]["_target_"] == TRAINING
-            is_finished = is_training and bool(RunFolder(folder, config).finished_summary())
+            is_finished = task == TRAINING and bool(RunFolder(path, config).finished_summary())
         except UserError as error:
             jobs.append(Job(number, list(job_overrides), None, state="FAILED", reason=str(error)))
             continue

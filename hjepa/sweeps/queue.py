@@ -1,6 +1,7 @@
 """The loop that both launchers share: it submits the jobs of a sweep through submitit and follows them until all have ended."""
 
 import logging
+import shlex
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -74,8 +75,8 @@ class Queue(ABC):
         """Print the running jobs with their run folders, and how to view and cancel them."""
         print(f"Submitted jobs and their run folders (logs: {self.sweep.folder}/N.log):")
         for job in self.running:
-            print(f"  {self.submitted[job.number].job_id:>8}  {job.folder}")
-        print(f"To see their table at any time: {PROGRAM} task=sweep task.folder={self.sweep.folder}")
+            print(f"  {self.submitted[job.number].job_id:>8}  {job.folder or ''}".rstrip())
+        print(f"To see their table at any time: {PROGRAM} task=sweep task.folder={shlex.quote(str(self.sweep.folder))}")
         print(f"To cancel them all: {self.cancel_command} {' '.join(self.array_ids(self.running))}", flush=True)
 
     @property

@@ -5,6 +5,7 @@ This works without accounting (sacct) as well.
 
 import logging
 import subprocess
+import time
 from typing import Any
 
 from submitit.core.utils import FailedJobError
@@ -18,7 +19,12 @@ from hjepa.tracking.resend import end_requeued_run
 
 log = logging.getLogger(__name__)
 
-END_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "UNKNOWN")
+END_STATES = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "UNKNOWN"),
+    *("PREEMPTED", "REVOKED", "LAUNCH_FAILED"),
+)
+
+CONFIRMATION_SECONDS = 1  # between the polls of a command that follows no job
 
 NUM_CONFIRMATIONS = 3  # polls that must agree on a failure: a requeued job passes through end states, and results may appear late
 
@@ -68,10 +74,7 @@ class SlurmQueue(Queue):
             return
         jobs = list(self.waiting)
         self.waiting.clear()
-        submissions = []
-        for job in jobs:
-            assert job.folder is not None, "a job without a folder has failed"
-            submissions.append(Submission(job.config, job.folder, job.composed, git_state()))
+        submissions = [Submission(job.config, job.path, job.composed, git_state()) for job in jobs]
         try:
             submitted = self.executor.map_array(self.worker, submissions)
         except FailedJobError as error:
@@ -125,13 +128,27 @@ def fail(job: Job, reason: str) -> None:
         end_requeued_run(job.folder, reason)
 
 
-def fail_cancelled_jobs(jobs: list[Job]) -> None:
-    """Set the state of jobs that were cancelled while no command followed them."""
-    ids = [job.slurm_id for job in jobs if job.slurm_id and not job.is_done]
-    states = accounting_states(ids) | (queue_states() or {}) if ids else {}
-    for job in jobs:
-        if job.slurm_id in ids and states.get(job.slurm_id) == "CANCELLED":
-            fail(job, "ended by SLURM as CANCELLED")
+def update_from_slurm(jobs: list[Job]) -> None:
+    """Set the states of the jobs that are not done, in case no command follows them."""
+    remaining = [job for job in jobs if job.slurm_id and not job.is_done]
+    states = final_states([job.slurm_id for job in remaining])
+    for job in remaining:
+        state = states.get(job.slurm_id, "")
+        if state not in END_STATES:
+            job.state = state.lower() or job.state
+        elif state != "COMPLETED":
+            fail(job, f"ended by SLURM as {state}")
+
+
+def final_states(ids: list[str]) -> dict[str, str]:
+    """Return SLURM's states by job id; ask again if jobs have ended, because a requeued job passes through end states."""
+    states: dict[str, str] = {}
+    for attempt in range(NUM_CONFIRMATIONS if ids else 0):
+        time.sleep(CONFIRMATION_SECONDS if attempt else 0)
+        states = accounting_states(ids) | (queue_states() or {})
+        if not any(states.get(job_id) in END_STATES for job_id in ids):
+            break
+    return states
 
 
 def run_command(*command: str) -> str | None:

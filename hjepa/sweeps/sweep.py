@@ -25,12 +25,13 @@ from omegaconf import DictConfig, OmegaConf
 from hjepa.config.errors import UserError
 from hjepa.config.identity import flatten
 from hjepa.config.passwords import hide_passwords
+from hjepa.config.schema import Config
 from hjepa.sweeps.job import Job
 from hjepa.sweeps.tables import Comparison, default_metric, lookup, results
 from hjepa.tracking.atomic import atomic_write
 from hjepa.tracking.provenance import SWEEP_VARIABLE
-from hjepa.tracking.run_folder import check_writable, read_config, read_summary
-from hjepa.tracking.tracker import Artifacts, build_trackers
+from hjepa.tracking.run_folder import check_writable, read_summary
+from hjepa.tracking.tracker import Artifacts, build_trackers, trackers_of_run
 
 SAVED_FIELDS = ("number", "overrides", "folder", "log", "state", "reason", "slurm_id")
 
@@ -44,6 +45,7 @@ class Sweep:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / "sweep.json"
+        self.loaded_version = 0
 
     def save(self, jobs: list[Job]) -> None:
         """Write sweep.json."""
@@ -58,10 +60,13 @@ class Sweep:
             atomic_write(file, hide_passwords(file.read_text()))
 
     def link_log(self, number: int, log: Path) -> Path:
-        """Let N.log of this folder be a link to the log of a job, and return it."""
+        """Let N.log of this folder be a link to the log of a job, and return it; return the log where links are not supported."""
         link = self.folder / f"{number}.log"
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(log, self.folder))
+        try:
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(log, self.folder))
+        except OSError:
+            return log
         return link
 
     def load(self) -> list[Job]:
@@ -72,6 +77,7 @@ class Sweep:
         """
         if not self.file.exists():
             raise UserError(f"{self.folder} is no sweep folder: it has no sweep.json; set a folder that a sweep has printed.")
+        self.loaded_version = self.file.stat().st_mtime_ns
         jobs = [Job(**{key: row[key] for key in SAVED_FIELDS}) for row in json.loads(self.file.read_text())["jobs"]]
         for job in jobs:
             job.folder, job.log = (self.locate(Path(path)) if path else None for path in (job.folder, job.log))
@@ -92,6 +98,10 @@ class Sweep:
         moved = (root.joinpath(*path.parts[i:]) for i in range(1, len(path.parts) - 1))
         return path if path.exists() else next((place for place in moved if place.exists()), path)
 
+    def has_changed(self) -> bool:
+        """Return whether a command that follows the jobs has written sweep.json after it was loaded."""
+        return self.file.stat().st_mtime_ns != self.loaded_version
+
     def refresh(self, jobs: list[Job]) -> None:
         """Update states and results from the run folders; a failed job stays failed until its run is continued."""
         for job in jobs:
@@ -103,16 +113,20 @@ class Sweep:
                 continue
             job.update_from_summary(summary)
 
-    def summarize(self, jobs: list[Job], metric: str | None = None) -> None:
+    def summarize(self, jobs: list[Job], metric: str | None = None, config: Config | None = None, save: bool = True) -> None:
         """Print and save the table, plot the results, and log both to the trackers of the runs.
 
         Args:
             jobs: All jobs of the sweep.
             metric: Dotted key of summary.json to compare by. None: the linear probe, or the speed of a benchmark.
+            config: Config of the current command, for the passwords of trackers that the jobs lack.
+            save: Write the states of the jobs to sweep.json.
         """
-        self.save(jobs)
+        if save:
+            self.save(jobs)
         self.refresh(jobs)
-        self.save(jobs)
+        if save:
+            self.save(jobs)
         title = f"Sweep {self.folder.name}"
         comparison = Comparison(jobs, metric or default_metric(jobs))
         text = comparison.to_text(title, self.folder)
@@ -123,7 +137,7 @@ class Sweep:
             from hjepa.sweeps.plots import save_plots
 
             files += save_plots(comparison, title, self.folder / "sweep.png")
-        log_artifacts_of_jobs(jobs, files, "sweep", {"sweep": self.folder.name})
+        log_artifacts_of_jobs(jobs, files, "sweep", {"sweep": self.folder.name}, config)
         print(f"Sweep folder: {self.folder}", flush=True)
 
     def job_returns(self, jobs: list[Job]) -> list[JobReturn]:
@@ -179,7 +193,8 @@ class SweepStart(Callback):
             sweep = Sweep(Path(config.hydra.sweep.dir))
             jobs = sweep.load()
             sweep.refresh(jobs)
-            sweep.summarize(jobs)
+            tracking = OmegaConf.to_container(config.tracking, resolve=True)
+            sweep.summarize(jobs, config={"tracking": tracking})
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir).expanduser().absolute()
@@ -206,7 +221,9 @@ def take_folder(folder: Path) -> Path:
     raise AssertionError
 
 
-def log_artifacts_of_jobs(jobs: list[Job], files: list[Path], folder: str, tags: dict[str, str]) -> None:
+def log_artifacts_of_jobs(
+    jobs: list[Job], files: list[Path], folder: str, tags: dict[str, str], config: Config | None = None
+) -> None:
     """Log files and tags to every tracked run.
 
     Args:
@@ -214,11 +231,12 @@ def log_artifacts_of_jobs(jobs: list[Job], files: list[Path], folder: str, tags:
         files: Files to log.
         folder: Folder among the artifacts of a run.
         tags: Tags for every run. If there are any, each run is also tagged with the number of its job.
+        config: Config of the current command; jobs without a config take the passwords of their trackers from it.
     """
     trackers: dict[str, Any] = {}
     for job in jobs:
         if job.folder and job.summary.get("run_id"):
-            options = read_config(job.folder)["tracking"]
+            options = job.config["tracking"] if job.config else trackers_of_run(config or {"tracking": {}}, job.folder)
             key = json.dumps(options)
             trackers[key] = trackers.get(key) or build_trackers(options)
             job_tags = tags | {"job": str(job.number)} if tags else {}

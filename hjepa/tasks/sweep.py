@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from hjepa.config.schema import Config
-from hjepa.sweeps.slurm import fail_cancelled_jobs
+from hjepa.sweeps.slurm import update_from_slurm
 from hjepa.sweeps.sweep import Sweep, check_metric
 from hjepa.tracking.run_folder import check_writable
 
@@ -21,6 +21,6 @@ def show_sweep(config: Config, path: Path, folder: str, metric: str | None) -> N
     check_writable(sweep.folder, "make it writable, or copy the sweep and its runs elsewhere")
     jobs = sweep.load()
     sweep.refresh(jobs)
-    fail_cancelled_jobs(jobs)
+    update_from_slurm(jobs)
     check_metric(jobs, metric)
-    sweep.summarize(jobs, metric)
+    sweep.summarize(jobs, metric, config, save=not sweep.has_changed())

@@ -94,7 +94,7 @@ class TrainingRun:
         if not self.components.world.main:
             self.run_as_worker()
             return None
-        self.folder.claim(self.config["overwrite"])
+        self.folder.claim(self.config["overwrite"] and not self.folder.was_emptied_by_this_job())
         with self.logging(), StopFlag() as stop, self.writing_summary(stop), contextlib.closing(self.trainer):
             self.resume()
             self.start_tracking()
@@ -128,8 +128,10 @@ class TrainingRun:
             yield
         except (Stopped, KeyboardInterrupt) as reason:
             status = "requeued" if stop.requeue else "stopped"
-            self.finish(status, str(reason) or "interrupted", TRACKER_STATUS[status])
-            print(f"Stopped ({reason}). The same command continues this run.", file=sys.stderr, flush=True)
+            cause = str(reason) or "interrupted"
+            self.finish(status, cause, TRACKER_STATUS[status])
+            command = "The same command" + (" without overwrite=true" if self.config["overwrite"] else "")
+            print(f"Stopped ({cause}). {command} continues this run.", file=sys.stderr, flush=True)
             try:
                 stop.leave()
             except Exception as error:

@@ -5,10 +5,13 @@ old content or the new one. A write that fails leaves nothing behind: a full dis
 """
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 
 @contextlib.contextmanager
@@ -19,7 +22,9 @@ def atomic_files(*paths: Path, sync: bool = False) -> Iterator[list[Path]]:
         *paths: Target paths.
         sync: Flush the files to the disk before they are renamed, so that they also survive a power failure.
     """
-    temporary_paths = [path.with_name(f".{path.name}.tmp") for path in paths]
+    temporary_paths = [temporary_path(path) for path in paths]
+    for path in paths:
+        remove_leftovers(path)
     try:
         yield temporary_paths
         for temporary, path in zip(temporary_paths, paths, strict=True):
@@ -30,6 +35,19 @@ def atomic_files(*paths: Path, sync: bool = False) -> Iterator[list[Path]]:
     finally:
         for temporary in temporary_paths:
             temporary.unlink(missing_ok=True)
+
+
+def temporary_path(path: Path) -> Path:
+    """Return a temporary name for a file, which belongs to this process alone."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote a file."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = leftover.name.split(".")[-2]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            leftover.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, text: str, sync: bool = False) -> None:

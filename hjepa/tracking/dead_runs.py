@@ -4,6 +4,7 @@ A process that works on a run holds the lock of the run folder. A run is conside
 on: on the machine where the run was started, or on a file system that shares locks between machines.
 """
 
+import contextlib
 import platform
 import time
 from pathlib import Path
@@ -32,7 +33,8 @@ def close_dead_runs(client: Any) -> None:
     """
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     for run in client.search_runs(experiments, "attributes.status = 'RUNNING' and tags.run_folder LIKE '/%'"):
-        close_if_dead(client, run)
+        with contextlib.suppress(OSError):  # such as for the folder of another user
+            close_if_dead(client, run)
 
 
 def close_if_dead(client: Any, run: Any) -> None:

@@ -34,14 +34,14 @@ def git_state() -> dict[str, str]:
     if INSTALLED:
         return {"version": hjepa.__version__}
 
-    def git(*command: str) -> str:
-        return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
+    def git(*command: str) -> bytes:  # changed files may have any encoding
+        return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, check=True).stdout
 
     try:
-        commit, changes = git("rev-parse", "HEAD").strip(), git("diff", "HEAD")
+        commit, changes = git("rev-parse", "HEAD").decode().strip(), git("diff", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return {}
-    changes_hash = hashlib.sha256(changes.encode()).hexdigest()[:8] if changes else ""
+    changes_hash = hashlib.sha256(changes).hexdigest()[:8] if changes else ""
     return {"commit": commit, "dirty": str(bool(changes)), "changes": changes_hash}
 
 

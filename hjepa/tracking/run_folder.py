@@ -9,6 +9,7 @@ checkpoints/    plots/
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -32,6 +33,10 @@ from hjepa.tracking.atomic import atomic_write
 Record = dict[str, Any]
 
 UNSENT_MARKER = ".unsent"  # this file exists while trackers may lack something of the run
+
+EMPTIED_MARKER = ".emptied_by"  # names the job that has emptied the folder last
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # errors of file systems without file locks
 
 LOCK_SECONDS = 2.0  # how long to wait for the lock, which `try_lock` of another process takes for a moment
 
@@ -71,6 +76,18 @@ def find_runs(folder: Path) -> list[Path]:
     return sorted(file.parent for file in folder.rglob("metrics.jsonl"))
 
 
+def job_name() -> str:
+    """Return a name of the job that this process belongs to, which stays the same when the job is started again."""
+    if os.environ.get("SUBMITIT_EXECUTOR") == "local":
+        return f"{os.environ['SUBMITIT_FOLDER']}/{os.environ['SUBMITIT_LOCAL_JOB_ID']}"
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
+def was_requeued() -> bool:
+    """Return whether SLURM has started the job of this process again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+
+
 @contextlib.contextmanager
 def try_lock(folder: Path) -> Iterator[bool]:
     """Try to lock a run folder until the context ends; yield False if another process has locked it."""
@@ -102,12 +119,14 @@ class LogFile(logging.FileHandler):
 def check_writable(path: Path, remedy: str = "set output_root to a writable folder") -> None:
     """Raise a UserError with a remedy if files cannot be written to a folder, which need not exist yet."""
     existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"The folder {path} cannot be written ({existing} is no folder); {remedy}.")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"The folder {path} cannot be written ({existing} is read-only); {remedy}.")
+    try:
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        obstacle = "no folder" if not existing.is_dir() else "" if os.access(existing, os.W_OK) else "read-only"
+    except OSError:  # a folder without permission
+        obstacle = "not accessible"
+    if obstacle:
+        raise UserError(f"The folder {path} cannot be written ({existing} is {obstacle}); {remedy}.")
 
 
 class RunFolder:
@@ -148,25 +167,41 @@ class RunFolder:
                 f"Another process is working in {self.path}; wait for it, or choose another name for this run."
             ) from None
         except OSError as error:
+            if error.errno in NO_LOCKS:
+                raise UserError(
+                    f"The file system of {self.path} does not support file locks ({error.strerror}); set output_root to one that "
+                    "does, such as a local disk."
+                ) from error
             raise UserError(
                 f"The run folder {self.path} cannot be written ({error.strerror}); set output_root to a writable folder."
             ) from error
         if overwrite:
-            for child in self.path.iterdir():
-                if child.name != ".lock":
-                    remove(child)
+            self.empty()
         self.check_same_config()
         (self.path / "plots").mkdir(exist_ok=True)
         (self.path / "summary.json").unlink(missing_ok=True)  # of an earlier session
         config = self.config | {"overwrite": False, "extend": False}  # so that training this config again changes nothing
         self.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(hide_passwords(config))))
 
+    def empty(self) -> None:
+        """Remove everything in the folder, and record which job has done so."""
+        for child in self.path.iterdir():
+            if child.name != ".lock":
+                remove(child)
+        if job := job_name():
+            self.write(EMPTIED_MARKER, job)
+
+    def was_emptied_by_this_job(self) -> bool:
+        """Return whether the job of this process emptied the folder before SLURM or a time limit interrupted it."""
+        marker = self.path / EMPTIED_MARKER
+        may_be_restarted = was_requeued() or os.environ.get("SUBMITIT_EXECUTOR") == "local"
+        return may_be_restarted and marker.exists() and marker.read_text() == job_name()
+
     def acquire_lock(self) -> None:
         """Lock the folder, or raise BlockingIOError if another process keeps it locked."""
         self.lock = (self.path / ".lock").open("w")
         os.register_at_fork(after_in_child=self.release)  # otherwise a worker would keep it after this process is killed
-        requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
-        deadline = time.monotonic() + (PREDECESSOR_SECONDS if requeued else LOCK_SECONDS)
+        deadline = time.monotonic() + (PREDECESSOR_SECONDS if was_requeued() else LOCK_SECONDS)
         while True:
             try:
                 return fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,13 +7,16 @@ tracker in the constructor (`import_optional`), so that only its users need it.
 """
 
 import logging
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hjepa.config.errors import UserError
 from hjepa.config.instantiate import build
 from hjepa.config.passwords import hide_passwords
+from hjepa.config.paths import PROGRAM
 from hjepa.config.schema import Config
 from hjepa.tracking.run_folder import Record, read_config, read_run_id
 
@@ -105,6 +108,8 @@ class Trackers(Tracker):
 
     def __init__(self, members: dict[str, Tracker]) -> None:
         self.members = members
+        self.has_failed = False
+        self.folder: Path | None = None
 
     def call_each(self, call: Callable[[Tracker], Any]) -> list[Any]:
         """Call every working tracker and return the results, None for one that fails."""
@@ -114,14 +119,19 @@ class Trackers(Tracker):
                 results.append(call(tracker))
             except Exception as error:  # a tracker may raise anything, and training must go on
                 del self.members[name]
+                self.has_failed = True
                 results.append(None)
-                reason = hide_passwords(str(error))
-                log.warning("tracking=%s failed (%s) and is left out; the run folder keeps everything", name, reason)
+                log.warning(
+                    "tracking=%s failed (%s) and is left out; the run folder keeps everything; %s task=sync run=%s sends it "
+                    "later",
+                    *(name, hide_passwords(str(error)), PROGRAM, shlex.quote(str(self.folder or "FOLDER"))),
+                )
         return results
 
     def start(
         self, folder: Path, experiment: str, params: dict[str, Any], tags: dict[str, str], records: list[Record]
     ) -> str | None:
+        self.folder = folder
         ids = self.call_each(lambda tracker: tracker.start(folder, experiment, params, tags, records))
         return next((run_id for run_id in ids if run_id), None)
 
@@ -135,10 +145,17 @@ class Trackers(Tracker):
         self.call_each(lambda tracker: tracker.log_histograms(file))
 
     def finish(self, status: str) -> bool:
-        return all(self.call_each(lambda tracker: tracker.finish(status)))
+        return all(self.call_each(lambda tracker: tracker.finish(status))) and not self.has_failed
 
     def add_artifacts(self, run_id: str, artifacts: Artifacts) -> None:
-        self.call_each(lambda tracker: tracker.add_artifacts(run_id, artifacts))
+        def add(tracker: Tracker) -> None:
+            try:
+                tracker.add_artifacts(run_id, artifacts)
+            except UserError as error:  # the tracker lacks this run, and may have others
+                log.warning("%s/ was not added to the tracked run %s: %s", artifacts.folder, run_id, hide_passwords(str(error)))
+
+        self.folder = artifacts.run
+        self.call_each(add)
 
     def view_command(self) -> str | None:
         commands = self.call_each(lambda tracker: tracker.view_command())

@@ -49,6 +49,8 @@ def build_components(config: Config) -> Components:
     """Build the components of a run; raise `UserError` for options that do not fit together, before any data is read."""
     hardware: Hardware = build(config["hardware"])
     world = init_process_group(hardware.device.type == "cuda")
+    if world.size > 1 and hardware.device.type not in ("cpu", "cuda"):
+        raise UserError(f"hardware.processes={world.size}: several processes need a CPU or CUDA; add hardware.device=cpu.")
     hardware.prepare(world)
     dataset: DataModule = build(config["dataset"])
     model, sampler, objective = build_model(config)

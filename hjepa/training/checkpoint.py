@@ -8,6 +8,7 @@ stored, because all randomness derives from the seed and the step.
 """
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,7 @@ class Checkpointer:
         Raises:
             UserError: The checkpoint belongs to a run with another config.
         """
-        self.world.broadcast_object(None)  # wait until the main process has prepared the folder
-        if not self.latest.exists():
+        if not self.world.broadcast_object(self.latest.exists()):  # the main process has prepared the folder, and decides for all
             return None
         state = read_checkpoint(self.latest, device)
         saved = upgrade_config(state["identity"])
@@ -122,9 +122,12 @@ class Checkpointer:
         return saved
 
     def keep_as(self, name: str, file: Path) -> None:
-        """Keep a checkpoint under another name as a hard link, which takes neither time nor space."""
+        """Keep a checkpoint under another name: as a hard link, or as a copy on file systems without hard links."""
         with atomic_files(self.folder / name) as (temporary,):
-            os.link(file, temporary)
+            try:
+                os.link(file, temporary)
+            except OSError:
+                shutil.copyfile(file, temporary)
 
     def prune_epochs(self, epoch: int) -> None:
         """Remove the checkpoints of epochs that are neither among the last `last` nor a multiple of `every_epochs`."""

@@ -8,6 +8,7 @@ job.
 
 import os
 import signal
+import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any
@@ -30,6 +31,8 @@ class StopFlag:
         self.previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopFlag":
+        if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
+            return self
         under_submitit = callable(signal.getsignal(signal.SIGUSR2))
         for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR2] if under_submitit else [])):
             self.previous_handlers[number] = signal.signal(number, self.on_signal)
@@ -67,6 +70,10 @@ class StopFlag:
             submitit.core.utils.UncompletedJobError: The job may not be requeued again.
         """
         if self.requeue:
-            self.previous_handlers[signal.SIGUSR2](signal.SIGUSR2, None)
+            previous = os.umask(0o077)  # submitit writes the config, which may contain passwords, to a file
+            try:
+                self.previous_handlers[signal.SIGUSR2](signal.SIGUSR2, None)
+            finally:
+                os.umask(previous)
         if self.number != signal.SIGINT and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
             time.sleep(GRACE_SECONDS)

@@ -13,7 +13,12 @@ import pytest
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+from hjepa.config.errors import UserError
+from hjepa.distributed.launch import start as start_processes
+from hjepa.distributed.launch import was_started_by_srun
 from hjepa.distributed.process_group import World
+from hjepa.distributed.slurm import adopt_slurm
+from hjepa.tracking.run_folder import RunFolder
 from tests.helpers.children import begin, launch, start
 from tests.helpers.runs import TINY, VIEWS, trainer
 
@@ -104,6 +109,44 @@ def test_the_processes_share_each_accumulated_part_of_a_batch() -> None:
     assert torch.equal(torch.cat(rows).sort().values, torch.arange(48))
     for part in range(3):
         assert all(set((share[4 * part : 4 * part + 4] // 16).tolist()) == {part} for share in rows)
+
+
+STEP = {
+    **{"SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "8"},
+    **{"SLURM_STEP_NODELIST": "localhost,other", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "MASTER_PORT": "1234"},
+}
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def test_tasks_of_srun_are_processes_of_the_run_unless_a_local_sweep_started_the_job(monkeypatch) -> None:
+    for name in (*TORCHRUN, "SUBMITIT_EXECUTOR"):
+        monkeypatch.setenv(name, "")  # which restores it after the test
+        monkeypatch.delenv(name)
+    assert not was_started_by_srun()
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    assert was_started_by_srun()
+    adopt_slurm()
+    assert [os.environ[name] for name in TORCHRUN] == ["3", "1", "4", "2", "localhost", "1234"]
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    assert not was_started_by_srun()
+    monkeypatch.delenv("SUBMITIT_EXECUTOR")
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    assert not was_started_by_srun(), "in a batch script"
+
+
+def refuse(config: Any, path: Path) -> None:
+    raise UserError("refused before the folder is claimed")
+
+
+def test_processes_that_never_claimed_a_folder_do_not_change_its_summary(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, {})
+    folder.claim(overwrite=False)
+    folder.write_summary({"status": "finished"})
+    folder.release()
+    with pytest.raises(UserError, match="refused"):
+        start_processes(refuse, {}, tmp_path, 2)
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"status": "finished"}
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

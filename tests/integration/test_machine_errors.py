@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hjepa.config.errors import UserError, explain_machine_error
+from hjepa.tracking import atomic
 from tests.helpers.children import begin, run_config
 from tests.helpers.results import LONG, metrics, weights
 from tests.helpers.runs import tiny, trainer
@@ -78,14 +79,28 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_loses_nothing(small_disk: 
     check_same(folder, tmp_path / "default" / "r")
 
 
+def run_with_a_full_disk_for(name: str, overrides: list[str], output: Path) -> None:
+    """Run a config in a child process where an atomic write of one file finds the disk full."""
+
+    def temporary_path(path: Path) -> Path:
+        temporary = original(path)
+        if path.name == name and not temporary.is_symlink():
+            temporary.symlink_to("/dev/full")
+        return temporary
+
+    original, atomic.temporary_path = atomic.temporary_path, temporary_path
+    run_config(overrides, output)
+
+
 @pytest.mark.thorough
-@pytest.mark.parametrize("file", [".config.yaml.tmp", ".metrics.jsonl.tmp", ".summary.json.tmp", "run.log"])
+@pytest.mark.parametrize("file", ["config.yaml", "metrics.jsonl", "summary.json", "run.log"])
 def test_a_file_that_cannot_be_written(file: str, tmp_path: Path) -> None:
     """Each on its own: the disk is full for this file only. The log is dispensable, the others end the run."""
     folder, said = tmp_path / "default" / "r", tmp_path / "said"
-    (folder / file).parent.mkdir(parents=True)
-    (folder / file).symlink_to("/dev/full")
-    process = begin(run_config, [*tiny(), f"output_root={tmp_path}", "name=r"], said)
+    folder.mkdir(parents=True)
+    if file == "run.log":
+        (folder / file).symlink_to("/dev/full")
+    process = begin(run_with_a_full_disk_for, file, [*tiny(), f"output_root={tmp_path}", "name=r"], said)
     process.join(200)
     assert "Traceback" not in said.read_text()
     assert process.exitcode == (0 if file == "run.log" else 1), said.read_text()
@@ -129,6 +144,11 @@ def test_every_kind_of_want_of_memory_is_the_same_sentence(error: Exception) -> 
 @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("a fault of ours"), OSError(2, "No such file"), UserError("x")])
 def test_other_errors_stay_what_they_are(error: Exception) -> None:
     assert explain_machine_error(error) is None
+
+
+def test_a_file_without_permission_is_named() -> None:
+    sentence = str(explain_machine_error(PermissionError(13, "Permission denied", "/data/train")))
+    assert sentence.startswith("/data/train cannot be accessed (Permission denied); change its permissions")
 
 
 # -- data and numbers --------------------------------------------------------------------------------------------------

@@ -1,8 +1,12 @@
 """A run that is stopped and started again goes on where it was, and its files are never damaged; see also test_kills."""
 
+import errno
 import json
 import os
+import signal
+import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,9 @@ import torch
 from hjepa.config.errors import UserError
 from hjepa.distributed.process_group import World
 from hjepa.models.pretrained import read_checkpoint
+from hjepa.tracking.run_folder import RunFolder
 from hjepa.training.checkpoint import Checkpointer, best_rank
+from hjepa.training.signals import StopFlag
 from tests.helpers.children import start
 from tests.helpers.results import wait_for_records
 from tests.helpers.runs import TINY
@@ -46,6 +52,31 @@ def test_the_folder_of_another_config_is_refused_and_overwrite_replaces_it(run, 
         run("name=r", "optimizer.lr=0.003")
     run("name=r", "optimizer.lr=0.003", "overwrite=true")
     assert "lr: 0.003" in (tmp_path / "default" / "r" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("executor", ["local", "slurm"])
+def test_a_job_that_is_started_again_does_not_empty_its_folder_again(tmp_path: Path, monkeypatch, executor: str) -> None:
+    jobs = {"SLURM_JOB_ID": "7", "SUBMITIT_LOCAL_JOB_ID": "7", "SUBMITIT_FOLDER": str(tmp_path)}
+    for name, value in {"SUBMITIT_EXECUTOR": executor, **jobs}.items():
+        monkeypatch.setenv(name, value)
+    folder = RunFolder(tmp_path / "r", {})
+    assert not folder.was_emptied_by_this_job()
+    folder.claim(overwrite=True)
+    folder.release()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert folder.was_emptied_by_this_job()
+    monkeypatch.setenv("SLURM_JOB_ID" if executor == "slurm" else "SUBMITIT_LOCAL_JOB_ID", "8")
+    assert not folder.was_emptied_by_this_job()
+
+
+def test_checkpoints_are_kept_on_file_systems_without_hard_links(tmp_path: Path, monkeypatch) -> None:
+    def link(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    (tmp_path / "latest.pt").write_bytes(b"state")
+    checkpointer(tmp_path).keep_as("epoch-00001.pt", tmp_path / "latest.pt")
+    assert (tmp_path / "epoch-00001.pt").read_bytes() == b"state"
 
 
 def test_a_run_whose_folder_is_removed_ends_with_one_sentence_and_writes_nothing(tmp_path: Path) -> None:
@@ -120,6 +151,34 @@ def test_saving_and_loading_are_inverse(tmp_path: Path) -> None:
     trainer, monitor = State(), State()
     assert checkpointer(tmp_path).load(trainer, monitor, torch.device("cpu"))
     assert (trainer["step"], monitor) == (7, {"seconds": 2.5})
+
+
+def test_the_main_process_decides_whether_there_is_a_checkpoint(tmp_path: Path) -> None:
+    class StaleWorld(World):
+        def broadcast_object(self, value: object) -> object:
+            return False
+
+    checkpointer(tmp_path).save(complete(7), State())
+    assert checkpointer(tmp_path, StaleWorld()).load(State(), State(), torch.device("cpu")) is None
+
+
+def test_what_submitit_writes_at_a_requeue_is_private(tmp_path: Path) -> None:
+    stop = StopFlag()
+    stop.previous_handlers[signal.SIGUSR2] = lambda number, frame: (tmp_path / "config.pkl").touch()
+    stop.adopt(requeue=True)
+    before = os.umask(0o022)
+    try:
+        stop.leave()
+        (tmp_path / "other").touch()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "config.pkl").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "other").stat().st_mode) == 0o644
+
+
+def test_a_run_in_another_thread_handles_no_signals() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(StopFlag().__enter__).result()
 
 
 def test_a_failed_write_leaves_the_old_checkpoint_and_no_temporary_file(tmp_path: Path, monkeypatch) -> None:

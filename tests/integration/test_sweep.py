@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobStatus
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from hjepa.config.errors import UserError
 from hjepa.config.run import prepare, run
 from hjepa.distributed.resources import num_cores
 from hjepa.sweeps.job import Job
+from hjepa.sweeps.plan import plan_jobs
 from hjepa.sweeps.sweep import Sweep
 from tests.helpers.children import launch
 from tests.helpers.database import prepare_database
@@ -104,6 +108,33 @@ def job(number: int, folder: Path, status: str = "finished", linear: float = 0.5
     summary = {"status": status, "reason": None, "probe": {"linear": linear}, "untrained": {"linear": 0.1}, "run_id": None}
     (path / "summary.json").write_text(json.dumps(summary))
     return Job(number, [f"{key}={value}" for key, value in options.items()], path, folder / f"{number}.log")
+
+
+def test_jobs_of_a_task_without_a_run_of_its_own_have_no_run_folder() -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        config = loader.load_configuration("config", ["task=evaluate"], RunMode.MULTIRUN)
+        HydraConfig.instance().set_config(config)
+        jobs = plan_jobs(loader, config, [["task=evaluate", "run=A"], ["task=evaluate", "run=B"]])
+    assert [(job.state, job.reason, job.folder) for job in jobs] == [("pending", "", None)] * 2
+    assert jobs[0].path.is_absolute()
+
+
+def test_a_change_of_the_states_after_they_were_loaded_is_noticed(tmp_path: Path) -> None:
+    sweep, jobs = Sweep(tmp_path), [job(0, tmp_path)]
+    sweep.save(jobs)
+    sweep.load()
+    assert not sweep.has_changed()
+    os.utime(sweep.file, (0, 0))
+    assert sweep.has_changed()
+
+
+def test_a_log_is_named_itself_where_links_are_not_supported(tmp_path: Path, monkeypatch) -> None:
+    def symlink_to(link: Path, target: str) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", symlink_to)
+    assert Sweep(tmp_path).link_log(0, tmp_path / "submitit" / "5_0.out") == tmp_path / "submitit" / "5_0.out"
 
 
 def test_a_failed_job_stays_failed_until_its_run_is_continued(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from hjepa.tracking.dead_runs import machine_tags, shares_locks
 from hjepa.tracking.histograms import read_histograms
 from hjepa.tracking.mlflow import MLflow
 from hjepa.tracking.mlflow_server import PORT, view_command
-from hjepa.tracking.run_folder import RunFolder, read_records, try_lock
-from hjepa.tracking.tracker import Artifacts, log_artifacts
+from hjepa.tracking.run_folder import Record, RunFolder, read_records, try_lock
+from hjepa.tracking.tracker import Artifacts, Tracker, Trackers, log_artifacts
 from tests.helpers.children import begin, launch
 from tests.helpers.database import prepare_database
 from tests.helpers.runs import tiny
@@ -62,6 +62,37 @@ def check_complete(client: mlflow.MlflowClient, folder: Path) -> None:
         assert history(client, run.info.run_id, key) == [r["step"] for r in records if key in r], key
     files = {f.path for folder in (None, "plots") for f in client.list_artifacts(run.info.run_id, folder)}
     assert {"config.yaml", "summary.json", "plots/curves.png", "plots/masks.png"} <= files
+
+
+class Failing(Tracker):
+    """A tracker that cannot take metrics, and lacks one of two runs."""
+
+    def __init__(self) -> None:
+        self.added: list[str] = []
+
+    def log(self, record: Record) -> None:
+        raise RuntimeError("no space")
+
+    def add_artifacts(self, run_id: str, artifacts: Artifacts) -> None:
+        if run_id == "deleted":
+            raise UserError("it does not have this run")
+        self.added.append(run_id)
+
+
+def test_what_a_failed_tracker_missed_was_not_sent() -> None:
+    trackers = Trackers({"failing": Failing(), "working": Tracker()})
+    assert trackers.finish("FINISHED")
+    trackers.log({"step": 0})
+    assert not trackers.finish("FINISHED")
+
+
+def test_a_run_that_a_tracker_lacks_does_not_keep_others_from_it(caplog) -> None:
+    tracker = Failing()
+    trackers = Trackers({"failing": tracker})
+    for run_id in ("deleted", "kept"):
+        trackers.add_artifacts(run_id, Artifacts([], "sweep"))
+    assert tracker.added == ["kept"]
+    assert "sweep/ was not added to the tracked run deleted: it does not have this run" in caplog.text
 
 
 def test_everything_arrives_once(tracker, tmp_path: Path) -> None:
@@ -268,13 +299,14 @@ def test_the_start_of_a_run_closes_dead_runs_and_no_others(tracker, tmp_path: Pa
         "elsewhere": "RUNNING",
         "gone": "RUNNING",
         "replaced": "KILLED",
+        "x" * 300: "RUNNING",  # its folder raises an OSError, as that of another user does
     }
     ids = {}
     for name in cases:
         folder = tmp_path / name
         tags = {"run_folder": str(folder)} | (machine_tags() if name != "elsewhere" else {"host": "another", "boot": "x"})
         ids[name] = c.create_run(experiment, tags=tags).info.run_id
-        if name != "gone":
+        if name not in ("gone", "x" * 300):
             folder.mkdir()
             (folder / ".lock").touch()
             (folder / "run_id").write_text("another" if name == "replaced" else ids[name])

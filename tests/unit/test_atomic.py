@@ -1,5 +1,7 @@
 """Files and folders are written completely or not at all."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,16 @@ def test_a_failed_write_keeps_all_old_files(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="full"):
         write_and_fail()
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old"}
+
+
+def test_files_of_other_writers_are_kept_and_those_of_killed_ones_removed(tmp_path: Path) -> None:
+    ended = subprocess.Popen("true")
+    ended.wait()
+    files = {pid: tmp_path / f".file.{pid}.tmp" for pid in (os.getppid(), ended.pid)}
+    for file in files.values():
+        file.touch()
+    atomic_write(tmp_path / "file", "text")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", files[os.getppid()].name}
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:

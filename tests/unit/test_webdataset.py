@@ -129,14 +129,24 @@ def test_an_index_is_kept_until_the_tar_file_changes(root: Path, images: Path, c
     times = [file.stat().st_mtime_ns for file in kept]
     assert torch.equal(tars(root).load("train").images, before.images)
     assert [file.stat().st_mtime_ns for file in kept] == times
-    kept[0].write_bytes(b"damaged")
-    assert torch.equal(tars(root).load("train").images, before.images)
+    for content in (b"damaged", b""):
+        kept[0].write_bytes(content)
+        assert torch.equal(tars(root).load("train").images, before.images)
     for file in root.iterdir():
         file.unlink()
     write_tars(images, root, size=12)
     after = tars(root)
     assert torch.equal(after.load("train").images, before.images)
     assert len(after.find_files("train")) == 2
+
+
+def test_an_index_that_cannot_be_kept_leaves_no_file(root: Path, cache: Path, monkeypatch) -> None:
+    def savez(file: Any, **arrays: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hjepa.data.tar_index.np.savez", savez)
+    tars(root).load("train")
+    assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
 def test_unreadable_images_are_replaced_and_named(root: Path, images: Path, tmp_path: Path, caplog) -> None:

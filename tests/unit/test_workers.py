@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -21,7 +22,7 @@ from hjepa.data import workers as workers_module
 from hjepa.data.image_files import CorruptFiles, ImageFiles
 from hjepa.data.sources import FilePaths
 from hjepa.data.stream import Stream
-from hjepa.data.workers import Interrupted
+from hjepa.data.workers import Interrupted, Workers
 from tests.helpers.children import begin, run_config
 from tests.helpers.results import metrics, wait_for_records
 from tests.helpers.runs import tiny
@@ -87,6 +88,13 @@ def test_a_worker_that_dies_is_explained_in_one_sentence(stream: Stream, number:
     os.kill(multiprocessing.active_children()[0].pid, number)
     with pytest.raises(UserError, match=rf"decodes images died \(killed by {number.name}\).*dataset.workers.*continues a run"):
         list(map(stream.batch, range(1, 20)))
+
+
+def test_a_worker_that_ends_by_itself_has_said_why(stream: Stream) -> None:
+    process = SimpleNamespace(join=lambda seconds: None, exitcode=1)
+    message = str(Workers.death(SimpleNamespace(processes=[process], files=stream.files), 0))
+    assert "(exit code 1); its output above says why" in message
+    assert "memory" not in message
 
 
 def test_a_worker_that_is_stopped_ends_the_run(stream: Stream, monkeypatch) -> None:

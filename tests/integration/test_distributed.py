@@ -26,7 +26,7 @@ STEPS = 3
 COMMON = ("schedule.lr.warmup_epochs=0", "optimizer.eps=1e-3", "train.clip_norm=0.5", "dataset.augment.jitter=0.5")
 CONFIGS = {
     "default": (),
-    "accumulated": ("train.accumulate=3", "levels=depth", "regularizer.levels=[1,0.5]", "projector=mlp"),
+    "accumulated": ("train.accumulate=3", "levels=depth", "regularizer.levels=[0,0.5]", "projector=mlp"),
     "views": (
         "model.encoder.stem=conv",
         "dataset.views=2",
@@ -45,10 +45,8 @@ CONFIGS = {
         *("dataset.views=2", "dataset.local_views=2", "hardware.activation_checkpointing=true"),
     ),
     "batch norms of timm": ("model=timm", "model.encoder.name=test_byobnet", "levels=flat", "dataset.image_size=64"),
-    "contrast of hidden patches": ("loss=infonce", "levels=stacked", "dataset.image_size=32", "masking=multiblock"),
-    "one regularized level": ("levels=depth", "regularizer.levels=[0,1]", "projector=mlp"),
     "sharded heads": ("model=conv_nano", *VIEWS, "dataset.views=2", "levels.matching.depth=1"),
-    "stacked": ("levels=stacked", "dataset.image_size=32", "levels.upper.detach=false", "masking=multiblock"),
+    "stacked": ("levels=stacked", "dataset.image_size=32", "levels.upper.detach=false", "masking=multiblock", "loss=infonce"),
     "sharded": ("train.accumulate=2", "projector=mlp", "hardware.activation_checkpointing=true"),
     "sharded views": ("dataset.views=2", "dataset.local_views=2", "regularizer=sigreg", "levels=stacked", "teacher=refresh"),
     "plain": ("levels=flat", "regularizer=none", "hardware.activation_checkpointing=true", "train.batch_size=48"),

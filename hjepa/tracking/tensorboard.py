@@ -5,7 +5,6 @@ adds to a finished run are in event files of their own, which the same task repl
 """
 
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,9 @@ class TensorBoard(Tracker):
         self, folder: Path, experiment: str, params: dict[str, Any], tags: dict[str, str], records: list[Record]
     ) -> str | None:
         self.folder = folder / "tensorboard"
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for file in self.folder.glob("events.out.tfevents.*"):
+            if file.suffix[1:].isdecimal():  # of an earlier session; the names of the files that a task adds end with a word
+                file.unlink()
         self.writer = self.open()
         self.writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in (params | tags).items()))
         for record in records:

@@ -23,6 +23,7 @@ from hjepa.tracking.histograms import read_histograms
 from hjepa.tracking.mlflow import MLflow
 from hjepa.tracking.mlflow_server import PORT, view_command
 from hjepa.tracking.run_folder import Record, RunFolder, read_records, try_lock
+from hjepa.tracking.tensorboard import TensorBoard
 from hjepa.tracking.tracker import Artifacts, Tracker, Trackers, log_artifacts
 from tests.helpers.children import begin, launch
 from tests.helpers.database import prepare_database
@@ -77,6 +78,21 @@ class Failing(Tracker):
         if run_id == "deleted":
             raise UserError("it does not have this run")
         self.added.append(run_id)
+
+
+def test_what_a_task_added_to_a_run_in_tensorboard_survives_its_next_session(tmp_path: Path) -> None:
+    def write_session() -> list[str]:
+        board = TensorBoard()
+        board.start(tmp_path, "e", {}, {}, [])
+        board.finish("FINISHED")
+        return sorted(path.name for path in (tmp_path / "tensorboard").iterdir())
+
+    (first,) = write_session()
+    TensorBoard().add_artifacts("", Artifacts([], "evaluate", metrics={"linear": 0.5}, run=tmp_path))
+    files = write_session()
+    assert len(files) == 2
+    assert first not in files
+    assert any(name.endswith(".evaluate.metrics") for name in files)
 
 
 def test_what_a_failed_tracker_missed_was_not_sent() -> None:

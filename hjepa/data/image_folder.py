@@ -68,13 +68,15 @@ class FolderDataModule(FileDataModule):
         if self.weights is None:
             return None
         sizes = [len(self.list_files(root, "train")[0]) for root in self.roots]
-        used = torch.bucketize(train, torch.tensor(sizes).cumsum(0), right=True).unique().tolist()
-        if unused := [str(root) for number, root in enumerate(self.roots) if number not in used]:
-            raise UserError(
-                f"dataset.weights: no image of {unused[0]} is left to train on (dataset.max_images={self.max_images}); raise "
-                "it, or leave the folder out."
-            )
-        return repeat_to_shares(train, sizes, self.weights)
+        folders = torch.bucketize(train, torch.tensor(sizes).cumsum(0), right=True)
+        members = [train[folders == number] for number in range(len(sizes))]
+        for root, own in zip(self.roots, members, strict=True):
+            if not len(own):
+                raise UserError(
+                    f"dataset.weights: no image of {root} is left to train on (dataset.max_images={self.max_images}); raise "
+                    "it, or leave the folder out."
+                )
+        return repeat_to_shares(members, self.weights)
 
     def class_names(self, label: str) -> list[str]:
         return [name for root in self.roots for name in class_folders(self.split_folder(root, "train"), self.classes)]
@@ -98,16 +100,13 @@ class FolderDataModule(FileDataModule):
         return existing[0] if existing else root
 
 
-def repeat_to_shares(positions: Tensor, sizes: list[int], weights: list[float]) -> Tensor:
-    """Repeat positions until every list has its share; none is left out.
+def repeat_to_shares(members: list[Tensor], weights: list[float]) -> Tensor:
+    """Concatenate lists of positions, in which positions are repeated until every list has its share; none is left out.
 
     Args:
-        positions: Positions in the concatenation of several lists.
-        sizes: Lengths of the lists.
+        members: Positions of each list, at least one.
         weights: Share of each list in the result, up to a common factor.
     """
-    lists = torch.bucketize(positions, torch.tensor(sizes).cumsum(0), right=True)
-    members = [positions[lists == i] for i in range(len(sizes))]
     total = max(len(m) / weight for m, weight in zip(members, weights, strict=True))
     counts = [max(len(m), round(weight * total)) for m, weight in zip(members, weights, strict=True)]
     return torch.cat([m[torch.arange(count) % len(m)] for m, count in zip(members, counts, strict=True)])

@@ -4,7 +4,7 @@ import fcntl
 import os
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,7 +65,8 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     with (folder / ".download.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(OSError):  # file systems without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

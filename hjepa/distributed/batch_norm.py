@@ -3,14 +3,14 @@
 PyTorch's SyncBatchNorm does this on GPUs only. On a CPU, `CPUSyncBatchNorm` computes the same.
 """
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from hjepa.distributed.process_group import all_gather_with_grad
 
 
 def synchronize_batch_norms(module: nn.Module, device: torch.device) -> None:
@@ -67,26 +67,6 @@ class CPUSyncBatchNormAct(CPUSyncBatchNorm):
         return activated
 
 
-class MeanOverProcesses(torch.autograd.Function):
-    """The mean of a tensor over all processes, each of which uses the result."""
-
-    @staticmethod
-    def forward(context: Any, values: Tensor) -> Tensor:
-        return reduce_mean(values)
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:
-        return reduce_mean(gradient)
-
-
 def mean_over_processes(values: Tensor) -> Tensor:
     """Return the mean of a tensor over all processes; gradients flow back to every process."""
-    mean: Tensor = MeanOverProcesses.apply(values)
-    return mean
-
-
-def reduce_mean(values: Tensor) -> Tensor:
-    """Return the mean of a tensor over all processes."""
-    values = values.contiguous().clone()
-    dist.all_reduce(values)
-    return values / dist.get_world_size()
+    return all_gather_with_grad(values.unsqueeze(0)).mean(0)

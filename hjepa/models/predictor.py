@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ from hjepa.models.encoder import Stage
 from hjepa.models.layers import CrossBlock, LeanMlp, init_xavier, sincos_positions
 from hjepa.models.levels import Level, pool_cells
 from hjepa.models.views import Queries
+
+MAX_SIDE = 16  # of the maps that `read_cells` interpolates by a matrix product
 
 CHANGES = 3  # relative height, relative width, mirrored
 
@@ -171,10 +174,18 @@ class MatchingPredictor(nn.Module):
 
 
 def read_cells(cells: Float[Tensor, "b c n d"], places: Float[Tensor, "b c p t 2"]) -> Float[Tensor, "b c p t d"]:
-    """Interpolate the cells of C views at places (row, column) from -1 to 1; a single cell is the same everywhere."""
+    """Interpolate the cells of C views at places (row, column) from -1 to 1; a single cell is the same everywhere.
+
+    With few cells, a matrix product takes less time than `grid_sample`, and Apple's GPUs compute its gradient with every version
+    of torch. Its cost grows with the product of cells and places, so that large maps are left to `grid_sample`.
+    """
     if cells.shape[2] == 1:
         return cells.unsqueeze(2).expand(*places.shape[:4], -1)
     side = math.isqrt(cells.shape[2])
+    if side > MAX_SIDE:
+        maps, points = cells.flatten(0, 1).mT.unflatten(2, (side, side)), places.flatten(0, 1).flip(-1)  # (x, y)
+        read = F.grid_sample(maps.to(points.dtype), points, padding_mode="border", align_corners=False)
+        return read.movedim(1, -1).unflatten(0, places.shape[:2])
     index = ((places + 1) * (side / 2) - 0.5).clamp(0, side - 1)  # fractional (row, column)
     by_axis = (1 - (index.unsqueeze(-1) - torch.arange(side, device=index.device)).abs()).clamp(min=0)
     weights = (by_axis[..., 0, :, None] * by_axis[..., 1, None, :]).flatten(-2)  # [B, C, P, T, N]

@@ -65,6 +65,7 @@ def build_components(config: Config) -> Components:
         model.student.check_masks()
     check_view_count(objective, dataset, sampler)
     check_other_views(model, dataset, sampler)
+    check_last_stage(model)
     if config["init_from"]:
         load_model(model, config["init_from"])
     teacher_update: TeacherUpdate = build(config["teacher"])
@@ -163,13 +164,6 @@ def check_other_views(model: HJEPA, dataset: DataModule, sampler: MaskSampler) -
             "levels.predictor=[matching] reads the student's output at the place of the target, which must not be hidden; choose "
             "masking=none, or levels.predictor=[attention]."
         )
-    trained = {*model.level_layers, *model.regularized_layers}
-    trained_by_upper = model.upper is not None and not model.upper.detach
-    if model.predictor is None and not trained_by_upper and model.last_layer not in trained:
-        raise UserError(
-            f"levels.stage={[level.layer for level in model.levels]}: no level trains the last stage of the encoder, which "
-            f"probes and exports read; add a level at stage -1, which is {model.last_layer}."
-        )
     sizes = {"local_size": dataset.local_size if dataset.local_views else 0, "early_size": dataset.early_size or 0}
     for option, size in sizes.items():
         for level in model.levels if size else []:
@@ -179,6 +173,17 @@ def check_other_views(model: HJEPA, dataset: DataModule, sampler: MaskSampler) -
                     f"levels.pool={level.pool} does not divide the grid of {grid}x{grid} that crops of dataset.{option}={size} "
                     f"have in {level.name}; use another pool or another size."
                 )
+
+
+def check_last_stage(model: HJEPA) -> None:
+    """Raise `UserError` if no loss depends on the last stage of the encoder; the transformer of `model.predictor` reads it."""
+    trained = {*model.level_layers, *model.regularized_layers}
+    trained_by_upper = model.upper is not None and not model.upper.detach
+    if model.predictor is None and not trained_by_upper and model.last_layer not in trained:
+        raise UserError(
+            f"levels.stage={[level.layer for level in model.levels]}: no level trains the last stage of the encoder, which "
+            f"probes and exports read; add a level at stage -1, which is {model.last_layer}."
+        )
 
 
 def check_view_count(objective: Objective, dataset: DataModule, sampler: MaskSampler) -> None:

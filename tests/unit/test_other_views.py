@@ -60,11 +60,12 @@ def test_crops_and_cells_are_interpolated_as_torch_does_with_repeated_borders() 
     grid = F.affine_grid(augment.boxes(params), [6, 3, 8, 8], align_corners=False)
     expected = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     torch.testing.assert_close(augment(images, params), expected)
-    cells, places = torch.randn(2, 3, 16, 5), torch.rand(2, 3, 4, 7, 2) * 2.4 - 1.2
-    maps = cells.flatten(0, 1).mT.unflatten(2, (4, 4))
-    points = places.flatten(0, 1).flip(-1)
-    read = F.grid_sample(maps, points, padding_mode="border", align_corners=False).movedim(1, -1).unflatten(0, (2, 3))
-    torch.testing.assert_close(read_cells(cells, places), read, atol=1e-5, rtol=1e-5)
+    places = torch.rand(2, 3, 4, 7, 2) * 2.4 - 1.2
+    for side in (4, 20):
+        cells = torch.randn(2, 3, side**2, 5)
+        maps, points = cells.flatten(0, 1).mT.unflatten(2, (side, side)), places.flatten(0, 1).flip(-1)
+        read = F.grid_sample(maps, points, padding_mode="border", align_corners=False).movedim(1, -1).unflatten(0, (2, 3))
+        torch.testing.assert_close(read_cells(cells, places), read, atol=1e-5, rtol=1e-5)
 
 
 def test_crops_of_the_whole_area_are_the_image_or_its_mirror_image() -> None:

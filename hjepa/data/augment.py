@@ -150,8 +150,8 @@ class Augment:
             boxes = self.crop_boxes(params, scale).to(images.device, non_blocking=True)
         shape = [*images.shape[:2], size or images.shape[2], size or images.shape[3]]
         grid = F.affine_grid(boxes, shape, align_corners=False)
-        border = grid.new_tensor([1 - 1 / images.shape[3], 1 - 1 / images.shape[2]])
-        grid = torch.minimum(grid.maximum(-border), border)  # padding_mode="border", which Apple's GPUs lack
+        for axis, side in enumerate((images.shape[3], images.shape[2])):  # padding_mode="border", which Apple's GPUs lack
+            grid[..., axis].clamp_(1 / side - 1, 1 - 1 / side)
         return F.grid_sample(images, grid, mode="bilinear", align_corners=False)
 
     def crop_boxes(self, params: Params, scale: Sequence[float]) -> Float[Tensor, "b 2 3"]:

@@ -91,7 +91,7 @@ def test_the_student_of_a_frozen_teacher_is_what_is_measured_and_evaluated(run, 
     run("name=r", "teacher=frozen", f"teacher.weights={tmp_path}/default/source", "optimizer.lr=0.01")
     folder = tmp_path / "default" / "r"
     weights = torch.load(folder / "checkpoints" / "latest.pt", weights_only=True)["model"]
-    loaded = hjepa.load(folder, checkpoint="latest").encoder.state_dict()["blocks.0.attn.qkv.weight"]
+    loaded = hjepa.load(folder, checkpoint="latest").encoder.state_dict()["blocks.0.attn.qkv.weight"].cpu()
     assert torch.equal(loaded, weights["student.blocks.0.attn.qkv.weight"])
     assert not torch.equal(loaded, weights["teacher.blocks.0.attn.qkv.weight"])
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -20,6 +20,14 @@ Train, evaluate and visualize hierarchical JEPAs on images.
 
 Usage: {program} [group=option] [key=value] ...
 
+Examples:
+  {program} dataset=image_folder dataset.root=path/to/images train.epochs=50 name=photos
+  {program} task=evaluate run=outputs/default/photos
+  {program} --multirun levels=whole,views seed=0,1
+  {program} task=evaluate --help        (the options of a task)
+
+docs/configuration.md explains the groups; comments in conf/GROUP/OPTION.yaml explain the keys.
+
 == Options: choose one of each group with group=option ==
 
 {groups}

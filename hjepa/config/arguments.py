@@ -11,7 +11,7 @@ from hjepa.config.quoting import parse, quote
 
 
 def arrange(arguments: Sequence[str]) -> list[str]:
-    """Return arguments that Hydra reads as they are meant.
+    """Reorder the arguments for Hydra: flags first, and options of swept groups as parameters of the sweeper.
 
     Flags come first, because Hydra's parser does not read overrides on both sides of a flag. A value of a swept option, such as
     `masking.scale=0.2` beside `masking=block,multiblock`, becomes a parameter of the sweeper, which sets it in every job; Hydra

@@ -68,7 +68,7 @@ def format_hydra_error(error: CompactHydraException | ValueError, arguments: Seq
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if (group, option) == ("hydra/sweeper", "_optuna"):
-            return "hydra/sweeper=optuna needs the package hydra-optuna-sweeper; pip install 'hjepa[optuna]'."
+            return "hydra/sweeper=optuna needs the package hydra-optuna-sweeper; pip install -e '.[optuna]'."
         # Hydra does not know the options of lists such as tracking=[mlflow]
         options = error.options or [file.stem for file in (CONF / group).glob("[!_]*.yaml")]
         name = f"{group}={option}" if group else f"--config-name={option}"

@@ -37,8 +37,8 @@ class Split:
     Attributes:
         images: uint8 [N, 3, S, S], or files that become such a tensor when they are indexed.
         labels: Labels int64 [N] by name, the main one first; -1 stands for an unknown label.
-        epoch: Positions of the images of an epoch of training, int64, if some images are repeated in it; None for every image
-            once.
+        epoch: Int64 indices of the images of one training epoch, which repeat images if `dataset.weights` asks for it; None for
+            every image once.
     """
 
     images: Tensor | ImageFiles
@@ -86,9 +86,9 @@ class DataModule(ABC):
         local_views: Number of local crops of each image (multi-crop, Caron et al. 2020).
         local_size: Side of local crops in pixels.
         local_scale: Range of a local crop's fraction of the image area.
-        early_size: Side of the global crops in the first part of the training, when small crops teach as much in less time
-            (progressive resizing, Howard 2018); None for `image_size`.
-        early_share: That part, as a fraction of the steps.
+        early_size: Side of the global crops in the first part of the training (progressive resizing, Howard 2018); None for
+            `image_size` throughout.
+        early_share: Fraction of the optimizer steps that use `early_size`.
         max_images: Number of images of the training split to use, spread evenly over it, for training and validation together;
             None uses all.
 

@@ -23,10 +23,10 @@ class PredictionLoss(ABC):
 
     @abstractmethod
     def distance(self, prediction: Float[Tensor, "*shape d"], target: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape"]:
-        """Compute the distance between each prediction and its target."""
+        """Return the distance between each prediction and its target; targets are layer-normalized or projected."""
 
     def level_loss(self, level: LevelOutput) -> Scalar:
-        """Compute the mean distance over the predictions of a level that count."""
+        """Return the mean distance over the valid predictions of a level (see `LevelOutput.valid`)."""
         return mean_of_valid(self.distance(level.prediction.float(), level.target), level.valid)
 
 

@@ -26,8 +26,9 @@ class Masks:
     """Indices of the visible patches and of the cells to predict, for B images with C contexts each.
 
     Attributes:
-        context: Visible patches, K per context.
-        targets: For each level, the cells of P target blocks per context, [B, C, P, T]; P and T differ between levels.
+        context: Indices of the K visible patches of each context, ascending, in raster order of the patch grid.
+        targets: For each level, the indices of the cells to predict: P blocks of T cells per context, in raster order of the grid
+            of cells of the level. P and T may differ between levels.
         stacked: Masks of the stacked levels, on their own grids.
     """
 
@@ -56,7 +57,7 @@ class MaskSampler(ABC):
     """Base class of all mask samplers.
 
     Args:
-        grid: Side of the patch grid.
+        grid: Number of patches along a side of the image.
         pools: For each level, the side of its cells in patches.
 
     Attributes:
@@ -75,4 +76,4 @@ class MaskSampler(ABC):
 
     @abstractmethod
     def __call__(self, batch_size: int, generator: Generator) -> Masks:
-        """Sample masks for a batch."""
+        """Return masks for `batch_size` images. Random numbers come from `generator`, which is on the CPU."""

@@ -34,7 +34,12 @@ class CellMaskSampler(MaskSampler):
         self.num_cells = (grid // self.coarsest_pool) ** 2
 
     def build_masks(self, context: Int64[Tensor, "b c k"], targets: Int64[Tensor, "b c t"]) -> Masks:
-        """Return the masks for a choice of coarsest cells, with one target block per context."""
+        """Convert cells of the coarsest level to masks for all levels.
+
+        Args:
+            context: Visible cells.
+            targets: Cells to predict; they form one block per context.
+        """
         patches = cells_to_patches(targets, self.grid, self.coarsest_pool).sort(-1).values
         levels = []
         for pool in self.pools:

@@ -33,13 +33,13 @@ class HJEPA(LevelPrediction):
     Args:
         image_size: Side of the images in pixels.
         patch_size: Side of a patch in pixels.
-        encoder: Constructor of student and teacher (see `hjepa.models.encoder`).
-        predictor: Constructor of the predictor that takes the sizes as further arguments.
-        projector: Constructor of the maps from pooled features to what the regularizer and levels with `project` use, or None.
+        encoder: Callable that creates the encoder from `image_size`, `patch_size` and `num_summary_tokens`.
+        predictor: Callable that creates the predictor from `encoder_dim` and `levels`.
+        projector: Callable that creates a projector from `dim`, the width of its input; None for no projector.
         pretrained: Source of initial weights of student and teacher (see `load_initial_weights`); None for random weights.
         levels: The hierarchy. Without levels, nothing is predicted and the regularizer is the whole objective.
-        regularized: Indices of the levels of which the regularizer uses the features.
-        features: Layers of the encoder of which the image features of probes and exports consist: "last" or "all".
+        regularized: Indices of the levels whose features the regularizer uses.
+        features: Layers whose pooled tokens are the image features of probes and exports: "last" or "all".
         pretrained_key: Entry or prefix to take from the checkpoint of another trainer, such as "student"; None finds it.
         compares_images: Whether a prediction loss compares predictions with the targets of other images.
     """
@@ -97,7 +97,7 @@ class HJEPA(LevelPrediction):
             self.upper.share_teacher()
 
     def set_teacher_kind(self, given: bool) -> None:
-        """Set whether the teachers are given networks that never change."""
+        """Set whether the teacher is pretrained and frozen (`teacher=frozen`), also those of stacked levels."""
         self.teacher_is_given = given
         for level in self.upper.stacked_levels() if self.upper else []:
             level.teacher_is_given = given

@@ -155,12 +155,12 @@ class LevelPrediction(nn.Module):
         return outputs
 
     def masked_context(self, stages: list[Stage], masks: Masks) -> Context:
-        """Return what the predictors know of contexts that are parts of their views."""
+        """Build the `Context` of masked views."""
         tokens = self.fusion(stages)
         return Context(tokens, cell_centers(self.grid, tokens.device)[masks.context.flatten(0, 1)], self.grid)
 
     def whole_context(self, stages: list[Stage], matched: dict[str, Tensor]) -> Context:
-        """Return what the predictors know of contexts that are complete views, of any size, with their `matched_cells`."""
+        """Build the `Context` of complete views of any size, with their `matched_cells`."""
         tokens, grid = self.fusion(stages), stages[-1].grid
         places = cell_centers(grid, tokens.device).expand(len(tokens), -1, -1)
         return Context(tokens, places, grid, matched)
@@ -185,7 +185,7 @@ class LevelPrediction(nn.Module):
         return result
 
     def reads_targets(self, level: Level) -> bool:
-        """Return True if the cells that `MatchingPredictor` reads in complete views are also the targets of a level."""
+        """Return whether the targets of a level are the tensors that `MatchingPredictor` interpolates, which are computed once."""
         return level.match and level.project and self.teacher_is_student and self.matching is not None and not self.matching.depth
 
     def by_layer(self, stages: list[Stage]) -> dict[int, Stage]:

@@ -41,9 +41,10 @@ class Level:
         other: True if the targets lie in other views, False if they are hidden cells of the context's own view.
         project: True if predictions and targets are compared after a projector.
         match: True if `MatchingPredictor` predicts the level, False if `Predictor` does.
-        slot: Position among the levels of its predictor.
-        mask_pool: Side of a target cell in patches, for the mask sampler; finer cells are sampled by patches.
-        refine: Side of a sampled cell in target cells, 1 unless the target cells are finer than patches.
+        slot: Index of the level among the levels that the same predictor serves.
+        mask_pool: Side in patches of the cells that the mask sampler selects for this level, at least 1.
+        refine: Number of target cells along a side of a sampled cell. It is larger than 1 if the layer has a finer grid than the
+            patches.
     """
 
     name: str
@@ -70,7 +71,12 @@ class Level:
         return cells_to_patches(sampled, self.grid, self.refine) if self.refine > 1 else sampled
 
     def side(self, patches: int, all_patches: int) -> int:
-        """Return the side of the grid of cells in a crop of `patches` x `patches` patches of images of `all_patches` squared."""
+        """Return the number of cells along a side of a crop.
+
+        Args:
+            patches: Number of patches along a side of the crop.
+            all_patches: Number of patches along a side of an image of the full size.
+        """
         return max(1, self.grid * patches // all_patches)
 
 
@@ -195,7 +201,7 @@ class Levels:
 
 
 def entry(values: list[T], number: int) -> T:
-    """Return the value of a level from a list of one entry for all levels, or of one per level."""
+    """Return `values[number]`, or the only value of a list that has one entry for all levels."""
     return values[number] if len(values) > 1 else values[0]
 
 

@@ -226,7 +226,7 @@ class Fusion(nn.Module):
 
 
 def average_to(stage: Stage, num_patches: int) -> Float[Tensor, "m n d"]:
-    """Return the tokens of a stage with the mean of the cells of each patch.
+    """Average the cells of a finer layer over each patch; summary tokens stay as they are.
 
     The cells of a complete view are in raster order; where patches are hidden, the cells of a patch follow one another.
     """

@@ -35,7 +35,7 @@ class Matches(NamedTuple):
 
     Attributes:
         queries: The cells as seen from the contexts.
-        order: For each target view, positions among the C x P pairs of a context and a target; see `by_target_view`.
+        order: For each target view, the indices of the (context, target view) pairs that refer to it, in the flattened C x P axis.
         cell: Raster index of the target cell in its view.
         inside: True for cells whose center lies inside the context's view; the others have no counterpart there.
     """
@@ -46,7 +46,7 @@ class Matches(NamedTuple):
     inside: Bool[Tensor, "b c p t"]
 
     def by_target_view(self, values: Shaped[Tensor, "b c p t *d"]) -> Shaped[Tensor, "b v q *d"]:
-        """Sort values of the queries by the view of their targets, of which each has equally many."""
+        """Group the values of the queries by target view, each of which has Q of them."""
         return values.flatten(1, 2)[:, self.order].flatten(2, 3)
 
 
@@ -96,15 +96,15 @@ def match_levels(
 ) -> list[Matches]:
     """Return the target cells in other views that each context predicts, for every level with such targets.
 
-    In each target view, these are as many cells as the context has itself, and those that are nearest to the center of the
-    context's view: their number is fixed, and hardly any of them lies outside. A whole image corresponds to every other view.
+    In each target view, a context predicts a fixed number of cells, as many as it has itself (but at most all of them): those
+    closest to the center of its own view. A level of whole images has one cell, which always counts.
 
     Args:
         levels: The levels.
         context_boxes: Boxes of the contexts.
         target_boxes: Boxes of all global crops.
         views: Target views of each context.
-        grids: Side of the grid of patches of a context's view, of a global crop, and of an image of the encoder's own size.
+        grids: Number of patches along a side of the context's view, of a global crop, and of an image of the full size.
     """
     context = context_boxes.unsqueeze(2).expand(-1, -1, views.shape[1], -1, -1)
     target = target_boxes[:, views]

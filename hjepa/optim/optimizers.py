@@ -63,7 +63,7 @@ def parameter_groups(model: HJEPA, lr_scale: dict[str, float], layer_decay: floa
 
 
 def is_matrix(parameter: Tensor) -> bool:
-    """Return True for the weights of linear maps and convolutions; factors per channel have one dimension that is not 1."""
+    """Return True for weights of linear and convolutional layers, and False for vectors, also with further dimensions of size 1."""
     return parameter.ndim > 1 and sum(size > 1 for size in parameter.shape) != 1
 
 
@@ -82,7 +82,7 @@ def check_components(values: Mapping[str, Any], option: str, trained: set[str]) 
 
 
 def split_groups(groups: Groups, is_selected: Callable[[Tensor], bool]) -> tuple[Groups, Groups]:
-    """Return the selected parameters among those that decay, and all other parameters, in groups with unchanged options."""
+    """Split groups in two: parameters with weight decay that `is_selected` accepts, and all others; options are kept."""
 
     def keep(selected: bool) -> Groups:
         kept = [(group, [p for p in group["params"] if (group["decay"] and is_selected(p)) == selected]) for group in groups]

@@ -29,13 +29,13 @@ class Queue(ABC):
     Args:
         sweep: Folder of the sweep.
         jobs: All jobs of the sweep, including those that are done already.
-        worker: The function that a job calls with its submission.
-        executor: Submits jobs, for the resources that the options of the launcher ask for.
+        worker: Function that runs in the process of a job. Its argument is a `Submission`.
+        executor: submitit executor, configured with the requested resources.
         poll_seconds: Time between two looks at the jobs.
 
     Attributes:
         waiting: Jobs that have not been submitted.
-        submitted: Jobs of submitit by the numbers of our jobs.
+        submitted: submitit job of each submitted job, by `Job.number`.
     """
 
     def __init__(self, sweep: Sweep, jobs: list[Job], worker: Any, executor: submitit.Executor, poll_seconds: float) -> None:
@@ -45,7 +45,7 @@ class Queue(ABC):
         self.submitted: dict[int, submitit.Job[Any]] = {}
         self.started_at: dict[int, float] = {}
 
-    cancel_command = ""  # which is followed by the ids of jobs
+    cancel_command = ""  # shell command that cancels jobs; their ids are appended
 
     # -- what the two kinds of queues do differently -------------------------------------------------------------------
 

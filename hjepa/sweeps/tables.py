@@ -109,7 +109,7 @@ class Comparison:
     Attributes:
         columns: Column headings and keys of summary.json, as far as any job has the result.
         options: Varied options without the seed.
-        levels: Index levels that identify a group: the options, or one nameless level if there are none.
+        levels: Names of the pandas index levels that identify a group: the varied options, or `[""]` if there are none.
         groups: Complete jobs by their values of these levels.
         frame: Every number of the summaries: a row per complete job, indexed by group and seed; a column per key.
     """

@@ -64,7 +64,7 @@ class Run:
     Example:
         >>> run = hjepa.load("outputs/default/NAME")
         >>> run.features(["cat.jpg", "dog.jpg"]).shape
-        torch.Size([2, 256])
+        torch.Size([2, 128])
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Run:
 
         Example:
             >>> run.features(torch.zeros(8, 3, 32, 32, dtype=torch.uint8)).shape
-            torch.Size([8, 256])
+            torch.Size([8, 128])
             >>> run.features("path/to/images").loc["cats/1.jpg"]
         """
         encoder = self.untrained if untrained else self.encoder

@@ -32,10 +32,10 @@ def copy_buffers(model: HJEPA) -> None:
 
 
 class TeacherUpdate:
-    """Base class of teacher updates, whose own teacher stays as it is initialized: equal to the initial student."""
+    """Base class of teacher updates. Unless `apply` is overridden, the teacher keeps the initial weights of the student."""
 
-    shares_weights = False  # True if the teacher is the student itself
-    never_changes = False  # True if the teacher consists of given weights, so that the student is the encoder of interest
+    shares_weights = False  # True if student and teacher are the same module
+    never_changes = False  # True if the teacher is pretrained and frozen; the student is then probed and exported
 
     def attach(self, model: HJEPA) -> None:
         """Prepare the model's teacher, once, before its first step."""

@@ -52,7 +52,7 @@ def test_commands_are_found() -> None:
 
 def test_every_example_of_extending_is_trained_by_its_test() -> None:
     words = [word for command in commands(EXTENDING) for word in shlex.split(command)]
-    assert set(words) - {"python", "launch.py", "--config-dir", "conf"} == set(OWN) - {"experiment_name=default"}
+    assert set(words) - {"hjepa", "--config-dir", "conf"} == set(OWN) - {"experiment_name=default"}
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "configuration.md"], ids=["README", "configuration"])

@@ -185,7 +185,7 @@ class LevelPrediction(nn.Module):
         return result
 
     def reads_targets(self, level: Level) -> bool:
-        """Return whether the targets of a level are the tensors that `MatchingPredictor` interpolates, which are computed once."""
+        """Return whether the targets of a level are the tensors that `MatchingPredictor` interpolates."""
         return level.match and level.project and self.teacher_is_student and self.matching is not None and not self.matching.depth
 
     def by_layer(self, stages: list[Stage]) -> dict[int, Stage]:

@@ -35,7 +35,7 @@ class Matches(NamedTuple):
 
     Attributes:
         queries: The cells as seen from the contexts.
-        order: For each target view, the indices of the (context, target view) pairs that refer to it, in the flattened C x P axis.
+        order: For each target view, indices of the (context, target view) pairs that refer to it, in the flattened C x P axis.
         cell: Raster index of the target cell in its view.
         inside: True for cells whose center lies inside the context's view; the others have no counterpart there.
     """

@@ -63,7 +63,7 @@ def parameter_groups(model: HJEPA, lr_scale: dict[str, float], layer_decay: floa
 
 
 def is_matrix(parameter: Tensor) -> bool:
-    """Return True for weights of linear and convolutional layers, and False for vectors, also with further dimensions of size 1."""
+    """Return True for weights of linear and convolutional layers; False for vectors, also with more dimensions of size 1."""
     return parameter.ndim > 1 and sum(size > 1 for size in parameter.shape) != 1
 
 

@@ -172,8 +172,17 @@ def runs_a_search(config: DictConfig) -> bool:
     return config.hydra.runtime.choices["hydra/sweeper"] != "basic"
 
 
-def check_storage(config: DictConfig) -> None:
-    """Raise a UserError for a search in a database: Optuna 2.10, which hydra-optuna-sweeper requires, fails with SQLAlchemy 2."""
+def check_search(config: DictConfig) -> None:
+    """Raise a UserError for a search that cannot work: without a result to maximize, or in a database.
+
+    Optuna 2.10, which hydra-optuna-sweeper requires, fails with SQLAlchemy 2.
+    """
+    choices = config.hydra.runtime.choices
+    if runs_a_search(config) and choices.get("task") == "train" and choices.get("probe") == "none":
+        raise UserError(
+            "probe=none: a search maximizes the accuracy of the linear probe, which needs labels; leave the option out, or "
+            "compare the runs of a sweep by task=evaluate 'protocol=[quality]'."
+        )
     storage = config.hydra.sweeper.get("storage")
     if storage and not str(storage).startswith("redis"):
         raise UserError(
@@ -199,7 +208,7 @@ class SweepStart(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir).expanduser().absolute()
         try:
-            check_storage(config)
+            check_search(config)
             check_writable(folder)
         except UserError as error:
             sys.exit(hide_passwords(str(error)))  # Hydra would only warn of any other exception here, and fail later

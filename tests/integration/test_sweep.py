@@ -160,11 +160,17 @@ def test_the_files_of_a_sweep_contain_no_password(tmp_path: Path) -> None:
     assert Sweep(tmp_path).load()[0].overrides == ["tracking.mlflow.uri=http://user:***@host"]
 
 
-def test_a_search_in_a_database_is_refused(tmp_path: Path) -> None:
-    storage = "hydra.sweeper.storage=mysql://user:secret@host/db"
-    result = launch("--multirun", "hydra/sweeper=optuna", "seed=choice(0,1)", storage, f"output_root={tmp_path}")
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("hydra.sweeper.storage=mysql://user:secret@host/db", "hydra.sweeper.storage=mysql://user:***@host/db: Optuna 2.10"),
+        ("probe=none", "probe=none: a search maximizes the accuracy of the linear probe, which needs labels"),
+    ],
+)
+def test_a_search_that_cannot_work_is_refused(option: str, message: str, tmp_path: Path) -> None:
+    result = launch("--multirun", "hydra/sweeper=optuna", "seed=choice(0,1)", option, f"output_root={tmp_path}")
     assert result.returncode == 1
-    assert result.stderr.startswith("hydra.sweeper.storage=mysql://user:***@host/db: Optuna 2.10 cannot use a database")
+    assert result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

@@ -64,8 +64,9 @@ def explain_machine_error(error: BaseException) -> UserError | None:
         if isinstance(cause, MemoryError | RuntimeError | OSError) and is_out_of_memory(cause):
             return UserError(
                 f"Out of memory ({first_line(cause)}). Training: hardware.activation_checkpointing=true continues this run; a "
-                "new one needs less with train.accumulate=2 or more, a smaller train.batch_size, or a smaller model. Evaluation "
-                "and features: a smaller task.batch_size."
+                "new one needs less with a smaller train.batch_size, train.accumulate=2 or more (contrastive losses and batch "
+                "norms then see one part of a batch at a time), or a smaller model. Evaluation and features: a smaller "
+                "task.batch_size."
             )
     return None
 

@@ -6,7 +6,7 @@ reported in under a second, before any work starts, and a new class needs no sec
 
 import shlex
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Optional, Union
+from typing import Annotated, Any, Literal, Optional, Union, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -38,9 +38,7 @@ GROUPS = (
     *("hardware", "probe", "tracking", "task", "protocol", "train", "checkpoint"),
 )
 
-BOUNDED_TYPES = {
-    name: value for name, value in vars(types).items() if name.endswith(("Int", "Float", "Fraction", "Range", "Color"))
-}
+BOUNDED_TYPES = {name: value for name, value in vars(types).items() if get_origin(value) is Annotated}
 PLAIN_TYPES = {t.__name__: t for t in (bool, int, float, str, list, dict, tuple)}
 TYPING = {"Literal": Literal, "Optional": Optional, "Union": Union, "Sequence": Sequence, "Callable": Callable, "Any": Any}
 KNOWN_TYPES = {"__builtins__": {}, **PLAIN_TYPES, **TYPING, **BOUNDED_TYPES}

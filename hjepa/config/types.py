@@ -45,6 +45,17 @@ def color(channels: list[int]) -> list[int]:
     return channels
 
 
+def channels(in_range: Callable[[float], bool], expected: str) -> Callable[[list[float]], list[float]]:
+    """Return a validator of one number per color channel."""
+
+    def validate(values: list[float]) -> list[float]:
+        if len(values) != 3 or not all(map(in_range, values)):
+            raise ValueError(f"expected one number for each of the three channels, {expected}, for pixels from 0 to 1")
+        return values
+
+    return validate
+
+
 def one_number(side: Any) -> Any:
     """Refuse a height and a width where images are squares."""
     if isinstance(side, list | str):
@@ -55,5 +66,7 @@ def one_number(side: Any) -> Any:
 PositiveRange = Annotated[list[float], AfterValidator(ascending(float("inf")))]
 FractionRange = Annotated[list[float], AfterValidator(ascending(1.0))]
 BetasFloat = Annotated[list[float], AfterValidator(decays)]
+ChannelMeans = Annotated[list[float], AfterValidator(channels(lambda mean: 0 <= mean <= 1, "from 0 to 1"))]
+ChannelDeviations = Annotated[list[float], AfterValidator(channels(lambda std: 0 < std <= 1, "above 0 and at most 1"))]
 Color = Annotated[list[int], AfterValidator(color)]
 SideInt = Annotated[int, BeforeValidator(one_number), Field(gt=0)]

@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 
 from hjepa.config.types import Fraction, FractionRange, PositiveRange
 from hjepa.data.color import Blur, Grayscale, Images, Jitter, Params, Solarize
+from hjepa.distributed.device import to_device
 
 NUM_CROP_PARAMS = 5  # area, aspect ratio, x, y, flip
 
@@ -147,7 +148,7 @@ class Augment:
         if self.keeps_image(size, scale):
             return images
         if boxes is None:
-            boxes = self.crop_boxes(params, scale).to(images.device, non_blocking=True)
+            boxes = to_device(self.crop_boxes(params, scale), images.device)
         shape = [*images.shape[:2], size or images.shape[2], size or images.shape[3]]
         grid = F.affine_grid(boxes, shape, align_corners=False)
         for axis, side in enumerate((images.shape[3], images.shape[2])):  # padding_mode="border", which Apple's GPUs lack
@@ -177,6 +178,5 @@ def apply_randomly(transform: Transform, probability: float, images: Images, par
     chosen = (params[0] < probability).nonzero().squeeze(1)
     if len(chosen) == 0:
         return images
-    amounts = params[1:, chosen].to(images.device, non_blocking=True)
-    chosen = chosen.to(images.device, non_blocking=True)
+    amounts, chosen = to_device(params[1:, chosen], images.device), to_device(chosen, images.device)
     return images.index_copy(0, chosen, transform(images[chosen], amounts).contiguous())

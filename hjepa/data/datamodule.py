@@ -20,11 +20,21 @@ from jaxtyping import Float, UInt8
 from torch import Generator, Tensor
 
 from hjepa.config.errors import UserError
-from hjepa.config.types import Fraction, FractionRange, NonNegativeInt, OpenFraction, PositiveInt, SideInt
+from hjepa.config.types import (
+    ChannelDeviations,
+    ChannelMeans,
+    Fraction,
+    FractionRange,
+    NonNegativeInt,
+    OpenFraction,
+    PositiveInt,
+    SideInt,
+)
 from hjepa.data.augment import Augment, AugmentParams
 from hjepa.data.color import Images
 from hjepa.data.image_files import ImageFiles
 from hjepa.data.pixels import WHITE
+from hjepa.distributed.device import to_device
 from hjepa.distributed.seeding import generator
 
 log = logging.getLogger(__name__)
@@ -102,8 +112,8 @@ class DataModule(ABC):
         self,
         image_size: SideInt,
         validation: OpenFraction,
-        mean: list[float],
-        std: list[float],
+        mean: ChannelMeans,
+        std: ChannelDeviations,
         augment: Augment,
         views: PositiveInt,
         local_views: NonNegativeInt,
@@ -168,7 +178,7 @@ class DataModule(ABC):
     ) -> tuple[Float[Tensor, "bv 3 _ _"], Float[Tensor, "b v 2 3"]]:
         """Return V augmented and normalized crops of each image, and their boxes; see `Augment`."""
         views, flat = params.shape[2], params.flatten(1)
-        boxes = self.augment.boxes(flat, size, scale).to(pixels.device, non_blocking=True)
+        boxes = to_device(self.augment.boxes(flat, size, scale), pixels.device)
         repeated = pixels.repeat_interleave(views, 0) if views > 1 else pixels
         crops = self.augment(repeated, flat, size, scale, boxes)
         return self.standardize(crops.clone() if crops is pixels else crops), boxes.unflatten(0, (-1, views))
@@ -230,9 +240,8 @@ def to_unit_range(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 def stratified_indices(labels: Tensor, fraction: float) -> Tensor:
     """Return the sorted indices of a fixed random choice of the same fraction of every label; unknown labels are left out."""
     rng = generator(0, "validation")
-    chosen = []
-    for label in labels[labels >= 0].unique():
-        members = (labels == label).nonzero().squeeze(1)
+    counts, chosen = labels[labels >= 0].unique(return_counts=True)[1], []
+    for members in labels.argsort(stable=True)[(labels < 0).sum() :].split(counts.tolist()):
         order = torch.randperm(len(members), generator=rng)
         chosen.append(members[order[: round(fraction * len(members))]])
     return torch.cat(chosen).sort().values if chosen else torch.empty(0, dtype=torch.int64)

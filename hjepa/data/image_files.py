@@ -20,7 +20,7 @@ from torchvision.transforms import functional as TF
 
 from hjepa.config.errors import UserError
 from hjepa.config.terminal import progress_bar
-from hjepa.data.pixels import WHITE, to_rgb
+from hjepa.data.pixels import WHITE, shorten, to_rgb
 from hjepa.data.sources import ImageSource
 
 log = logging.getLogger(__name__)
@@ -227,10 +227,10 @@ def read_image(
         with Image.open(source) as file:
             file.draft("RGB", (size, size))
             image = to_rgb(file, background)
+        if image.size != (size, size):
+            image = TF.center_crop(TF.resize(shorten(image), size, antialias=True), [size, size])
     except Image.DecompressionBombError as error:
         return f"{str(error).partition(',')[0]}; raise {limit_option}"
     except Exception as error:  # decoders raise all kinds of exceptions for broken files
         return str(error).replace(repr(source), "").replace(str(source), "").strip(" :'") or type(error).__name__
-    if image.size != (size, size):
-        image = TF.center_crop(TF.resize(image, size, antialias=True), [size, size])
     return np.array(image)

@@ -1,5 +1,6 @@
 """Datasets of image files in one or several folders."""
 
+import logging
 import os
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +13,12 @@ from torch import Tensor
 from hjepa.config.errors import UserError
 from hjepa.config.types import PositiveFloat, PositiveInt
 from hjepa.data.file_datamodule import FileDataModule
-from hjepa.data.file_lists import FileList, class_folders, list_images
+from hjepa.data.file_lists import FileList, Folder, class_folders, list_images
 from hjepa.data.sources import FilePaths
+
+log = logging.getLogger(__name__)
+
+SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
 class FolderDataModule(FileDataModule):
@@ -41,15 +46,28 @@ class FolderDataModule(FileDataModule):
     def find_images(self, split: Literal["train", "test"]) -> tuple[FilePaths, Tensor]:
         """Return the files of all roots; classes of different roots are different labels."""
         file_lists = [self.list_files(root, split) for root in self.roots]
-        if split == "test":
-            for root in self.roots:
+        for root in self.roots:
+            if split == "test":
                 self.check_same_classes(root)
+            else:
+                self.check_layout(self.split_folder(root, split))
         first_label, labels = 0, []
         for root, (_, classes) in zip(self.roots, file_lists, strict=True):
             label = torch.tensor(classes)
             labels.append(torch.where(label < 0, label, label + first_label))
             first_label += len(class_folders(self.split_folder(root, split), self.classes))
         return FilePaths(np.array([os.fsencode(path) for paths, _ in file_lists for path in paths])), torch.cat(labels)
+
+    def check_layout(self, folder: Path) -> None:
+        """Raise an error if the class folders look like splits; warn of images beside class folders, which are left out."""
+        names = class_folders(folder, None)
+        if self.classes is None and names and {name.lower() for name in names} <= SPLIT_NAMES:
+            raise UserError(
+                f"dataset.{self.root_option}: the folders {', '.join(names)} in {folder} look like splits, not like classes; "
+                "rename them to train and test (or val), or list them in dataset.classes if they are classes."
+            )
+        if names and (images := Folder(folder).images):
+            log.warning("%d images directly in %s, beside the class folders, are left out.", len(images), folder)
 
     def check_same_classes(self, root: Path) -> None:
         """Raise an error if the class folders of the test split differ from those of the training split.

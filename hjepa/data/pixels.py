@@ -35,6 +35,8 @@ UPRIGHT = {  # what undoes each orientation of EXIF; Pillow's `exif_transpose` w
     8: Image.Transpose.ROTATE_90,
 }
 
+MAX_ASPECT_RATIO = 8  # of images that are resized as a whole
+
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF
 
 
@@ -59,6 +61,18 @@ def to_rgb(image: Image.Image, background: Sequence[int] | None = WHITE) -> Imag
     if background is None or not colors.has_transparency_data:
         return turn_upright(colors.convert("RGB"), image)
     return turn_upright(composite(colors, background), image)
+
+
+def shorten(image: Image.Image) -> Image.Image:
+    """Crop an image that is more than 8 times as long as it is wide to its center, before it is resized by its shorter side.
+
+    A file of some bytes that holds a line of pixels would otherwise take gigabytes.
+    """
+    longest = MAX_ASPECT_RATIO * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    left, top = (max(0, side - longest) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top))
 
 
 def turn_upright(pixels: Image.Image, image: Image.Image) -> Image.Image:

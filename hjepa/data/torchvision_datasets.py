@@ -28,7 +28,7 @@ class TorchvisionDataset(DataModule):
 
     def __init__(self, name: Literal["CIFAR10", "CIFAR100", "STL10"], root: str, **common: Any) -> None:
         super().__init__(**common)
-        self.name, self.root = name, root
+        self.name, self.root = name, str(Path(root).expanduser())
         self.classes: list[str] = []  # read together with the images
 
     def load(self, split: Literal["train", "test"]) -> Split:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
@@ -27,6 +28,15 @@ def is_available(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_available()
     return device == "cpu" or (device == "mps" and torch.backends.mps.is_available())
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device; a CUDA GPU does not wait for the copy.
+
+    CUDA reads pageable memory before the call returns. Apple's GPUs read it later, when it may have been freed and used again
+    (https://github.com/pytorch/pytorch/issues/189690), so that the call waits for them.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def has_fast_bfloat16(device: str) -> bool:
@@ -181,6 +191,11 @@ class Hardware:
             blocks: The repeated modules of the model. They are compiled and recomputed one by one. The modules are changed in
                 place, and their parameters keep their names.
         """
+        if self.device.type == "mps" and self.activation_checkpointing and any(isinstance(m, DropPath) for m in model.modules()):
+            raise UserError(
+                "hardware.activation_checkpointing=true cannot drop the same paths again on Apple's GPUs; set "
+                "model.encoder.drop_path=0, or leave activation checkpointing out."
+            )
         model.to(self.device)
         for block in blocks:
             if self.compile:

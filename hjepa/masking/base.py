@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Int64
 from torch import Generator, Tensor
 
+from hjepa.distributed.device import to_device
+
 
 @dataclass(frozen=True)
 class Masks:
@@ -38,8 +40,8 @@ class Masks:
 
     def to(self, device: torch.device) -> "Masks":
         """Return the masks on a device."""
-        targets = tuple(target.to(device, non_blocking=True) for target in self.targets)
-        return Masks(self.context.to(device, non_blocking=True), targets, tuple(masks.to(device) for masks in self.stacked))
+        targets = tuple(to_device(target, device) for target in self.targets)
+        return Masks(to_device(self.context, device), targets, tuple(masks.to(device) for masks in self.stacked))
 
     def select(self, rows: Int64[Tensor, " n"]) -> "Masks":
         """Return the masks of some images of the batch."""

@@ -74,6 +74,11 @@ class HJEPA(LevelPrediction):
         matched, others = ([level for level in self.levels if level.match == kind] for kind in (True, False))
         self.predictor = predictor(encoder_dim=dim, levels=others) if others else None
         self.matching = levels.matching(levels=matched) if matched else None
+        if levels.fusion != "none" and not others:
+            raise UserError(
+                f"levels.fusion={levels.fusion} has no effect without a level with levels.predictor=[attention]; use "
+                "levels.fusion=none."
+            )
         self.upper: StackedLevel | None = levels.upper(input_dim=dim, grid=self.grid) if levels.upper else None
         if (largest := max(regularized, default=-1)) >= len(self.level_layers):
             raise UserError(

@@ -191,11 +191,13 @@ def create_muon(
     learning rate and weight decay.
 
     Raises:
-        UserError: The installed torch has no Muon.
+        UserError: The installed torch has no Muon, or the model has no 2-D weights.
     """
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"optimizer=muon needs torch 2.9 or later, and this is {torch.__version__}; update torch or use soap.")
     matrices, others = split_groups(parameter_groups(model, lr_scale, layer_decay), lambda p: p.ndim == 2)
+    if not matrices:
+        raise UserError("optimizer=muon needs 2-D weights, and this model has none; choose adamw or soap.")
     scaled: dict[str, Any] = {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw"}
     return CombinedOptimizer(
         torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, **scaled),

@@ -28,7 +28,7 @@ from hjepa.config.terminal import progress_bar
 from hjepa.data.datamodule import DataModule
 from hjepa.data.file_lists import walk_images
 from hjepa.data.image_files import read_image
-from hjepa.data.pixels import WHITE, to_rgb
+from hjepa.data.pixels import WHITE, shorten, to_rgb
 from hjepa.tasks.export.timm_model import load_timm_model
 from hjepa.tasks.trained_run import load_run
 from hjepa.tracking.run_folder import read_config, read_records, read_summary
@@ -84,8 +84,9 @@ class Run:
         self.image_size, self.dataset, self.background = image_size, dataset, background
         self._encode = encode
         self._normalize = transforms.Normalize(list(mean), list(std))
-        rgb = transforms.Lambda(partial(to_rgb, background=background))
-        self._resize = transforms.Compose([rgb, transforms.Resize(image_size, antialias=True), transforms.CenterCrop(image_size)])
+        prepare = [partial(to_rgb, background=background), shorten]
+        resize = [transforms.Resize(image_size, antialias=True), transforms.CenterCrop(image_size)]
+        self._resize = transforms.Compose([*map(transforms.Lambda, prepare), *resize])
         self.transform = transforms.Compose([*self._resize.transforms, transforms.ToTensor(), self._normalize])
         self.config: DictConfig = OmegaConf.create(read_config(folder) if (folder / "config.yaml").exists() else {})
         self.summary: dict[str, Any] = read_summary(folder)

@@ -61,6 +61,11 @@ def build_components(config: Config) -> Components:
             f"dataset.image_size={dataset.image_size} only; choose masking=none and levels.upper=null, or set "
             "dataset.early_size to null."
         )
+    if model.student.image_size != dataset.image_size:
+        raise UserError(
+            f"model.image_size={model.student.image_size}: the images have dataset.image_size={dataset.image_size}; set "
+            "dataset.image_size, which the model follows."
+        )
     if sampler.hides_patches:
         model.student.check_masks()
     check_view_count(objective, dataset, sampler)

@@ -60,7 +60,7 @@ class Monitor:
         self, components: Components, probe: Probe | None, train: Split, validation: Split, untrained: Encoder | None
     ) -> None:
         self.components, self.model, self.probe, self.untrained = components, components.model, probe, untrained
-        self.probe_splits = probe.select_images(train, validation) if probe else None
+        self.probe_splits = probe.select_images(train, validation) if probe and components.strategy.measures() else None
         self.held_out = validation.images[evenly_spaced_indices(len(validation), NUM_HELD_OUT)]
         self.untrained_statistics: Scores = {}
         self.untrained_scores: Scores = {}

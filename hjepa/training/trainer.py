@@ -22,6 +22,7 @@ from hjepa.config.types import NonNegativeInt, PositiveFloat, PositiveInt
 from hjepa.data.image_files import ImageFiles
 from hjepa.data.stream import Stream
 from hjepa.data.workers import Interrupted
+from hjepa.distributed.device import to_device
 from hjepa.distributed.process_group import AsyncConsensus
 from hjepa.distributed.seeding import generator, seed_global
 from hjepa.optim.optimizers import check_components, set_hyperparameters
@@ -127,7 +128,7 @@ class Trainer:
         """Return this process' images of a step, uint8 [B, 3, S, S] on the device; see `get_batch`."""
         if isinstance(self.images, Stream):
             return self.images.batch(step, stop)
-        return self.images[self.indices(step).to(self.device, non_blocking=True)]
+        return self.images[to_device(self.indices(step), self.device)]
 
     def indices(self, step: int) -> Tensor:
         """Return the indices of this process' images of a step.

@@ -114,6 +114,7 @@ def test_errors_in_a_config_are_reported_before_torch_is_imported(tmp_path: Path
         (["train.batch_size=100000"], "train.batch_size=100000"),
         (["dataset=image_folder", "dataset.root=/nowhere"], "/nowhere is not a folder"),
         (["dataset.train=5"], "leaves no image"),
+        (["model.image_size=64"], "model.image_size=64: the images have dataset.image_size=32"),
         (["dataset.image_size=8", "model.patch_size=1"], "at least 16 pixels"),
         (["checkpoint.every_seconds=0"], "checkpoint.every_seconds"),
         (["output_root=/dev/null/x"], "cannot be written"),

@@ -85,6 +85,21 @@ def test_counts_of_the_hardware_are_positive(option: str, config: dict[str, Any]
         check_node("hardware", config["hardware"] | {option: 0})
 
 
+@pytest.mark.parametrize(
+    ("option", "values", "bounds"),
+    [
+        ("mean", [0.5, 0.5], "from 0 to 1"),
+        ("mean", [124.0, 116.0, 104.0], "from 0 to 1"),
+        ("std", [0.0, 0.0, 0.0], "above 0 and at most 1"),
+    ],
+)
+def test_channels_are_normalized_by_numbers_for_pixels_from_0_to_1(
+    option: str, values: list[float], bounds: str, config: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=rf"dataset.{option}=.*one number for each of the three channels, {bounds}, for pixels"):
+        check_node("dataset", config["dataset"] | {option: values})
+
+
 def test_renamed_targets_lead_to_targets_of_this_version() -> None:
     assert set(RENAMED_TARGETS.values()) <= allowed_targets()
 

@@ -459,6 +459,11 @@ def test_stl10_trains_on_unlabeled_images_too(tmp_path: Path, served, monkeypatc
     assert (train.labels["class"] == -1).sum() == 30
 
 
+def test_a_download_goes_to_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert TorchvisionDataset("CIFAR10", "~/data", **COMMON).root == str(tmp_path / "data")
+
+
 def test_a_failed_download_is_explained_in_one_sentence(tmp_path: Path, served, monkeypatch) -> None:
     monkeypatch.setattr(datasets.CIFAR10, "url", f"{served[1]}/missing.tar.gz")
     with pytest.raises(UserError, match=r"CIFAR10 could not be downloaded"):

@@ -48,6 +48,20 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
+def test_folders_that_look_like_splits_are_no_classes(root: Path) -> None:
+    for name, split in (("class0", "Train"), ("class1", "TEST"), ("class2", "Val")):
+        (root / name).rename(root / split)
+    with pytest.raises(UserError, match=r"the folders TEST, Train, Val in .* look like splits, not like classes; rename them"):
+        folder(root).find_images("train")
+    assert len(folder(root, classes=["TEST", "Train", "Val"]).find_images("train")[0]) == 24
+
+
+def test_images_beside_class_folders_are_counted_and_left_out(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    copy(root / "class0" / "0.jpg", ("a.jpg", "b.jpg"), root)
+    assert len(folder(root).find_images("train")[0]) == 24
+    assert f"2 images directly in {root}, beside the class folders, are left out." in caplog.text
+
+
 def relative(paths: list[str], root: Path) -> list[str]:
     return [os.path.relpath(path, root) for path in paths]
 

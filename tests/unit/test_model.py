@@ -16,7 +16,7 @@ from hjepa.models.levels import cell_centers
 from hjepa.models.predictor import Context, Fusion
 from hjepa.models.views import Queries
 from hjepa.models.vit import ViTEncoder
-from tests.helpers.runs import build_components
+from tests.helpers.runs import VIEWS, build_components
 
 
 def small_encoder(**options) -> ViTEncoder:
@@ -316,6 +316,8 @@ def test_fusion_does_not_change_targets(mode: str) -> None:
     assert all(torch.equal(a.target, b.target) for a, b in rows)
     with pytest.raises(UserError, match=f"levels.fusion={mode} needs a level at a layer before the last"):
         build_components("levels=flat", f"levels.fusion={mode}")
+    with pytest.raises(UserError, match=f"levels.fusion={mode} has no effect without a level with levels.predictor"):
+        build_components(*VIEWS, "dataset.views=2", "levels.stage=[1,-1]", f"levels.fusion={mode}")
 
 
 def test_positions_are_resampled_for_other_image_sizes() -> None:

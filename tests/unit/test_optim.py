@@ -11,7 +11,7 @@ from torch import Tensor
 from hjepa.config.errors import UserError
 from hjepa.optim.optimizers import CombinedOptimizer, set_hyperparameters
 from hjepa.optim.soap import SOAP, project, project_back
-from tests.helpers.runs import build_components, trainer
+from tests.helpers.runs import VIEWS, build_components, trainer
 
 OPTIMIZERS = ("adamw", "sgd", "soap", "muon", "lars")
 BETAS, EPS = (0.9, 0.95), 1e-8
@@ -230,6 +230,13 @@ def random_gradients(model: torch.nn.Module) -> dict[str, tuple[Tensor, Tensor]]
 
 
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+
+
+@needs_muon
+def test_muon_without_matrices_is_refused() -> None:
+    views = "levels.project=[false]", "projector=none", "dataset.views=2", "masking=none"
+    with pytest.raises(UserError, match=r"optimizer=muon needs 2-D weights, and this model has none; choose adamw or soap"):
+        build_components(*VIEWS, "model=conv_nano", "optimizer=muon", *views)
 
 
 @needs_muon

@@ -13,7 +13,7 @@ from hjepa.config.errors import UserError
 from hjepa.config.schema import check_node
 from hjepa.config.upgrade import upgrade_config
 from hjepa.data.image_files import read_image
-from hjepa.data.pixels import COLOR_MODES, to_rgb
+from hjepa.data.pixels import COLOR_MODES, shorten, to_rgb
 from tests.unit.test_data import folder
 
 RAMP = np.tile(np.linspace(0, 65535, 16).round().astype(np.uint16), (16, 1))  # gray values 0, 4369, 8738 ..., 17 * 257 apart
@@ -222,3 +222,15 @@ def test_runs_of_earlier_versions_ignore_transparency_as_they_did() -> None:
         old = {"dataset": {"_target_": f"hjepa.data.{target}", "max_corrupt": 0.01}}
         assert upgrade_config(old)["dataset"]["background"] is None
     assert "background" not in upgrade_config({"dataset": {"_target_": "hjepa.data.Shapes"}})["dataset"]
+
+
+def test_a_line_of_pixels_is_cropped_before_it_grows(tmp_path: Path) -> None:
+    """Resized as a whole, these files of some hundred bytes would take several gigabytes."""
+    for name, size in (("wide", (60000, 2)), ("high", (1, 20000))):
+        Image.new("RGB", size, (10, 20, 30)).save(tmp_path / f"{name}.png")
+        image = read_image(str(tmp_path / f"{name}.png"), 224)
+        assert image.shape == (224, 224, 3)
+        assert (image == (10, 20, 30)).all()
+    assert shorten(Image.new("RGB", (4001, 10))).size == (81, 10)
+    image = Image.new("RGB", (80, 10))
+    assert shorten(image) is image

@@ -6,6 +6,7 @@ import json
 import math
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 
 from hjepa.config.errors import UserError
 from hjepa.config.terminal import progress_bar
+from hjepa.distributed.device import to_device
 from hjepa.distributed.process_group import World
 from hjepa.losses import VICReg
 from hjepa.optim.schedules import ConstantSchedule, CosineSchedule, LinearSchedule, WSDSchedule
@@ -290,3 +292,17 @@ def test_bfloat16_on_a_cpu_is_near_float32_and_attends_in_float32() -> None:
         assert F.linear(x, torch.randn(8, 8)).dtype == torch.bfloat16
         attended = F.scaled_dot_product_attention(x, x, x)
     assert torch.equal(attended, F.scaled_dot_product_attention(x, x, x))
+
+
+def test_only_cuda_goes_on_before_a_copy_has_read_its_source() -> None:
+    tensor = Mock(spec=torch.Tensor)
+    for device in ("cpu", "mps", "cuda"):
+        to_device(tensor, torch.device(device))
+        tensor.to.assert_called_with(torch.device(device), non_blocking=device == "cuda")
+
+
+def test_recomputed_blocks_that_drop_paths_are_refused_on_apple_gpus() -> None:
+    components = build_components("model.encoder.drop_path=0.1", "hardware.activation_checkpointing=true")
+    components.hardware.device = torch.device("mps")
+    with pytest.raises(UserError, match=r"hardware.activation_checkpointing=true cannot drop the same paths again"):
+        components.hardware.prepare_model(components.model, [])

@@ -240,7 +240,7 @@ def log_artifacts_of_jobs(
         files: Files to log.
         folder: Folder among the artifacts of a run.
         tags: Tags for every run. If there are any, each run is also tagged with the number of its job.
-        config: Config of the current command; jobs without a config take the passwords of their trackers from it.
+        config: Config of the current command; jobs without a config take addresses and passwords of trackers from it.
     """
     trackers: dict[str, Any] = {}
     for job in jobs:

@@ -55,7 +55,7 @@ def compare_runs(config: Config, path: Path, runs: list[str], sweep: str | None,
     folder.mkdir(parents=True, exist_ok=True)
     files = save_comparison(folder, jobs, metric or default_metric(jobs), notes)
     if config["tracking"]:
-        log_artifacts_of_jobs(jobs, files, "compare", {})
+        log_artifacts_of_jobs(jobs, files, "compare", {}, config)
     print(f"Comparison folder: {folder}")
 
 

@@ -82,6 +82,11 @@ def jobs_of_sweep(folder: str) -> tuple[list[Job], list[str]]:
     """Return the jobs of a sweep, which differ in their overrides."""
     sweep = Sweep(Path(folder).expanduser().absolute())
     jobs = sweep.load()
+    if not any(job.folder for job in jobs):
+        raise UserError(
+            f"task.sweep={folder}: its jobs have no run folders to compare, because their task makes no runs; list the runs that "
+            "they read in task.runs."
+        )
     sweep.refresh(jobs)
     return jobs, []
 

@@ -1,19 +1,25 @@
 """What a tracker misses while it fails arrives later, once, and a run that fails ends in the tracker as well."""
 
 import json
+import os
+import shutil
+import signal
 import threading
 from pathlib import Path
 
 import mlflow
 import pytest
+from submitit.core.utils import UncompletedJobError
 
+from hjepa.config.errors import UserError
 from hjepa.config.schema import resolve
+from hjepa.tasks.train import TrainingRun
 from hjepa.tracking import mlflow as track_mlflow
 from hjepa.tracking.mlflow import MLflow
 from hjepa.tracking.resend import send_run
-from hjepa.tracking.run_folder import UNSENT_MARKER
+from hjepa.tracking.run_folder import UNSENT_MARKER, read_summary
 from tests.helpers.database import prepare_database
-from tests.helpers.runs import compose
+from tests.helpers.runs import ROOT, compose
 
 
 @pytest.fixture
@@ -87,3 +93,40 @@ def test_only_the_trackers_of_a_run_mark_it_as_sent(run, tmp_path: Path, caplog)
         config = resolve(compose(f"tracking={trackers}", f"output_root={tmp_path}"))
         assert send_run(config, folder)
         assert (folder / UNSENT_MARKER).exists() is is_left
+
+
+def test_a_folder_that_cannot_be_sent_does_not_keep_others_from_it(run, tmp_path: Path, caplog) -> None:
+    prepare_database(tmp_path)
+    good, locked, strange = (tmp_path / "default" / name for name in ("c", "b", "a"))
+    for folder in (good, locked):
+        shutil.copytree(ROOT / "tests" / "fixtures" / "run_0.1", folder)
+    (locked / ".lock").mkdir()  # an OSError, as for the folder of another user
+    strange.mkdir()
+    (strange / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=rf"^2 of 3 runs could not be sent: {strange}, {locked}; see the warnings above"):
+        run("task=sync", f"run={tmp_path}/default", "tracking=mlflow")
+    assert f"{strange} was not sent: {strange}/config.yaml cannot be read" in caplog.text
+    assert tracked_run(tmp_path).data.tags["run_folder"] == str(good)
+
+
+def test_a_run_that_may_not_be_requeued_has_failed_in_its_tracker(run, tmp_path: Path, monkeypatch) -> None:
+    def refuse(number: int, frame: object) -> None:  # as submitit's handler does
+        raise UncompletedJobError("Job not requeued because: timed-out too many times.")
+
+    def stop(self: TrainingRun, record: dict) -> None:
+        write(self, record)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    write = TrainingRun.record
+    prepare_database(tmp_path)
+    monkeypatch.setattr(TrainingRun, "record", stop)
+    previous = signal.signal(signal.SIGUSR2, refuse)
+    try:
+        with pytest.raises(UncompletedJobError):
+            run("tracking=mlflow", "name=r")
+    finally:
+        signal.signal(signal.SIGUSR2, previous)
+    summary = read_summary(tmp_path / "default" / "r")
+    assert (summary["status"], "timed-out too many times" in summary["reason"]) == ("failed", True)
+    assert tracked_run(tmp_path).info.status == "FAILED"
+    assert not (tmp_path / "default" / "r" / UNSENT_MARKER).exists()

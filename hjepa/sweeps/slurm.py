@@ -169,7 +169,7 @@ def final_states(jobs: list[Job]) -> dict[str, str]:
     for attempt in range(NUM_CONFIRMATIONS if ids else 0):
         time.sleep(CONFIRMATION_SECONDS if attempt else 0)
         queued = queue_states()
-        known = accounting_states(ids) | (queued or {})
+        known = (accounting_states(ids) or {}) | (queued or {})
         states = {job_id: known.get(job_id, "" if queued is None else "UNKNOWN") for job_id in ids}
         if not any(states[job_id] in END_STATES for job_id in undecided):
             break

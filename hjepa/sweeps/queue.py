@@ -170,7 +170,8 @@ def private_pickles(folder: Path) -> Iterator[None]:
     finally:  # also after a refused submission
         for file in folder.glob("*.pkl"):
             with contextlib.suppress(FileNotFoundError):  # a job that is requeued replaces its own
-                file.chmod(0o600)
+                if stat.S_IMODE(file.stat().st_mode) != 0o600:
+                    file.chmod(0o600)
         folder.chmod(mode)
 
 

@@ -126,7 +126,7 @@ class MLflow(Tracker):
         self.log_artifact(file, "histograms")
 
     def add_artifacts(self, run_id: str, artifacts: Artifacts) -> None:
-        client, run = self.find_existing(run_id)
+        client, run = self.find_existing(run_id, artifacts.run)
         run_id, existing = run.info.run_id, run.data.metrics
         for key, value in artifacts.tags.items():
             client.set_tag(run_id, key, value)
@@ -150,7 +150,7 @@ class MLflow(Tracker):
         Raises:
             UserError: MLflow does not have the run.
         """
-        _, run = self.find_existing(run_id)
+        _, run = self.find_existing(run_id, folder.parent)
         self.set_uri()
         options = {"name": "encoder", "registered_model_name": self.register, "run_id": run.info.run_id} | onnx_options(folder)
         model = self.mlflow.models.Model.log(None, self.mlflow.onnx, **options)
@@ -260,14 +260,19 @@ class MLflow(Tracker):
         with database_lock(self.uri):
             return self.mlflow.MlflowClient(self.uri)
 
-    def find_existing(self, run_id: str) -> tuple[Any, Any]:
-        """Return a client and a run or its copy, or raise a UserError; a database that does not exist is not created."""
+    def find_existing(self, run_id: str, folder: Path | None) -> tuple[Any, Any]:
+        """Return a client and a run or its copy, or raise a UserError; a database that does not exist is not created.
+
+        Args:
+            run_id: Id of the run.
+            folder: Its run folder, if it is known.
+        """
         file = database_file(self.uri)
         client = self.connect() if not file or file.exists() else None
         run = find_run(client, run_id) if client and run_id else None
-        if not run:
+        if not run or (folder and belongs_to_another_folder(run, folder)):
             raise UserError(
-                f"MLflow at {hide_passwords(self.uri)} does not have this run any more; task=sync run=FOLDER sends it, and then "
+                f"MLflow at {hide_passwords(self.uri)} does not have this run; task=sync run=FOLDER sends it, and then "
                 "this command can be repeated"
             )
         return client, run

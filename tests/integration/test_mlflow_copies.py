@@ -58,7 +58,7 @@ def test_evaluation_and_sync_find_the_copy_of_a_run(run, folder: Path, tmp_path:
     client = mlflow.MlflowClient(first_uri)
     client.delete_run(original)
     evaluate(folder)
-    assert "does not have this run any more; task=sync run=FOLDER sends it" in caplog.text
+    assert "does not have this run; task=sync run=FOLDER sends it" in caplog.text
     for _ in range(2):  # the second time finds the copy
         run(*sync)
     evaluate(folder)
@@ -167,6 +167,8 @@ def test_a_copied_run_folder_becomes_a_run_of_its_own(tmp_path: Path, monkeypatc
     original.mkdir()
     first = track(original)
     shutil.copytree(original, copy)
+    with pytest.raises(UserError, match="does not have this run; task=sync run=FOLDER sends it"):
+        MLflow(uri, str(tmp_path), system_metrics=False).add_artifacts(first, Artifacts([], "evaluate", run=copy))
     second = track(copy)
     assert second != first
     assert (track(original), track(copy)) == (first, second), "from then on, both are known"

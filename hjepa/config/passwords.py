@@ -10,9 +10,10 @@ from typing import Any
 HIDDEN = "***"
 
 PATTERNS = (  # Hydra writes colons in the overrides of a sweep as `\:`
-    re.compile(r"(\bhttps?\\*://[^\s:/@]*:)[^\s/]*(?=@)"),
-    re.compile(r"(\b(?!https?\\*:)[a-z][\w+.-]*\\*://[^\s:/@]*:)\S*(?=@)"),  # passwords of databases may contain a slash
-    re.compile(r"([?&](?:password|passwd|token|sslpassword)=)[^&\s'\"]+"),
+    re.compile(r"(\bhttps?\\*://[^\s:/]*:)[^\s/]*(?=@)", re.IGNORECASE),
+    # Passwords of databases may contain a slash.
+    re.compile(r"(\b(?!https?\\*:)[a-z][\w+.-]*\\*://[^\s:/]*:)\S*(?=@)", re.IGNORECASE),
+    re.compile(r"([?&](?:password|passwd|token|sslpassword)=)[^&\s'\"]+", re.IGNORECASE),
 )
 
 

@@ -58,12 +58,12 @@ def launch(
         UserError: An option is wrong, jobs could not be submitted, or jobs failed.
         SystemExit: The sweep was stopped.
     """
+    sweep = Sweep(Path(sweep_config.hydra.sweep.dir).expanduser().absolute())
+    sweep.hide_passwords()  # first, since everything else may be refused
     check_numbers(options)
     is_search = runs_a_search(sweep_config)
     if is_search and not options["wait"]:
         raise UserError("hydra.launcher.wait=false: a search needs the results of its jobs; leave it out.")
-    sweep = Sweep(Path(sweep_config.hydra.sweep.dir).expanduser().absolute())
-    sweep.hide_passwords()
     executor = build_executor(cluster, options)
     jobs = plan_jobs(loader, sweep_config, overrides, first)
     import_this_copy()

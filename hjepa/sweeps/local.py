@@ -18,11 +18,14 @@ from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
 from hjepa.distributed.resources import gpus, num_cores
 from hjepa.sweeps.job import Job
-from hjepa.sweeps.queue import Queue, error_of
-from hjepa.sweeps.submission import STOPPED, LocalSubmission
+from hjepa.sweeps.queue import Queue, private_pickles, saved_outcome, state_of
+from hjepa.sweeps.submission import LocalSubmission
 from hjepa.tracking.provenance import git_state
+from hjepa.tracking.run_folder import try_lock
 
 log = logging.getLogger(__name__)
+
+KILLED = "FAILED", "its process was killed, by hand or because memory ran out"
 
 IGNORED = {"cpus_per_task": "hardware.threads", "mem_gb": "hardware.slots"}  # options that submitit ignores, and others to use
 
@@ -115,7 +118,8 @@ class LocalQueue(Queue):
         check_options(options, self.jobs)
         shares = gpu_shares([job.config for job in self.jobs if job.config], options["gpus_per_node"])
         inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
-        self.free_slots = [",".join(share) if share else inherited for share in shares]  # values of CUDA_VISIBLE_DEVICES
+        hides_gpus = options["gpus_per_node"] == 0
+        self.free_slots = [",".join(share) if share or hides_gpus else inherited for share in shares]  # CUDA_VISIBLE_DEVICES
         self.slots: dict[int, str | None] = {}  # of the running jobs, by their numbers
         self.command = os.getpid() if options["wait"] else None
         self.stopping = False
@@ -125,7 +129,7 @@ class LocalQueue(Queue):
         while self.waiting and self.free_slots:
             job, slot = self.waiting.popleft(), self.free_slots.pop(0)
             submission = LocalSubmission(job.config, job.path, job.composed, git_state(), slot, self.command)
-            with detached(self.sweep.folder / "submitit.log"):
+            with detached(self.sweep.folder / "submitit.log"), private_pickles(self.executor.folder):
                 submitted = self.executor.submit(self.worker, submission)
             submitted.paths.result_pickle.unlink(missing_ok=True)  # of a process that had the same id long ago
             self.slots[job.number] = slot
@@ -144,14 +148,7 @@ class LocalQueue(Queue):
 
     def outcome(self, job: Job) -> tuple[str, str]:
         """Return the state and the reason of a job whose process has ended."""
-        outcomes = self.outcomes(job)
-        if error := error_of(outcomes):
-            return "FAILED", error
-        if outcomes and outcomes[0][1] != STOPPED:
-            return "finished", ""
-        if outcomes or self.stopping:
-            return "stopped", "stopped by a signal"
-        return "FAILED", "its process was killed, by hand or because memory ran out"
+        return state_of(self.outcomes(job)) or (("stopped", "stopped by a signal") if self.stopping else KILLED)
 
     def stop(self) -> None:
         """Let every running job save its state and end, and start no further jobs."""
@@ -176,3 +173,24 @@ class LocalQueue(Queue):
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
+
+
+def update_from_processes(jobs: list[Job]) -> None:
+    """Set the states of the jobs on this machine that are listed as running but have ended, in case no command follows them."""
+    for job in jobs:
+        if job.state == "running" and not job.slurm_id and job.log and not is_running(job):
+            job.state, job.reason = saved_outcome(job) or KILLED
+
+
+def is_running(job: Job) -> bool:
+    """Return whether a job still works: its run is locked, or the process of submitit that watches it exists."""
+    if job.folder and (job.folder / ".lock").exists():
+        with try_lock(job.folder) as is_free:
+            if not is_free:
+                return True
+    log_file = job.log.resolve() if job.log else Path()
+    try:
+        command = psutil.Process(int(log_file.name.partition("_")[0])).cmdline()
+    except (ValueError, psutil.Error):
+        return False
+    return any(str(log_file.parent) in word for word in command)

@@ -1,10 +1,15 @@
 """The loop that both launchers share: it submits the jobs of a sweep through submitit and follows them until all have ended."""
 
+import contextlib
 import logging
+import pickle
 import shlex
+import stat
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import submitit
@@ -12,6 +17,7 @@ from submitit.core.utils import pickle_load
 
 from hjepa.config.paths import PROGRAM
 from hjepa.sweeps.job import Job
+from hjepa.sweeps.submission import STOPPED
 from hjepa.sweeps.sweep import Sweep
 from hjepa.sweeps.tables import default_metric, format_value, label_of, lookup
 from hjepa.training.signals import StopFlag
@@ -110,8 +116,7 @@ class Queue(ABC):
             time.sleep(min(SLICE_SECONDS, self.poll_seconds))
 
     def register(self, job: Job, submitted: submitit.Job[Any]) -> None:
-        """Remember a submitted job, link its log as N.log in the sweep folder, and let only its owner read its config."""
-        submitted.paths.submitted_pickle.chmod(0o600)
+        """Remember a submitted job, and link its log as N.log in the sweep folder."""
         self.submitted[job.number] = submitted
         job.reason, job.log = "", self.sweep.link_log(job.number, submitted.task(0).paths.stdout)
 
@@ -146,6 +151,55 @@ class Queue(ABC):
         submitted = self.submitted[job.number]
         paths = [submitted.task(rank).paths.result_pickle for rank in range(submitted.num_tasks)]
         return [pickle_load(path) for path in paths if path.exists()]
+
+
+@contextlib.contextmanager
+def private_pickles(folder: Path) -> Iterator[None]:
+    """Let only the owner read the configs that submitit writes meanwhile, since they may contain passwords.
+
+    The umask stays as it is, because jobs take it over: other users may read their logs and runs.
+
+    Args:
+        folder: Folder of submitit, to which nobody else has access meanwhile.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    folder.chmod(0o700)
+    try:
+        yield
+    finally:  # also after a refused submission
+        for file in folder.glob("*.pkl"):
+            with contextlib.suppress(FileNotFoundError):  # a job that is requeued replaces its own
+                if stat.S_IMODE(file.stat().st_mode) != 0o600:
+                    file.chmod(0o600)
+        folder.chmod(mode)
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads plain data only, because the pickle of an object could execute anything."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module}.{name} is no plain data")
+
+
+def saved_outcome(job: Job) -> tuple[str, str] | None:
+    """Return the state and the reason of a job by what its first process has written beside its log; None without a result."""
+    log_file = job.log.resolve() if job.log else Path("none")
+    file = log_file.with_name(f"{log_file.name.removesuffix('_log.out')}_result.pkl")
+    if not file.exists():
+        return None
+    with file.open("rb") as content, contextlib.suppress(pickle.UnpicklingError, EOFError):
+        return state_of([PlainUnpickler(content).load()])
+    return None
+
+
+def state_of(outcomes: list[Outcome]) -> tuple[str, str] | None:
+    """Return the state and the reason of a job of one process by its outcomes; None without any."""
+    if error := error_of(outcomes):
+        return "FAILED", error
+    if not outcomes:
+        return None
+    return ("stopped", "stopped by a signal") if outcomes[0][1] == STOPPED else ("finished", "")
 
 
 def error_of(outcomes: list[Outcome]) -> str | None:

@@ -12,7 +12,7 @@ from submitit.core.utils import FailedJobError
 
 from hjepa.config.errors import UserError
 from hjepa.sweeps.job import Job
-from hjepa.sweeps.queue import Queue, error_of
+from hjepa.sweeps.queue import Queue, error_of, private_pickles, saved_outcome
 from hjepa.sweeps.submission import STOPPED_STATUS, Submission
 from hjepa.tracking.provenance import git_state
 from hjepa.tracking.resend import end_requeued_run
@@ -76,7 +76,8 @@ class SlurmQueue(Queue):
         self.waiting.clear()
         submissions = [Submission(job.config, job.path, job.composed, git_state()) for job in jobs]
         try:
-            submitted = self.executor.map_array(self.worker, submissions)
+            with private_pickles(self.executor.folder):
+                submitted = self.executor.map_array(self.worker, submissions)
         except FailedJobError as error:
             raise UserError(f"SLURM refused the jobs: {' '.join(str(error.__cause__ or error).split())}.") from None
         for job, submission in zip(jobs, submitted, strict=True):
@@ -129,24 +130,48 @@ def fail(job: Job, reason: str) -> None:
 
 
 def update_from_slurm(jobs: list[Job]) -> None:
-    """Set the states of the jobs that are not done, in case no command follows them."""
-    remaining = [job for job in jobs if job.slurm_id and not job.is_done]
-    states = final_states([job.slurm_id for job in remaining])
-    for job in remaining:
-        state = states.get(job.slurm_id, "")
-        if state not in END_STATES:
-            job.state = state.lower() or job.state
-        elif state != "COMPLETED":
-            fail(job, f"ended by SLURM as {state}")
+    """Set the states of the submitted jobs, in case no command follows them.
+
+    The summary of a job that waits or runs again is that of its last session, so SLURM's state takes its place. A job that runs
+    although its run is complete is only about to end.
+    """
+    submitted = [job for job in jobs if job.slurm_id]
+    states = final_states(submitted)
+    for job in submitted:
+        state = states[job.slurm_id]
+        if state in END_STATES:
+            end(job, state)
+        elif state and (state == "PENDING" or not job.is_complete):
+            job.state, job.reason = state.lower(), ""
 
 
-def final_states(ids: list[str]) -> dict[str, str]:
-    """Return SLURM's states by job id; ask again if jobs have ended, because a requeued job passes through end states."""
+def end(job: Job, slurm_state: str) -> None:
+    """Set the state of a job that SLURM has ended; the summary of a run or, without a run, the result of the job may know it."""
+    if job.is_done:
+        return
+    outcome = None if job.folder else saved_outcome(job)
+    if outcome:
+        job.state, job.reason = outcome
+    elif slurm_state != "COMPLETED":
+        fail(job, f"ended by SLURM as {slurm_state}")
+    elif not job.folder:
+        job.state = "finished"
+
+
+def final_states(jobs: list[Job]) -> dict[str, str]:
+    """Return SLURM's states by job id: UNKNOWN if SLURM has forgotten the job, empty if it does not answer.
+
+    Jobs that seem to have ended are asked for again, because a requeued job passes through end states.
+    """
+    ids = [job.slurm_id for job in jobs]
+    undecided = [job.slurm_id for job in jobs if not job.is_done]
     states: dict[str, str] = {}
     for attempt in range(NUM_CONFIRMATIONS if ids else 0):
         time.sleep(CONFIRMATION_SECONDS if attempt else 0)
-        states = accounting_states(ids) | (queue_states() or {})
-        if not any(states.get(job_id) in END_STATES for job_id in ids):
+        queued = queue_states()
+        known = (accounting_states(ids) or {}) | (queued or {})
+        states = {job_id: known.get(job_id, "" if queued is None else "UNKNOWN") for job_id in ids}
+        if not any(states[job_id] in END_STATES for job_id in undecided):
             break
     return states
 

@@ -18,9 +18,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
 from omegaconf import DictConfig
 
+from hjepa.config.identity import BENCHMARK, TRAINING
 from hjepa.config.run import perform
 from hjepa.config.schema import Config
 from hjepa.tracking.provenance import SUBMITTED_VARIABLE
+from hjepa.training.signals import requeue_privately
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +51,13 @@ class Submission:
 
     def run(self) -> float | str | None:
         """Perform the task of the config."""
+        requeue_privately()
         HydraConfig.instance().set_config(self.composed)
         configure_log(self.composed.hydra.job_logging, self.composed.hydra.verbose)
         logging.getLogger("submitit").propagate = False  # it has a handler of its own
         os.environ[SUBMITTED_VARIABLE] = json.dumps(self.code)
-        if "wandb" not in self.config["tracking"]:
+        own_run = self.config["task"]["_target_"] in (TRAINING, BENCHMARK)  # other tasks add to the trackers of a run
+        if own_run and "wandb" not in self.config["tracking"]:
             sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]  # timm would import it, which takes over a second
         return perform(self.config, self.folder)
 

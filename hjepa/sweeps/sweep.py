@@ -117,14 +117,11 @@ class Sweep:
         """Print and save the table, plot the results, and log both to the trackers of the runs.
 
         Args:
-            jobs: All jobs of the sweep.
+            jobs: All jobs of the sweep, with their present states and summaries.
             metric: Dotted key of summary.json to compare by. None: the linear probe, or the speed of a benchmark.
             config: Config of the current command, for the passwords of trackers that the jobs lack.
             save: Write the states of the jobs to sweep.json.
         """
-        if save:
-            self.save(jobs)
-        self.refresh(jobs)
         if save:
             self.save(jobs)
         title = f"Sweep {self.folder.name}"
@@ -215,8 +212,17 @@ class SweepStart(Callback):
         if "${now:" in OmegaConf.to_container(config.hydra.sweep, resolve=False)["dir"]:  # type: ignore[call-overload, index]
             folder = take_folder(folder)
         config.hydra.sweep.dir = str(folder)
+        if not runs_a_search(config):
+            create_private(folder / "multirun.yaml")  # which Hydra fills in with all passwords before it checks what is swept
         os.environ[SWEEP_VARIABLE] = folder.name
         signal.signal(signal.SIGINT, signal.default_int_handler)  # until here, Ctrl-C ends the process, see `hjepa.cli`
+
+
+def create_private(file: Path) -> None:
+    """Create an empty file that only its owner can read; an existing file keeps what it contains."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch(mode=0o600)
+    file.chmod(0o600)
 
 
 def take_folder(folder: Path) -> Path:
@@ -240,7 +246,7 @@ def log_artifacts_of_jobs(
         files: Files to log.
         folder: Folder among the artifacts of a run.
         tags: Tags for every run. If there are any, each run is also tagged with the number of its job.
-        config: Config of the current command; jobs without a config take the passwords of their trackers from it.
+        config: Config of the current command; jobs without a config take addresses and passwords of trackers from it.
     """
     trackers: dict[str, Any] = {}
     for job in jobs:

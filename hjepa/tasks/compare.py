@@ -55,7 +55,7 @@ def compare_runs(config: Config, path: Path, runs: list[str], sweep: str | None,
     folder.mkdir(parents=True, exist_ok=True)
     files = save_comparison(folder, jobs, metric or default_metric(jobs), notes)
     if config["tracking"]:
-        log_artifacts_of_jobs(jobs, files, "compare", {})
+        log_artifacts_of_jobs(jobs, files, "compare", {}, config)
     print(f"Comparison folder: {folder}")
 
 
@@ -82,6 +82,11 @@ def jobs_of_sweep(folder: str) -> tuple[list[Job], list[str]]:
     """Return the jobs of a sweep, which differ in their overrides."""
     sweep = Sweep(Path(folder).expanduser().absolute())
     jobs = sweep.load()
+    if not any(job.folder for job in jobs):
+        raise UserError(
+            f"task.sweep={folder}: its jobs have no run folders to compare, because their task makes no runs; list the runs that "
+            "they read in task.runs."
+        )
     sweep.refresh(jobs)
     return jobs, []
 

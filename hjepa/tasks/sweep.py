@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from hjepa.config.schema import Config
+from hjepa.sweeps.local import update_from_processes
 from hjepa.sweeps.slurm import update_from_slurm
 from hjepa.sweeps.sweep import Sweep, check_metric
 from hjepa.tracking.run_folder import check_writable
@@ -22,5 +23,6 @@ def show_sweep(config: Config, path: Path, folder: str, metric: str | None) -> N
     jobs = sweep.load()
     sweep.refresh(jobs)
     update_from_slurm(jobs)
+    update_from_processes(jobs)
     check_metric(jobs, metric)
     sweep.summarize(jobs, metric, config, save=not sweep.has_changed())

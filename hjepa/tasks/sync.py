@@ -3,12 +3,15 @@
 Only what a tracker lacks is sent, so the command can be repeated.
 """
 
+import logging
 from pathlib import Path
 
 from hjepa.config.errors import UserError
 from hjepa.config.schema import Config
 from hjepa.tracking.resend import send_run
 from hjepa.tracking.run_folder import find_runs
+
+log = logging.getLogger(__name__)
 
 
 def sync_runs(config: Config, path: Path, experiment: str | None) -> None:
@@ -30,6 +33,15 @@ def sync_runs(config: Config, path: Path, experiment: str | None) -> None:
     folders = find_runs(root)
     if not folders:
         raise UserError(f"run={root} holds no run (no metrics.jsonl in it or below it); set run to the folder of a run.")
-    failed = [str(folder) for folder in folders if not send_run(config, folder, experiment)]
+    failed = [str(folder) for folder in folders if not send_or_report(config, folder, experiment)]
     if failed:
         raise UserError(f"{len(failed)} of {len(folders)} runs could not be sent: {', '.join(failed)}; see the warnings above.")
+
+
+def send_or_report(config: Config, folder: Path, experiment: str | None) -> bool:
+    """Send a run folder, and return whether everything arrived; a folder that cannot be read or locked is reported."""
+    try:
+        return send_run(config, folder, experiment)
+    except (UserError, OSError) as error:
+        log.warning("%s was not sent: %s", folder, error)
+        return False

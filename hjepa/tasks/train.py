@@ -18,7 +18,7 @@ from hjepa.distributed.process_group import destroy_process_group
 from hjepa.plotting import plot_curves
 from hjepa.tracking.histograms import Histogram, histogram_files, write_histograms
 from hjepa.tracking.provenance import provenance_tags
-from hjepa.tracking.resend import send_run
+from hjepa.tracking.resend import send_idle_run, send_run
 from hjepa.tracking.run_folder import UNSENT_MARKER, Record, RunFolder
 from hjepa.tracking.tracker import TRACKER_STATUS, build_trackers
 from hjepa.training.build import build_components, build_untrained
@@ -135,7 +135,10 @@ class TrainingRun:
             try:
                 stop.leave()
             except Exception as error:
-                self.finish("failed", f"{type(error).__name__}: {error}", "FAILED")
+                self.write_summary("failed", f"{type(error).__name__}: {error}")
+                if self.config["tracking"]:
+                    self.folder.mark_unsent()
+                    send_idle_run(self.config, self.folder.path)  # through new trackers, since those of the run have finished
                 raise
             raise SystemExit(130) from None
         except BaseException as error:
@@ -208,16 +211,21 @@ class TrainingRun:
 
     def finish(self, status: str, reason: str | None, tracked_status: str) -> None:
         """Write the summary and the curves, finish the tracked run, and print the result of a finished run."""
-        summary = build_summary(self.config, self.trainer, self.monitor, self.records, self.run_id)
-        summary |= {"status": status, "reason": reason}
         curves = self.folder.path / "plots" / "curves.png"
         try:
             plot_curves(self.records, curves)
         finally:  # the summary is written last, because it marks the run as complete
-            self.folder.write_summary(summary)
+            summary = self.write_summary(status, reason)
         self.tracker.log_artifact(curves, "plots")
         self.tracker.log_artifact(self.folder.path / "summary.json")
         if self.tracker.finish(tracked_status):
             self.folder.mark_sent()
         if tracked_status == "FINISHED":
             print_summary(summary, self.folder.path, self.tracker.view_command())
+
+    def write_summary(self, status: str, reason: str | None) -> Record:
+        """Write the summary and return it."""
+        summary = build_summary(self.config, self.trainer, self.monitor, self.records, self.run_id)
+        summary |= {"status": status, "reason": reason}
+        self.folder.write_summary(summary)
+        return summary

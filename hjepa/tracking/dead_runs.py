@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hjepa.tracking.run_folder import read_run_id, read_summary, try_lock
-from hjepa.tracking.tracker import TRACKER_STATUS
+from hjepa.tracking.run_folder import read_run_id, try_lock
+from hjepa.tracking.tracker import tracker_status
 
 BOOT_ID, MOUNTS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/mounts")
 
@@ -50,7 +50,7 @@ def close_if_dead(client: Any, run: Any) -> None:
         return
     with try_lock(folder) as is_free:
         if is_free:
-            end_run(client, run.info.run_id, folder, TRACKER_STATUS.get(read_summary(folder).get("status", ""), "KILLED"))
+            end_run(client, run.info.run_id, folder, tracker_status(folder))
 
 
 def end_run(client: Any, run_id: str, folder: Path, status: str) -> None:

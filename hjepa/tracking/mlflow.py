@@ -20,9 +20,9 @@ from hjepa.config.paths import PROGRAM
 from hjepa.tracking.atomic import atomic_write
 from hjepa.tracking.dead_runs import close_dead_runs, end_run, machine_tags
 from hjepa.tracking.mlflow_models import onnx_options
-from hjepa.tracking.mlflow_server import database_lock, find_experiment, find_run, tracking_uri, view_command
+from hjepa.tracking.mlflow_runs import belongs_to_another_folder, create_run, find_run, find_run_of_folder
+from hjepa.tracking.mlflow_server import database_file, database_lock, find_experiment, tracking_uri, view_command
 from hjepa.tracking.run_folder import Record, read_records, read_run_id
-from hjepa.tracking.run_name import display_name
 from hjepa.tracking.tracker import Artifacts, Tracker
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class MLflow(Tracker):
         self.client: Any = None  # created in `open_run`, since its constructor already creates the database
         self.description: tuple[str, dict[str, Any], dict[str, str]] = "", {}, {}  # experiment, params and tags of the run
         self.folder, self.run_id, self.experiment_id = Path(), "", ""
+        self.is_open = False  # whether the server has the run with its description
         self.monitor: Any = None
         self.pending: list[tuple[int, Record]] = []  # records with their time in milliseconds
         self.sent_points: set[Point] = set()  # points that the server already has of records that are yet to be sent
@@ -91,6 +92,7 @@ class MLflow(Tracker):
         self.last_step = records[-1]["step"] if records else 0
         self.description = experiment, params, tags
         if self.call_safely("starting a run", self.open_run):
+            self.submit("starting system metrics", self.start_system_metrics)
             self.submit("sending metrics", self.send_missing, records, self.last_step)
             self.submit("closing dead runs", lambda: close_dead_runs(self.client))
         return self.run_id or None
@@ -114,8 +116,7 @@ class MLflow(Tracker):
 
     def finish(self, status: str) -> bool:
         self.flush()
-        if self.monitor:
-            self.monitor.finish()
+        self.thread.submit(self.stop_system_metrics)
         self.submit("ending the run", self.end, status)
         self.thread.submit(self.recover, status)
         self.thread.shutdown(wait=True)
@@ -125,8 +126,7 @@ class MLflow(Tracker):
         self.log_artifact(file, "histograms")
 
     def add_artifacts(self, run_id: str, artifacts: Artifacts) -> None:
-        client = self.connect()
-        run = self.get_run(client, run_id)
+        client, run = self.find_existing(run_id, artifacts.run)
         run_id, existing = run.info.run_id, run.data.metrics
         for key, value in artifacts.tags.items():
             client.set_tag(run_id, key, value)
@@ -150,7 +150,7 @@ class MLflow(Tracker):
         Raises:
             UserError: MLflow does not have the run.
         """
-        run = self.get_run(self.connect(), run_id)
+        _, run = self.find_existing(run_id, folder.parent)
         self.set_uri()
         options = {"name": "encoder", "registered_model_name": self.register, "run_id": run.info.run_id} | onnx_options(folder)
         model = self.mlflow.models.Model.log(None, self.mlflow.onnx, **options)
@@ -194,16 +194,16 @@ class MLflow(Tracker):
     def catch_up(self, status: str | None) -> None:
         """Send everything that the server lacks; with a status, also end the run."""
         since = self.last_step
-        if not self.run_id:
+        if not self.is_open:
             self.open_run()
-        elif not status:
+        if not status:
             self.start_system_metrics()
         self.send_missing(read_records(self.folder), since)
+        if status:  # before the files, which the server may be unable to store
+            self.end(status)
         for pattern, folder in ARTIFACT_FOLDERS.items():
             for path in sorted(self.folder.glob(pattern)):
                 self.send_file(path, folder)
-        if status:
-            self.end(status)
         log.info("MLflow at %s has everything now", hide_passwords(self.uri))
 
     # -- requests ------------------------------------------------------------------------------------------------------
@@ -217,22 +217,35 @@ class MLflow(Tracker):
             self.experiment_id = find_experiment(self.client, self.uri, experiment, self.root)
         tags = tags | machine_tags() | {"run_folder": str(self.folder)}
         known_id = read_run_id(self.folder)
-        run = self.find_run(known_id, tags) or self.create_run(known_id, params, tags)
+        run = find_run_of_folder(self.client, self.experiment_id, known_id, tags)
+        if run and belongs_to_another_folder(run, self.folder):
+            known_id = None
+            run = find_run_of_folder(self.client, self.experiment_id, known_id, tags)
+        if not run:
+            copy_of = {"copy_of": known_id} if known_id else {}
+            run = create_run(self.client, self.experiment_id, self.folder, params, tags | copy_of)
         self.run_id = str(run.info.run_id)
         if not known_id:
             atomic_write(self.folder / "run_id", self.run_id)
         if run.info.status != "RUNNING":
             self.client.update_run(self.run_id, status="RUNNING")
         self.send_description(params, tags, run.data.params)
-        self.start_system_metrics()
+        self.is_open = True
 
     def start_system_metrics(self) -> None:
         """Start to send system metrics; needed again after a failure of the server, which stops MLflow's monitor."""
+        self.stop_system_metrics()
         if self.system_metrics:
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
             self.monitor = SystemMetricsMonitor(self.run_id, resume_logging=True)  # type: ignore[no-untyped-call]
             self.monitor.start()
+
+    def stop_system_metrics(self) -> None:
+        """Stop to send system metrics; a monitor that is left alone would go on beside the next one."""
+        if self.monitor:
+            self.monitor.finish()
+            self.monitor = None
 
     def connect(self) -> Any:
         """Return a client, with the database created.
@@ -247,15 +260,22 @@ class MLflow(Tracker):
         with database_lock(self.uri):
             return self.mlflow.MlflowClient(self.uri)
 
-    def get_run(self, client: Any, run_id: str) -> Any:
-        """Return a run or its copy, or raise a UserError."""
-        run = find_run(client, run_id) if run_id else None
-        if not run:
+    def find_existing(self, run_id: str, folder: Path | None) -> tuple[Any, Any]:
+        """Return a client and a run or its copy, or raise a UserError; a database that does not exist is not created.
+
+        Args:
+            run_id: Id of the run.
+            folder: Its run folder, if it is known.
+        """
+        file = database_file(self.uri)
+        client = self.connect() if not file or file.exists() else None
+        run = find_run(client, run_id) if client and run_id else None
+        if not run or (folder and belongs_to_another_folder(run, folder)):
             raise UserError(
-                f"MLflow at {hide_passwords(self.uri)} does not have this run any more; task=sync run=FOLDER sends it, and then "
+                f"MLflow at {hide_passwords(self.uri)} does not have this run; task=sync run=FOLDER sends it, and then "
                 "this command can be repeated"
             )
-        return run
+        return client, run
 
     def set_uri(self) -> None:
         """Make the address that of MLflow's functions which take none."""
@@ -263,25 +283,6 @@ class MLflow(Tracker):
         self.mlflow.set_tracking_uri(self.uri)
         if variable is None:  # MLflow sets this variable, which the next job of a sweep would read
             os.environ.pop("MLFLOW_TRACKING_URI", None)
-
-    def find_run(self, known_id: str | None, tags: dict[str, str]) -> Any:
-        """Return the tracked run of an earlier session, or None.
-
-        This is the run with the id in the run folder, or the copy of it that is in this experiment. Without an id (a crash may
-        have come before it was written) it is a run of this folder and config that the server lists as running.
-        """
-        if known_id:
-            return find_run(self.client, known_id, [self.experiment_id])
-        same = [f"tags.{key} = '{tags[key]}'" for key in ("run_folder", "config") if key in tags]
-        query = " and ".join([*same, "attributes.status = 'RUNNING'"])
-        return next(iter(self.client.search_runs([self.experiment_id], query, max_results=1)), None)
-
-    def create_run(self, known_id: str | None, params: dict[str, Any], tags: dict[str, str]) -> Any:
-        """Create a run; a tag links a copy to the run whose id the run folder holds."""
-        from mlflow.tracking.context import registry
-
-        all_tags = registry.resolve_tags(tags | ({"copy_of": known_id} if known_id else {}))
-        return self.client.create_run(self.experiment_id, tags=all_tags, run_name=display_name(self.folder, params, tags))
 
     def send_description(self, params: dict[str, Any], tags: dict[str, str], existing_params: dict[str, str]) -> None:
         """Send the tags, and the parameters that the server lacks."""

@@ -1,4 +1,4 @@
-"""Where MLflow keeps runs: its address, its database file, and how experiments and runs are found in it."""
+"""Where MLflow keeps runs: its address, its database file, and how experiments are found in it."""
 
 import contextlib
 import fcntl
@@ -26,7 +26,12 @@ def tracking_uri(uri: str | None, root: Path) -> str:
     variable = os.environ.get("MLFLOW_TRACKING_URI")
     if uri and HIDDEN in uri and variable and hide_passwords(variable) == uri:
         return variable
-    return uri or variable or f"{FILE}{root}/mlflow.db"
+    return uri or variable or f"{FILE}{database_path(root)}"
+
+
+def database_path(root: Path | str) -> Path:
+    """Return the database file of an output root."""
+    return Path(root).expanduser().absolute() / "mlflow.db"
 
 
 def view_command(uri: str, experiment_id: str) -> str:
@@ -43,16 +48,21 @@ def view_command(uri: str, experiment_id: str) -> str:
     )
 
 
+def database_file(uri: str) -> Path | None:
+    """Return the database file that an address names; None for a server."""
+    return Path(uri.removeprefix(FILE)) if uri.startswith(FILE) else None
+
+
 @contextlib.contextmanager
 def database_lock(uri: str) -> Iterator[None]:
     """Lock a database file, because two processes that create it at the same time corrupt it; servers need no lock.
 
     A file that does not exist yet is created under another name, since a process that is killed meanwhile leaves it unusable.
     """
-    if not uri.startswith(FILE):
+    file = database_file(uri)
+    if not file:
         yield
         return
-    file = Path(uri.removeprefix(FILE))
     file.parent.mkdir(parents=True, exist_ok=True)
     with (file.parent / ".mlflow.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -95,30 +105,3 @@ def find_experiment(client: Any, uri: str, name: str, root: Path) -> str:
             f"{experiment.experiment_id}), or choose another name (experiment_name=NAME, or task.experiment=NAME with task=sync)"
         )
     return str(experiment.experiment_id)
-
-
-def find_run(client: Any, run_id: str, experiments: list[str] | None = None) -> Any:
-    """Return a run, or the copy that took its place after it was deleted or its database was replaced; None if there is none.
-
-    Args:
-        client: An MlflowClient.
-        run_id: Id of the original run.
-        experiments: Ids of the experiments that may contain the copy; None for all.
-    """
-    from mlflow import MlflowException
-
-    try:
-        run = client.get_run(run_id)
-        if run.info.lifecycle_stage == "active" and is_active(client, run.info.experiment_id):
-            return run
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-    if experiments is None:
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    return next(iter(client.search_runs(experiments, f"tags.copy_of = '{run_id}'", max_results=1)), None)
-
-
-def is_active(client: Any, experiment_id: str) -> bool:
-    """Return whether an experiment was not deleted."""
-    return bool(client.get_experiment(experiment_id).lifecycle_stage == "active")

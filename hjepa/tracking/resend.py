@@ -8,8 +8,8 @@ from hjepa.config.passwords import hide_passwords
 from hjepa.config.schema import Config
 from hjepa.tracking.atomic import atomic_write
 from hjepa.tracking.histograms import histogram_files
-from hjepa.tracking.run_folder import UNSENT_MARKER, read_config, read_records, read_summary, try_lock
-from hjepa.tracking.tracker import TRACKER_STATUS, build_trackers
+from hjepa.tracking.run_folder import UNSENT_MARKER, read_config, read_records, read_run_id, read_summary, try_lock
+from hjepa.tracking.tracker import build_trackers, tracker_status
 
 
 def send_run(config: Config, folder: Path, experiment: str | None = None) -> bool:
@@ -47,7 +47,8 @@ def send_idle_run(config: Config, folder: Path, experiment: str | None = None) -
     tags = {key: str(summary[key]) for key in ("commit", "dirty") if summary.get(key) is not None}
     params = flatten(hide_passwords(run)) | flatten(summary.get("parameters", {}), "parameters")
     run_id = tracker.start(folder, experiment or run["experiment_name"], params, tags | {"config": config_hash(run)}, records)
-    if run_id and summary and not summary.get("run_id"):
+    run_id = read_run_id(folder) or run_id  # a tracked copy of the run has another id
+    if run_id and summary and summary.get("run_id") != run_id:
         atomic_write(folder / "summary.json", json.dumps(summary | {"run_id": run_id}, indent=2) + "\n")
     tracker.log_artifact(folder / "config.yaml")
     tracker.log_artifact(folder / "summary.json")
@@ -56,8 +57,8 @@ def send_idle_run(config: Config, folder: Path, experiment: str | None = None) -
             tracker.log_artifact(picture, pictures)
     for file in histogram_files(folder):
         tracker.log_histograms(file)
-    arrived = tracker.finish(TRACKER_STATUS.get(summary.get("status", ""), "KILLED"))
-    if arrived:
+    arrived = tracker.finish(tracker_status(folder))
+    if arrived and run["tracking"].keys() <= config["tracking"].keys():  # other trackers of the run may still lack something
         (folder / UNSENT_MARKER).unlink(missing_ok=True)
     return arrived
 

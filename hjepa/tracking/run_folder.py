@@ -71,6 +71,20 @@ def read_run_id(folder: Path) -> str | None:
     return file.read_text() if file.exists() else None
 
 
+def is_copy(folder: Path, original: Path, name: str) -> bool:
+    """Return whether a run folder is a copy of another one that still exists.
+
+    Args:
+        folder: Run folder.
+        original: Folder that the run had when its tracker last wrote to it.
+        name: Name of the file in the folder with the id of the tracked run, which a copy shares with its original.
+    """
+    try:
+        return not original.samefile(folder) and (original / name).read_text() == (folder / name).read_text()
+    except OSError:  # it was moved, or belongs to another user
+        return False
+
+
 def find_runs(folder: Path) -> list[Path]:
     """Return all run folders with records in this folder, including itself, in order."""
     return sorted(file.parent for file in folder.rglob("metrics.jsonl"))

@@ -18,7 +18,8 @@ from hjepa.config.instantiate import build
 from hjepa.config.passwords import hide_passwords
 from hjepa.config.paths import PROGRAM
 from hjepa.config.schema import Config
-from hjepa.tracking.run_folder import Record, read_config, read_run_id
+from hjepa.tracking.mlflow_server import database_path
+from hjepa.tracking.run_folder import Record, read_config, read_run_id, read_summary
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,11 @@ TRACKER_STATUS = {
     "stopped": "KILLED",
     "requeued": "SCHEDULED",
 }
+
+
+def tracker_status(folder: Path) -> str:
+    """Return the status of a tracked run by the summary.json of its folder."""
+    return TRACKER_STATUS.get(read_summary(folder).get("status", ""), "KILLED")
 
 
 @dataclass(frozen=True)
@@ -121,10 +127,11 @@ class Trackers(Tracker):
                 del self.members[name]
                 self.has_failed = True
                 results.append(None)
+                folder = shlex.quote(str(self.folder or "FOLDER"))
                 log.warning(
-                    "tracking=%s failed (%s) and is left out; the run folder keeps everything; %s task=sync run=%s sends it "
-                    "later",
-                    *(name, hide_passwords(str(error)), PROGRAM, shlex.quote(str(self.folder or "FOLDER"))),
+                    "tracking=%s failed (%s) and is left out; the run folder keeps everything; %s task=sync run=%s tracking=%s "
+                    "sends it later",
+                    *(name, hide_passwords(str(error)), PROGRAM, folder, name),
                 )
         return results
 
@@ -152,7 +159,8 @@ class Trackers(Tracker):
             try:
                 tracker.add_artifacts(run_id, artifacts)
             except UserError as error:  # the tracker lacks this run, and may have others
-                log.warning("%s/ was not added to the tracked run %s: %s", artifacts.folder, run_id, hide_passwords(str(error)))
+                run = run_id or artifacts.run
+                log.warning("%s/ was not added to the tracked run %s: %s", artifacts.folder, run, hide_passwords(str(error)))
 
         self.folder = artifacts.run
         self.call_each(add)
@@ -196,15 +204,27 @@ def register_model(config: Config, folder: Path) -> str:
 
 
 def trackers_of_run(config: Config, folder: Path) -> Config:
-    """Return the `tracking` node of a run; an address whose password it lacks is that of the current command.
+    """Return the `tracking` node of a run, with the present address of each tracker.
 
     Args:
         config: Config of the current command.
         folder: Run folder.
     """
     nodes: Config = read_config(folder)["tracking"]
-    for name, node in nodes.items():
-        typed = config["tracking"].get(name, {}).get("uri")
-        if typed and hide_passwords(typed) == node.get("uri"):
-            nodes[name] = node | {"uri": typed}
-    return nodes
+    return {name: node | present_address(node, config["tracking"].get(name, {})) for name, node in nodes.items()}
+
+
+def present_address(node: Config, typed: Config) -> Config:
+    """Return the options of the current command that take the place of those of a run.
+
+    The command supplies the password that a run does not store, and the output root if that of the run was moved.
+
+    Args:
+        node: Options of a tracker in the config of a run.
+        typed: Options of the same tracker in the current command.
+    """
+    uri, root = node.get("uri"), node.get("output_root")
+    if uri:
+        return {"uri": typed["uri"]} if hide_passwords(typed.get("uri")) == uri else {}
+    was_moved = root and "output_root" in typed and not database_path(root).exists()
+    return {"output_root": typed["output_root"]} if was_moved else {}

@@ -7,13 +7,13 @@ import uuid
 from pathlib import Path
 from typing import Any, Literal
 
-from hjepa.config.errors import import_optional
+from hjepa.config.errors import UserError, import_optional
 from hjepa.config.identity import config_hash, flatten
 from hjepa.tracking.atomic import atomic_write
 from hjepa.tracking.histograms import histogram_files, read_histograms
-from hjepa.tracking.run_folder import Record, read_config, read_records
+from hjepa.tracking.run_folder import Record, is_copy, read_config, read_records, try_lock
 from hjepa.tracking.run_name import display_name
-from hjepa.tracking.tracker import Artifacts, Tracker
+from hjepa.tracking.tracker import Artifacts, Tracker, tracker_status
 
 
 class Wandb(Tracker):
@@ -43,18 +43,20 @@ class Wandb(Tracker):
         for earlier_session in self.folder.glob("offline-run-*"):
             shutil.rmtree(earlier_session)
         self.folder.mkdir(exist_ok=True)
-        id_file = self.folder / "id"
-        if not id_file.exists():
-            atomic_write(id_file, uuid.uuid4().hex)
         self.run = self.wandb.init(
             project=self.project or experiment,
-            id=id_file.read_text(),
+            id=self.take_id(folder),
             name=display_name(folder, params, tags),
             dir=str(folder),
             config=params | tags,
             mode=self.mode,
             resume=None if self.mode == "offline" else "allow",
-            settings=self.wandb.Settings(console="off", silent=True, x_disable_stats=not self.system_metrics),
+            settings=self.wandb.Settings(
+                console="off",
+                silent=True,
+                x_disable_meta=True,  # it contains the command, in which addresses may have passwords
+                x_disable_stats=not self.system_metrics,
+            ),
         )
         self.first_step = self.run.step
         histograms = {int(file.stem): file for file in histogram_files(folder)}  # W&B takes values in the order of their steps
@@ -63,6 +65,15 @@ class Wandb(Tracker):
             if file := histograms.get(record["step"]):
                 self.log_histograms(file)
         return None
+
+    def take_id(self, folder: Path) -> str:
+        """Return the id of the run, a new one for the first session and for a copy of a run folder."""
+        id_file, folder_file = self.folder / "id", self.folder / "folder"  # which names the run folder that has the id
+        is_copied = folder_file.exists() and is_copy(folder, Path(folder_file.read_text()), "wandb/id")
+        if not id_file.exists() or is_copied:
+            atomic_write(id_file, uuid.uuid4().hex)
+        atomic_write(folder_file, str(folder))
+        return id_file.read_text()
 
     def log(self, record: Record) -> None:
         self.last_step = record["step"]
@@ -89,15 +100,22 @@ class Wandb(Tracker):
     def add_artifacts(self, run_id: str, artifacts: Artifacts) -> None:
         if not artifacts.run:
             return
-        config = read_config(artifacts.run)
+        with try_lock(artifacts.run) as is_free:
+            if not is_free:
+                raise UserError("the run is still going on; repeat the command when it has ended")
+            self.write_anew(artifacts.run, artifacts)
+
+    def write_anew(self, run: Path, artifacts: Artifacts) -> None:
+        """Resume a finished run, or offline write it anew, and add artifacts to it."""
+        config = read_config(run)
         tags = {"config": config_hash(config)}
-        self.start(artifacts.run, config["experiment_name"], flatten(config), tags, read_records(artifacts.run))
-        for path in sorted((artifacts.run / "plots").glob("*.png")) if self.mode == "offline" else ():  # written anew as well
+        self.start(run, config["experiment_name"], flatten(config), tags, read_records(run))
+        for path in sorted((run / "plots").glob("*.png")) if self.mode == "offline" else ():  # written anew as well
             self.log_artifact(path, "plots")
         for path in artifacts.files:
             self.log_artifact(path, artifacts.folder)
         self.run.summary.update(artifacts.metrics)
-        self.finish("FINISHED")
+        self.finish(tracker_status(run))
 
     def view_command(self) -> str | None:
         if self.mode == "offline":

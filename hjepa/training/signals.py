@@ -6,14 +6,38 @@ is killed, or the job would count as failed. USR2 arrives some time before the t
 job.
 """
 
+import contextlib
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
 GRACE_SECONDS = 3600  # longer than a scheduler waits between its TERM and its KILL
+
+
+@contextlib.contextmanager
+def private_files() -> Iterator[None]:
+    """Let only their owner read new files: submitit writes the config, which may contain passwords, to a file at a requeue."""
+    previous = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(previous)
+
+
+def requeue_privately() -> None:
+    """Let submitit's handler of USR2, if this process has it, write the config of its job for the owner only."""
+    handler = signal.getsignal(signal.SIGUSR2)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        with private_files():
+            handler(number, frame)  # type: ignore[operator, misc]
+
+    if callable(handler):
+        signal.signal(signal.SIGUSR2, handle)
 
 
 class Stopped(Exception):
@@ -70,10 +94,7 @@ class StopFlag:
             submitit.core.utils.UncompletedJobError: The job may not be requeued again.
         """
         if self.requeue:
-            previous = os.umask(0o077)  # submitit writes the config, which may contain passwords, to a file
-            try:
+            with private_files():
                 self.previous_handlers[signal.SIGUSR2](signal.SIGUSR2, None)
-            finally:
-                os.umask(previous)
         if self.number != signal.SIGINT and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
             time.sleep(GRACE_SECONDS)

@@ -51,6 +51,12 @@ def linear(root: Path, name: str) -> float:
     return read_summary(root / name)["probe"]["linear"]
 
 
+def test_jobs_without_runs_are_refused_in_one_sentence(compare, tmp_path: Path) -> None:
+    Sweep(tmp_path).save([Job(number, [f"run={number}"], None, state="finished") for number in range(2)])
+    with pytest.raises(UserError, match="its jobs have no run folders to compare"):
+        compare(f"task.sweep={tmp_path}")
+
+
 def test_a_comparison_has_means_deviations_and_paired_differences(trained: Path, compare, tmp_path, capsys) -> None:
     data = compare(f"task.runs=[{trained}]")
     flat, pyramid = ([linear(trained, f"{levels}{seed}") for seed in (0, 1)] for levels in ("flat", "pyramid"))

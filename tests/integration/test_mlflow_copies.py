@@ -58,7 +58,7 @@ def test_evaluation_and_sync_find_the_copy_of_a_run(run, folder: Path, tmp_path:
     client = mlflow.MlflowClient(first_uri)
     client.delete_run(original)
     evaluate(folder)
-    assert "does not have this run any more; task=sync run=FOLDER sends it" in caplog.text
+    assert "does not have this run; task=sync run=FOLDER sends it" in caplog.text
     for _ in range(2):  # the second time finds the copy
         run(*sync)
     evaluate(folder)
@@ -127,3 +127,53 @@ def test_the_suggested_command_is_quoted_and_names_no_password() -> None:
     assert words[words.index("--host") + 1] == "127.0.0.1"
     assert '--backend-store-uri "$MLFLOW_TRACKING_URI"' in view_command("postgresql://u:secret@host/db", "3")
     assert view_command("https://u:secret@host:5000/", "3").startswith("the address https://host:5000/#/experiments/3/runs")
+
+
+def test_a_moved_output_root_takes_its_database_along(run, folder: Path, tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.chdir(tmp_path)  # where the run was started: its config says output_root=outputs
+    old, new = tmp_path / "outputs", tmp_path / "new"
+    old.mkdir()
+    for name in ("default", "mlflow.db"):
+        (tmp_path / name).rename(old / name)
+    run("task=sync", f"run={old}", "tracking=mlflow", f"output_root={old}")
+    old.rename(new)
+    run_folder, file = new / "default" / "r", tmp_path / "table.txt"
+    file.write_text("accuracy")
+    additions = Artifacts([], "evaluate", metrics={"evaluate/knn": 0.5}, step=18)
+    for root in (new, tmp_path / "elsewhere"):
+        config = resolve(compose("tracking=mlflow", f"output_root={root}", f"run={run_folder}"))
+        log_artifacts(config, run_folder, additions)
+    (tracked,) = copies(f"sqlite:///{new}/mlflow.db", old / "default" / "r")
+    assert tracked.data.metrics["evaluate/knn"] == 0.5
+    assert f"MLflow at sqlite:///{tmp_path}/elsewhere/mlflow.db does not have this run" in caplog.text
+    assert not old.exists()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_copied_run_folder_becomes_a_run_of_its_own(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    prepare_database(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+
+    def track(folder: Path) -> str:
+        tracker = MLflow(uri, str(tmp_path), system_metrics=False)
+        run_id = tracker.start(folder, "e", {}, {}, [])
+        assert tracker.finish("FINISHED")
+        assert (folder / "run_id").read_text() == run_id
+        return str(run_id)
+
+    original, copy, moved = (tmp_path / name for name in ("a", "b", "c"))
+    original.mkdir()
+    first = track(original)
+    shutil.copytree(original, copy)
+    with pytest.raises(UserError, match="does not have this run; task=sync run=FOLDER sends it"):
+        MLflow(uri, str(tmp_path), system_metrics=False).add_artifacts(first, Artifacts([], "evaluate", run=copy))
+    second = track(copy)
+    assert second != first
+    assert (track(original), track(copy)) == (first, second), "from then on, both are known"
+    original.rename(moved)
+    assert track(moved) == first
+    for folder in (copy, moved):
+        (tracked,) = copies(uri, folder)
+        assert "copy_of" not in tracked.data.tags

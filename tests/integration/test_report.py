@@ -121,7 +121,10 @@ def test_report_of_a_sweep_in_a_browser(trained: Path, browser: Any, tmp_path: P
     jobs[4].state, jobs[4].reason = "FAILED", "<b>no memory</b>"
     shutil.copytree(trained / "plots", tmp_path / "runs" / "3" / "plots")
     jobs.append(job(5, tmp_path, "stopped", 0.9, loss="d", seed="0"))
-    Sweep(tmp_path).summarize(jobs)
+    sweep = Sweep(tmp_path)
+    sweep.save(jobs)
+    sweep.refresh(jobs)
+    sweep.summarize(jobs)
     report(f"task.sweep={tmp_path}")
     text = page_text(browser, tmp_path / "report.html")
     assert "Best of 6 jobs: loss=b seed=1. Linear probe accuracy 70.0%, 60.0 points better than the untrained network" in text

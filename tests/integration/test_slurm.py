@@ -366,6 +366,7 @@ def test_mistakes_are_reported_in_one_sentence(tmp_path: Path, overrides: list[s
     assert message in result.stderr + result.stdout
     assert "Traceback" not in result.stderr
     assert queued() <= before
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.rglob("*.pkl")} <= {0o600}, "configs of jobs contain passwords"
     assert not (tmp_path / "e").exists()
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import stat
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from omegaconf import OmegaConf
 from hjepa.config.errors import UserError
 from hjepa.config.run import prepare, run
 from hjepa.distributed.resources import num_cores
+from hjepa.sweeps import slurm
 from hjepa.sweeps.job import Job
 from hjepa.sweeps.plan import plan_jobs
 from hjepa.sweeps.sweep import Sweep
@@ -158,6 +160,28 @@ def test_the_files_of_a_sweep_contain_no_password(tmp_path: Path) -> None:
     assert "secret" not in (tmp_path / "sweep.json").read_text()
     assert (tmp_path / "multirun.yaml").read_text() == "tracking: {mlflow: {uri: 'http://user:***@host'}}\nseed: 0\n"
     assert Sweep(tmp_path).load()[0].overrides == ["tracking.mlflow.uri=http://user:***@host"]
+
+
+@pytest.mark.parametrize("refused", ["levels=flat,piramid", "hydra.launcher.timeout_min=0"])
+def test_a_refused_sweep_leaves_no_password_that_others_can_read(tmp_path: Path, refused: str) -> None:
+    result = launch("--multirun", refused, "tracking.mlflow.uri=http://user:secret@host", f"output_root={tmp_path}")
+    assert result.returncode == 1
+    (config,) = tmp_path.rglob("multirun.yaml")
+    assert "uri: http://user:" in config.read_text()
+    readable = [file for file in tmp_path.rglob("*") if file.is_file() and stat.S_IMODE(file.stat().st_mode) != 0o600]
+    assert not [file for file in readable if b"secret" in file.read_bytes()]
+
+
+def test_the_table_shows_which_jobs_wait_or_run_again(run, tmp_path: Path, monkeypatch, capsys) -> None:
+    jobs = [job(number, tmp_path, "stopped", seed=str(number)) for number in range(2)]
+    for number, stopped in enumerate(jobs):
+        stopped.slurm_id = f"7_{number}"
+    Sweep(tmp_path).save(jobs)
+    monkeypatch.setattr(slurm, "accounting_states", lambda ids: {})
+    monkeypatch.setattr(slurm, "queue_states", lambda: {"7_0": "RUNNING", "7_1": "PENDING"})
+    run("task=sweep", f"task.folder={tmp_path}")
+    assert [job.state for job in Sweep(tmp_path).load()] == ["running", "pending"]
+    assert "stopped" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

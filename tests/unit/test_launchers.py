@@ -2,8 +2,10 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +15,21 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf, LocalQueueConf, SlurmQueueConf
 from omegaconf import OmegaConf
+from submitit.core.utils import cloudpickle_dump
 
 from hjepa.config.errors import UserError
+from hjepa.config.schema import resolve
 from hjepa.distributed.resources import quota
 from hjepa.sweeps import launcher, slurm
 from hjepa.sweeps.job import Job
 from hjepa.sweeps.launcher import check_numbers, import_this_copy, launch, may_go_on
-from hjepa.sweeps.local import LocalQueue
+from hjepa.sweeps.local import LocalQueue, update_from_processes
+from hjepa.sweeps.queue import private_pickles
 from hjepa.sweeps.slurm import update_from_slurm
+from hjepa.sweeps.submission import Submission
+from hjepa.sweeps.sweep import Sweep
+from hjepa.tracking.provenance import SUBMITTED_VARIABLE
+from hjepa.tracking.run_folder import try_lock
 from tests.helpers.runs import ROOT, compose
 
 
@@ -75,13 +84,13 @@ def test_a_search_goes_on_until_several_trials_have_failed_without_a_result(stat
     assert may_go_on(jobs, OmegaConf.create(sweeper)) is expected
 
 
-def test_a_full_disk_ends_a_sweep_with_one_sentence(monkeypatch) -> None:
+def test_a_full_disk_ends_a_sweep_with_one_sentence(tmp_path: Path, monkeypatch) -> None:
     def check(options: dict) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(launcher, "check_numbers", check)
     with pytest.raises(UserError, match="No space left on device"):
-        launch(None, "local", {}, None, OmegaConf.create(), [], 0)
+        launch(None, "local", {}, None, OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}), [], 0)
 
 
 def test_jobs_find_this_copy_of_the_code_once(monkeypatch) -> None:
@@ -100,8 +109,137 @@ def test_jobs_that_nobody_follows_get_their_states_from_slurm(monkeypatch) -> No
     monkeypatch.setattr(slurm, "queue_states", lambda: answers.pop(0))
     jobs = [Job(number, [], None, slurm_id=str(number)) for number in range(1, 6)]
     update_from_slurm(jobs)
-    assert [job.state for job in jobs] == ["running", "pending", "pending", "pending", "FAILED"]
-    assert jobs[4].reason == "ended by SLURM as PREEMPTED"
+    assert [job.state for job in jobs] == ["running", "pending", "finished", "FAILED", "FAILED"]
+    assert [job.reason for job in jobs[3:]] == ["ended by SLURM as UNKNOWN", "ended by SLURM as PREEMPTED"]
+
+
+@pytest.mark.parametrize(
+    ("summary", "slurm_state", "expected"),
+    [
+        ("stopped", "PENDING", "pending"),
+        ("FAILED", "RUNNING", "running"),
+        ("requeued", "RUNNING", "running"),
+        ("finished", "PENDING", "pending"),  # it was submitted again, to be made longer
+        ("finished", "RUNNING", "finished"),  # it is about to end
+        ("stopped", "CANCELLED", "stopped"),
+        ("collapsed", "COMPLETED", "collapsed"),
+        ("stopped", "", "stopped"),
+    ],
+)
+def test_a_job_that_waits_or_runs_again_is_not_what_its_summary_says(
+    monkeypatch, summary: str, slurm_state: str, expected: str
+) -> None:
+    monkeypatch.setattr(slurm, "accounting_states", lambda ids: {})
+    monkeypatch.setattr(slurm, "queue_states", lambda: {"1": slurm_state} if slurm_state else None)
+    job = Job(0, [], Path("/nowhere"), state=summary, reason="of the last session", slurm_id="1")
+    update_from_slurm([job])
+    assert (job.state, bool(job.reason)) == (expected, expected == summary)
+
+
+def test_a_cluster_that_does_not_answer_changes_no_state(monkeypatch) -> None:
+    monkeypatch.setattr(slurm, "run_command", lambda *command: None)
+    job = Job(0, [], None, slurm_id="1")
+    update_from_slurm([job])
+    assert job.state == "pending"
+
+
+def test_the_result_of_a_job_without_a_run_is_known_after_slurm_has_forgotten_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(slurm, "CONFIRMATION_SECONDS", 0)
+    monkeypatch.setattr(slurm, "accounting_states", lambda ids: {})
+    monkeypatch.setattr(slurm, "queue_states", dict)
+    jobs = []
+    for number, outcome in enumerate([("success", None), ("error", "Traceback\nhjepa.config.errors.UserError: no run\n")]):
+        cloudpickle_dump(outcome, tmp_path / f"5_{number}_0_result.pkl")
+        jobs.append(Job(number, [], None, log=tmp_path / f"5_{number}_0_log.out", slurm_id=f"5_{number}"))
+    update_from_slurm(jobs)
+    assert [(job.state, job.reason) for job in jobs] == [("finished", ""), ("FAILED", "no run")]
+
+
+def test_jobs_on_this_machine_that_nobody_follows_end(tmp_path: Path) -> None:
+    """One job works, one holds the lock of its run, and of the others one was killed, one has failed and one has finished."""
+    submitit = tmp_path / "submitit"
+    submitit.mkdir()
+    command = [sys.executable, "-c", "import sys; sys.stdin.read()", str(submitit)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        pids = [process.pid, *(2**22 + number for number in range(1, 5))]  # the others are larger than any process id
+        jobs = [
+            Job(number, [], tmp_path if number == 1 else None, log=submitit / f"{pid}_0_log.out", state="running")
+            for number, pid in enumerate(pids)
+        ]
+        cloudpickle_dump(("error", "Traceback\nValueError: no"), submitit / f"{pids[3]}_0_result.pkl")
+        cloudpickle_dump(("success", 0.5), submitit / f"{pids[4]}_0_result.pkl")
+        (tmp_path / ".lock").touch()
+        with try_lock(tmp_path):
+            update_from_processes(jobs)
+        assert [job.state for job in jobs] == ["running", "running", "FAILED", "FAILED", "finished"]
+        process.communicate()
+    update_from_processes(jobs)
+    assert [job.state for job in jobs] == ["FAILED", "FAILED", "FAILED", "FAILED", "finished"]
+    assert [job.reason.partition(",")[0] for job in jobs] == [*["its process was killed"] * 3, "ValueError: no", ""]
+
+
+def test_a_job_that_was_given_no_gpus_sees_none(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    options = {"cpus_per_task": None, "mem_gb": None, "nodes": 1, "tasks_per_node": 1, "wait": True}
+    for number, visible in ((None, "4,5"), (1, "4"), (0, "")):
+        queue = LocalQueue(Sweep(tmp_path), [], None, None, 0.1, options=options | {"gpus_per_node": number})
+        assert queue.free_slots == [visible]
+
+
+# -- passwords in the configs of jobs -----------------------------------------------------------------------------------
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_refused_submission_leaves_no_config_that_others_can_read(tmp_path: Path) -> None:
+    folder = tmp_path / "submitit"
+    folder.mkdir(mode=0o755)
+
+    def submit() -> None:
+        with private_pickles(folder):
+            (folder / "config.pkl").touch(mode=0o644)
+            assert mode(folder) == 0o700
+            raise UserError("SLURM refused the jobs.")
+
+    with pytest.raises(UserError):
+        submit()
+    assert (mode(folder), mode(folder / "config.pkl")) == (0o755, 0o600)
+
+
+@pytest.fixture
+def submission(tmp_path: Path, monkeypatch) -> Iterator[Callable[..., None]]:
+    """Return a function that performs a submission whose task is another function."""
+    monkeypatch.setattr("hjepa.sweeps.submission.configure_log", lambda *options: None)
+    monkeypatch.setenv(SUBMITTED_VARIABLE, "")
+    handler = signal.getsignal(signal.SIGUSR2)
+
+    def perform(task: Callable[..., None], *overrides: str) -> None:
+        monkeypatch.setattr("hjepa.sweeps.submission.perform", task)
+        config = resolve(compose(*overrides))
+        Submission(config, tmp_path, OmegaConf.create({"hydra": HydraConfig.get()}), {}).run()
+
+    yield perform
+    signal.signal(signal.SIGUSR2, handler)
+
+
+def test_a_job_of_any_task_that_is_requeued_writes_its_config_for_its_owner(submission, tmp_path: Path) -> None:
+    signal.signal(signal.SIGUSR2, lambda number, frame: (tmp_path / "config.pkl").touch())  # as submitit does
+    submission(lambda config, folder: os.kill(os.getpid(), signal.SIGUSR2), "task=evaluate")
+    assert mode(tmp_path / "config.pkl") == 0o600
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_blocked"),
+    [(["tracking=none"], True), (["tracking=wandb"], False), (["task=evaluate", "tracking=mlflow"], False)],
+)
+def test_only_jobs_that_make_runs_without_wandb_do_without_it(submission, monkeypatch, overrides, is_blocked: bool) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    del sys.modules["wandb"]
+    seen = []
+    submission(lambda config, folder: seen.append("wandb" in sys.modules), *overrides)
+    assert seen == [is_blocked]
 
 
 def test_a_child_that_has_ended_does_not_keep_the_others_from_a_signal(monkeypatch) -> None:

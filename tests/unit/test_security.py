@@ -15,6 +15,8 @@ from hjepa.config.instantiate import build
 from hjepa.config.schema import check, resolve
 from hjepa.config.targets import USER_TARGETS, allow_targets_of_command_line, allowed_targets, hjepa_targets
 from hjepa.data.torchvision_datasets import TorchvisionDataset
+from hjepa.sweeps.job import Job
+from hjepa.sweeps.queue import saved_outcome
 from hjepa.tracking.run_folder import RunFolder
 from tests.helpers.runs import ROOT, compose
 from tests.unit.test_data import COMMON
@@ -113,6 +115,12 @@ def test_a_pickle_in_a_dataset_folder_is_not_loaded(tmp_path: Path, monkeypatch)
     monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/none.tar.gz")
     with pytest.raises(UserError, match="could not be downloaded"):
         TorchvisionDataset("CIFAR10", str(tmp_path / "data"), **COMMON).load("train")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_the_result_of_a_job_is_read_as_data(tmp_path: Path) -> None:
+    (tmp_path / "1_0_result.pkl").write_bytes(pickle.dumps(("success", Touch(tmp_path / "owned"))))
+    assert saved_outcome(Job(0, [], None, log=tmp_path / "1_0_log.out")) is None
     assert not (tmp_path / "owned").exists()
 
 

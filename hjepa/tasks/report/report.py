@@ -44,7 +44,7 @@ def write_report(config: Config, path: Path, sweep: str | None) -> None:
     folder = sweep_folder.folder
     write_page(folder, "sweep.html", sweep_facts(folder, jobs))
     if config["tracking"]:
-        log_artifacts_of_jobs(jobs, [folder / "report.html"], "sweep", {"sweep": folder.name})
+        log_artifacts_of_jobs(jobs, [folder / "report.html"], "sweep", {"sweep": folder.name}, config)
 
 
 def write_page(folder: Path, template: str, facts: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ __all__ = ["check_types", "cluster"]  # the type checker of the hook, and a fixt
 # The files that take longest are begun first, so that no process is left alone with one at the end.
 LONGEST = (
     "test_slurm",
+    "test_slurm_accounting",
     "test_distributed",
     "test_machine_errors",
     "test_sweep",

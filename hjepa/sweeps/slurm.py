@@ -3,9 +3,13 @@
 This works without accounting (sacct) as well.
 """
 
+import getpass
+import io
 import logging
+import re
 import subprocess
 import time
+from contextlib import redirect_stderr
 from typing import Any
 
 from submitit.core.utils import FailedJobError
@@ -25,6 +29,10 @@ END_STATES = (
 )
 
 CONFIRMATION_SECONDS = 1  # between the polls of a command that follows no job
+
+ASSOCIATIONS = "sacctmgr -P show associations user={user} format=account,partition,qos"
+
+LISTS = {"partition": "sinfo -s", "account": ASSOCIATIONS, "qos": ASSOCIATIONS}  # commands that list what an option may be
 
 NUM_CONFIRMATIONS = 3  # polls that must agree on a failure: a requeued job passes through end states, and results may appear late
 
@@ -53,6 +61,18 @@ def check_options(options: dict[str, Any], jobs: list[Job]) -> None:
             )
 
 
+def refusal(message: str, options: dict[str, Any]) -> str:
+    """Return a sentence for the message of an sbatch that has failed; it names the option that is wrong."""
+    reasons = [re.sub(r"^sbatch: error: (Batch job submission failed: )?", "", line) for line in message.splitlines()]
+    sentence = f"SLURM refused the jobs: {'; '.join(reasons)}"
+    wrong = re.search(f"invalid ({'|'.join(LISTS)})", message.lower())
+    if not wrong:
+        return f"{sentence}."
+    option = wrong[1]
+    command = LISTS[option].format(user=getpass.getuser())
+    return f"{sentence}; change hydra.launcher.{option}={options[option] or 'null'} to one that `{command}` lists."
+
+
 class SlurmQueue(Queue):
     """Jobs on a SLURM cluster, which go on without this process.
 
@@ -66,6 +86,7 @@ class SlurmQueue(Queue):
     def __init__(self, *arguments: Any, options: dict[str, Any]) -> None:
         super().__init__(*arguments)
         check_options(options, self.jobs)
+        self.options = options
         self.num_failed_polls = dict.fromkeys((job.number for job in self.jobs), 0)
         self.is_silent = False
 
@@ -76,16 +97,16 @@ class SlurmQueue(Queue):
         self.waiting.clear()
         submissions = [Submission(job.config, job.path, job.composed, git_state()) for job in jobs]
         try:
-            with private_pickles(self.executor.folder):
+            with private_pickles(self.executor.folder), redirect_stderr(io.StringIO()):  # where submitit prints the error as well
                 submitted = self.executor.map_array(self.worker, submissions)
         except FailedJobError as error:
-            raise UserError(f"SLURM refused the jobs: {' '.join(str(error.__cause__ or error).split())}.") from None
+            raise UserError(refusal(str(error), self.options)) from None
         for job, submission in zip(jobs, submitted, strict=True):
             job.slurm_id = submission.job_id
             self.register(job, submission)
         self.sweep.save(self.jobs)
         self.print_jobs()
-        if not accounting_states(self.array_ids(jobs)):
+        if accounting_states([job.slurm_id for job in jobs]) is None:
             log.warning("sacct does not answer here: states of jobs are taken from squeue and the run folders")
 
     def poll(self, jobs: list[Job]) -> None:
@@ -96,7 +117,7 @@ class SlurmQueue(Queue):
         if states is None:
             states = {job.slurm_id: job.state.upper() for job in jobs}
         elif any(job.slurm_id not in states for job in jobs):
-            states = accounting_states(self.array_ids(jobs)) | states
+            states = (accounting_states([job.slurm_id for job in jobs]) or {}) | states
         for job in jobs:
             self.update_state(job, states.get(job.slurm_id, "UNKNOWN"))
 
@@ -184,9 +205,16 @@ def run_command(*command: str) -> str | None:
         return None
 
 
-def accounting_states(ids: list[str]) -> dict[str, str]:
-    """Return SLURM's states by job id from the accounting database; empty if there is none."""
-    return parse_states(run_command("sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", ",".join(ids)) or "")
+def accounting_states(ids: list[str]) -> dict[str, str] | None:
+    """Return SLURM's states by job id from the accounting database, or None if there is none or it does not answer.
+
+    The database learns of a job some seconds after it has been submitted, and finds tasks that were never started only by their
+    array.
+    """
+    arrays = ",".join(sorted({job.partition("_")[0] for job in ids}))
+    whole = "SLURM_BITSTR_LEN=0"  # otherwise sacct shortens long lists of tasks
+    answer = run_command("env", whole, "sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", arrays)
+    return None if answer is None else parse_states(answer)
 
 
 def queue_states() -> dict[str, str] | None:
@@ -196,6 +224,17 @@ def queue_states() -> dict[str, str] | None:
 
 
 def parse_states(text: str) -> dict[str, str]:
-    """Parse lines of `job|STATE ...` into {job: STATE}."""
-    rows = (line.split("|") for line in text.splitlines())
-    return {job: state.split()[0] for job, state in rows}
+    """Parse lines of `job|STATE ...` into {job: STATE}.
+
+    Tasks of an array that were never started share a line, even if some of them also have one of their own, which counts.
+    """
+    rows = [line.split("|") for line in text.splitlines()]
+    together = {job: state.split()[0] for tasks, state in rows for job in task_ids(tasks)}
+    return together | {job: state.split()[0] for job, state in rows}
+
+
+def task_ids(job: str) -> list[str]:
+    """Return the ids of the tasks that are listed as `7_[0-3,5%2]` or `7_[0-20:2]`; none for the id of a single job."""
+    array, _, tasks = job.partition("_[")
+    ranges = re.findall(r"(\d+)-?(\d*):?(\d*)", tasks.partition("%")[0])
+    return [f"{array}_{i}" for first, last, step in ranges for i in range(int(first), int(last or first) + 1, int(step or 1))]

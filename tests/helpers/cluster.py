@@ -12,8 +12,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -127,44 +127,68 @@ def runs_on(node: str, environment: dict[str, str]) -> bool:
     return environment.get("SLURMD_NODENAME") == node and environment.get("SLURM_CONF") == os.environ["SLURM_CONF"]
 
 
-def write_config(folder: Path) -> Path:
-    """Write slurm.conf and gres.conf to a folder, and return the path of slurm.conf."""
+def write_config(folder: Path, options: str) -> Path:
+    """Write slurm.conf, with further options, and gres.conf to a folder, and return the path of slurm.conf."""
     host, user = socket.gethostname().split(".")[0], getpass.getuser()
     port, *ports = free_ports(1 + len(NODES))
     nodes = "\n".join(NODE.format(name=name, host=host, port=port) for name, port in zip(NODES, ports, strict=True))
     config = folder / "slurm.conf"
-    config.write_text(CONFIG.format(host=host, user=user, port=port, folder=folder, nodes=nodes, grace=GRACE_SECONDS))
+    text = CONFIG.format(host=host, user=user, port=port, folder=folder, nodes=nodes, grace=GRACE_SECONDS)
+    config.write_text(text + options)
     (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")  # fake GPUs, which are never opened
     (folder / "state").mkdir()
     return config
 
 
 def stop(folder: Path) -> None:
-    """Cancel all jobs and stop the daemons, the controller last."""
+    """Cancel all jobs and stop the daemons."""
     slurm("scancel", "--user", getpass.getuser(), check=False)
     poll(lambda: not slurm("squeue", "-h", check=False), 60, "end of all jobs")
-    for file in sorted(folder.glob("*.pid"), reverse=True):
-        pid = int(file.read_text())
-        os.kill(pid, signal.SIGTERM)
-        poll(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 20, f"end of {file.stem}")
+    stop_daemons(folder)
+
+
+def stop_daemons(folder: Path) -> None:
+    """Stop the daemons that have written their process ids to a folder, the controller last."""
+    for pattern in ("slurmd*.pid", "slurmctld.pid"):
+        pids = [int(file.read_text()) for file in folder.glob(pattern)]
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
+        poll(lambda pids=pids: not any(psutil.pid_exists(pid) for pid in pids), 20, f"end of {pattern}")
+
+
+@contextmanager
+def run_cluster(folder: Path, options: str = "") -> Iterator[Path]:
+    """Start a cluster for the SLURM commands of this process and its children.
+
+    Args:
+        folder: Folder of its configuration and logs.
+        options: Further lines of slurm.conf.
+
+    Yields:
+        The folder.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(write_config(folder, options)))
+        try:
+            slurm("slurmctld", "-c")
+            for node in NODES:
+                slurm("slurmd", "-N", node)
+            poll(lambda: {*slurm("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()} == {*NODES}, 30, "idle nodes")
+            yield folder
+        finally:
+            stop(folder)
+
+
+def require_commands(what: str, commands: Sequence[str], packages: str) -> None:
+    """Skip a test of something where the commands that it needs are not installed."""
+    if missing := [command for command in commands if not shutil.which(command)]:
+        pytest.skip(f"NO SLURM HERE ({', '.join(missing)} missing): {what} was NOT tested; install {packages}")
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Start a cluster for the SLURM commands of this process and its children; return the folder of its logs."""
-    missing = [
-        command for command in ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol") if not shutil.which(command)
-    ]
-    if missing:
-        pytest.skip(f"NO SLURM HERE ({', '.join(missing)} missing): hardware=slurm_* was NOT tested; install slurmctld slurmd")
-    folder = tmp_path_factory.mktemp("slurm")
-    os.environ["SLURM_CONF"] = str(write_config(folder))
-    try:
-        slurm("slurmctld", "-c")
-        for node in NODES:
-            slurm("slurmd", "-N", node)
-        poll(lambda: {*slurm("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()} == {*NODES}, 30, "idle nodes")
+    """Start a cluster without accounting; return the folder of its logs."""
+    commands = ("slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol")
+    require_commands("hardware=slurm_*", commands, "slurmctld slurmd")
+    with run_cluster(tmp_path_factory.mktemp("slurm")) as folder:
         yield folder
-    finally:
-        stop(folder)
-        del os.environ["SLURM_CONF"]

@@ -344,7 +344,7 @@ def queued() -> set[str]:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["hydra.launcher.partition=nowhere"], "invalid partition"),
+        (["hydra.launcher.partition=nowhere"], "change hydra.launcher.partition=nowhere to one that `sinfo -s` lists."),
         (
             ["hydra.launcher.timeout_min=long"],
             "hydra.launcher.timeout_min=long: Value 'long' of type 'str' could not be converted",

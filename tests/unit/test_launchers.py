@@ -25,7 +25,7 @@ from hjepa.sweeps.job import Job
 from hjepa.sweeps.launcher import check_numbers, import_this_copy, launch, may_go_on
 from hjepa.sweeps.local import LocalQueue, update_from_processes
 from hjepa.sweeps.queue import private_pickles
-from hjepa.sweeps.slurm import update_from_slurm
+from hjepa.sweeps.slurm import parse_states, refusal, update_from_slurm
 from hjepa.sweeps.submission import Submission
 from hjepa.sweeps.sweep import Sweep
 from hjepa.tracking.provenance import SUBMITTED_VARIABLE
@@ -240,6 +240,35 @@ def test_only_jobs_that_make_runs_without_wandb_do_without_it(submission, monkey
     seen = []
     submission(lambda config, folder: seen.append("wandb" in sys.modules), *overrides)
     assert seen == [is_blocked]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "expected"),
+    [("7_[1-2,5%2]", "1 2 5"), ("7_[3]", "3"), ("7_[0-20:10]", "0 10 20"), ("7_[0-11,20...%4]", "0 1 2 3 4 5 6 7 8 9 10 11 20")],
+)
+def test_tasks_that_sacct_lists_together_have_states_of_their_own(tasks: str, expected: str) -> None:
+    states = parse_states(f"{tasks}|CANCELLED by 0\n")
+    assert {job: state for job, state in states.items() if job != tasks} == {f"7_{i}": "CANCELLED" for i in expected.split()}
+
+
+def test_a_task_that_sacct_lists_twice_has_the_state_of_its_own_line() -> None:
+    for lines in ("7_1|RUNNING\n7_[1-2]|PENDING\n", "7_[1-2]|PENDING\n7_1|RUNNING\n"):
+        states = parse_states(lines)
+        assert (states["7_1"], states["7_2"]) == ("RUNNING", "PENDING")
+
+
+def test_a_refusal_by_slurm_is_one_sentence() -> None:
+    message = "sbatch: error: {}\nsbatch: error: Batch job submission failed: {}"
+    options = {"partition": "nowhere", "account": None, "qos": "long"}
+    names = ("invalid partition specified: nowhere", "Invalid partition name specified")
+    assert refusal(message.format(*names), options) == (
+        "SLURM refused the jobs: invalid partition specified: nowhere; Invalid partition name specified; change "
+        "hydra.launcher.partition=nowhere to one that `sinfo -s` lists."
+    )
+    account = refusal("sbatch: error: Invalid account or account/partition combination specified", options)
+    assert "; change hydra.launcher.account=null to one that `sacctmgr " in account
+    limits = ("QOSMaxSubmitJobPerUserLimit", "Job violates accounting/QOS policy")
+    assert refusal(message.format(*limits), options) == f"SLURM refused the jobs: {'; '.join(limits)}."
 
 
 def test_a_child_that_has_ended_does_not_keep_the_others_from_a_signal(monkeypatch) -> None:

@@ -93,7 +93,7 @@ def job_fields(job: str) -> dict[str, str]:
 
 
 def process_of(job: str) -> int:
-    """Return the process id of the only task of a job, or 0 if no such process exists."""
+    """Return the process id of the only task of a running job."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
@@ -102,7 +102,7 @@ def process_of(job: str) -> int:
         variable = f"SLURM_JOB_ID={job}\0".encode()
         if b"submitit.core._submit" in command and b"SLURM_STEP_ID=0" in environment and variable in environment:
             return int(folder.name)
-    return 0
+    pytest.fail(f"job {job} has no process")
 
 
 def let_node_die(name: str, folder: Path) -> None:

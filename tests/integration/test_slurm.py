@@ -31,7 +31,7 @@ SUBMIT = (
     "hydra.launcher.poll_seconds=0.5",
     "experiment_name=e",
 )
-LONG = ("train.epochs=6", "train.log_every=3", "probe.every=3", "model.encoder.drop_path=0.1", "checkpoint.every_seconds=1000")
+LONG = ("train.epochs=9", "train.log_every=3", "probe.every=3", "model.encoder.drop_path=0.1", "checkpoint.every_seconds=1000")
 ON_HOLD = "+hydra.launcher.additional_parameters.hold=true"
 INTERRUPTIONS = ("time_limit", "requeue", "preempted", "dead_node")
 
@@ -66,8 +66,9 @@ def summary(folder: Path) -> dict:
 def suspend_in_the_middle(folder: Path, job: str) -> int:
     """Suspend the process of a job in the middle of its run, so that an interruption happens there, and return its id."""
     file = folder / "metrics.jsonl"
-    poll(lambda: file.exists() and len(file.read_text().splitlines()) >= 5, 120, f"training in {folder.name}")
+    poll(file.exists, 120, f"start of {folder.name}")
     pid = process_of(job_fields(job)["JobId"])
+    poll(lambda: len(file.read_text().splitlines()) >= 5, 120, f"training in {folder.name}")
     os.kill(pid, signal.SIGSTOP)
     while not is_unlocked(folder.parents[1] / "mlflow.db"):  # it would block the other jobs
         os.kill(pid, signal.SIGCONT)

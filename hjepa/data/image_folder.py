@@ -45,12 +45,13 @@ class FolderDataModule(FileDataModule):
 
     def find_images(self, split: Literal["train", "test"]) -> tuple[FilePaths, Tensor]:
         """Return the files of all roots; classes of different roots are different labels."""
+        if split == "train":
+            for root in self.roots:
+                self.check_layout(root)
         file_lists = [self.list_files(root, split) for root in self.roots]
-        for root in self.roots:
-            if split == "test":
+        if split == "test":
+            for root in self.roots:
                 self.check_same_classes(root)
-            else:
-                self.check_layout(self.split_folder(root, split))
         first_label, labels = 0, []
         for root, (_, classes) in zip(self.roots, file_lists, strict=True):
             label = torch.tensor(classes)
@@ -58,16 +59,19 @@ class FolderDataModule(FileDataModule):
             first_label += len(class_folders(self.split_folder(root, split), self.classes))
         return FilePaths(np.array([os.fsencode(path) for paths, _ in file_lists for path in paths])), torch.cat(labels)
 
-    def check_layout(self, folder: Path) -> None:
+    def check_layout(self, root: Path) -> None:
         """Raise an error if the class folders look like splits; warn of images beside class folders, which are left out."""
-        names = class_folders(folder, None)
+        if not root.is_dir():
+            return  # `list_files` says so
+        folder = Folder(self.split_folder(root, "train"))
+        names = folder.folders
         if self.classes is None and names and {name.lower() for name in names} <= SPLIT_NAMES:
             raise UserError(
-                f"dataset.{self.root_option}: the folders {', '.join(names)} in {folder} look like splits, not like classes; "
+                f"dataset.{self.root_option}: the folders {', '.join(names)} in {folder.path} look like splits, not like classes; "
                 "rename them to train and test (or val), or list them in dataset.classes if they are classes."
             )
-        if names and (images := Folder(folder).images):
-            log.warning("%d images directly in %s, beside the class folders, are left out.", len(images), folder)
+        if names and folder.images:
+            log.warning("%d images directly in %s, beside the class folders, are left out.", len(folder.images), folder.path)
 
     def check_same_classes(self, root: Path) -> None:
         """Raise an error if the class folders of the test split differ from those of the training split.

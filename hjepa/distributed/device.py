@@ -191,7 +191,8 @@ class Hardware:
             blocks: The repeated modules of the model. They are compiled and recomputed one by one. The modules are changed in
                 place, and their parameters keep their names.
         """
-        if self.device.type == "mps" and self.activation_checkpointing and any(isinstance(m, DropPath) for m in model.modules()):
+        drops_paths = any(isinstance(module, DropPath) and module.drop_prob for module in model.modules())
+        if self.device.type == "mps" and self.activation_checkpointing and drops_paths:
             raise UserError(
                 "hardware.activation_checkpointing=true cannot drop the same paths again on Apple's GPUs; set "
                 "model.encoder.drop_path=0, or leave activation checkpointing out."

@@ -67,8 +67,8 @@ class FolderDataModule(FileDataModule):
         names = folder.folders
         if self.classes is None and names and {name.lower() for name in names} <= SPLIT_NAMES:
             raise UserError(
-                f"dataset.{self.root_option}: the folders {', '.join(names)} in {folder.path} look like splits, not like classes; "
-                "rename them to train and test (or val), or list them in dataset.classes if they are classes."
+                f"dataset.{self.root_option}: the folders {', '.join(names)} in {folder.path} look like splits, not like "
+                "classes; rename them to train and test (or val), or list them in dataset.classes if they are classes."
             )
         if names and folder.images:
             log.warning("%d images directly in %s, beside the class folders, are left out.", len(folder.images), folder.path)

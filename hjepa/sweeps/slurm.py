@@ -9,7 +9,8 @@ import logging
 import re
 import subprocess
 import time
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
+from pathlib import Path
 from typing import Any
 
 from submitit.core.utils import FailedJobError
@@ -33,6 +34,8 @@ CONFIRMATION_SECONDS = 1  # between the polls of a command that follows no job
 ASSOCIATIONS = "sacctmgr -P show associations user={user} format=account,partition,qos"
 
 LISTS = {"partition": "sinfo -s", "account": ASSOCIATIONS, "qos": ASSOCIATIONS}  # commands that list what an option may be
+
+LOG_TAIL_BYTES = 4096
 
 NUM_CONFIRMATIONS = 3  # polls that must agree on a failure: a requeued job passes through end states, and results may appear late
 
@@ -130,7 +133,7 @@ class SlurmQueue(Queue):
         if len(outcomes) == self.submitted[job.number].num_tasks and error is None:
             job.state = "finished"
         elif self.num_failed_polls[job.number] >= NUM_CONFIRMATIONS:
-            fail(job, error or f"ended by SLURM as {slurm_state}")
+            fail(job, error or end_reason(job, slurm_state))
         elif slurm_state not in END_STATES:
             job.state = slurm_state.lower()
 
@@ -141,6 +144,21 @@ class SlurmQueue(Queue):
 
     def kill(self) -> None:
         self.stop()
+
+
+def end_reason(job: Job, slurm_state: str) -> str:
+    """Return SLURM's state of a job that left no result, and the end of its log, where srun reports signals and exit codes."""
+    line = last_line(job.log) if job.log else ""
+    return f"ended by SLURM as {slurm_state}" + (f"; its log ends with: {line}" if line else "")
+
+
+def last_line(file: Path) -> str:
+    """Return the last line of a text file that is not blank, shortened to 200 characters; empty if there is none."""
+    with suppress(OSError), file.open("rb") as content:
+        content.seek(max(0, file.stat().st_size - LOG_TAIL_BYTES))
+        lines = [line.strip() for line in content.read().decode(errors="replace").splitlines()]
+        return next((line[:200] for line in reversed(lines) if line), "")
+    return ""
 
 
 def fail(job: Job, reason: str) -> None:
@@ -174,7 +192,7 @@ def end(job: Job, slurm_state: str) -> None:
     if outcome:
         job.state, job.reason = outcome
     elif slurm_state != "COMPLETED":
-        fail(job, f"ended by SLURM as {slurm_state}")
+        fail(job, end_reason(job, slurm_state))
     elif not job.folder:
         job.state = "finished"
 

@@ -28,8 +28,9 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/none
 CredType=cred/none
-# A job is requeued after its credential has expired, by default after two minutes.
-AuthInfo=cred_expire=5
+# A job is requeued after its credential has expired, by default after two minutes. It must not expire before the job has started,
+# which takes seconds on a busy machine.
+AuthInfo=cred_expire=20
 SlurmctldPort={port}
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid

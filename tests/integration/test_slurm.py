@@ -133,11 +133,12 @@ def interrupted(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
         list(pool.map(lambda kind: interrupt(kind, ids[kind], root / "e" / kind, cluster), INTERRUPTIONS))
     for process in submits:
         output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output
+        assert process.returncode == 0, output + "".join(f"\n{log}:\n{log.read_text()}" for log in root.glob("sweeps/*/*.log"))
     poll(lambda: not slurm("squeue", "-h"), 30, "end of all jobs")
     return root, {kind: job_fields(job) for kind, job in ids.items()}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", INTERRUPTIONS)
 def test_an_interrupted_run_is_bitwise_equal(interrupted: tuple[Path, dict[str, dict[str, str]]], kind: str) -> None:
     root, jobs = interrupted
@@ -152,6 +153,7 @@ def test_an_interrupted_run_is_bitwise_equal(interrupted: tuple[Path, dict[str, 
     assert metrics(root / "e" / "reference") == metrics(root / "e" / kind), "no step is repeated, missing or different"
 
 
+@pytest.mark.thorough
 def test_interrupted_runs_are_one_finished_run_each_in_mlflow(interrupted: tuple[Path, dict[str, dict[str, str]]]) -> None:
     check_mlflow(interrupted[0], ("reference", *INTERRUPTIONS))
 
@@ -193,7 +195,7 @@ def test_failures_are_reported_and_stop_no_other_job(tmp_path: Path) -> None:
         (fine, "finished", ""),
         (wrong, "FAILED", "optimizer.lr='x': expected PositiveFloat"),
         (failing, "FAILED", "The loss or gradient of step"),
-        (killed, "FAILED", "ended by SLURM as FAILED"),
+        (killed, "FAILED", "ended by SLURM as FAILED; its log ends with: srun: error: "),
         (cancelled, "FAILED", "ended by SLURM as CANCELLED"),
     ):
         row = rows(output)[str(job["number"])]

@@ -136,6 +136,18 @@ def test_a_job_that_waits_or_runs_again_is_not_what_its_summary_says(
     assert (job.state, bool(job.reason)) == (expected, expected == summary)
 
 
+def test_the_reason_of_a_failure_without_a_result_contains_the_end_of_the_log(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(slurm, "CONFIRMATION_SECONDS", 0)
+    monkeypatch.setattr(slurm, "queue_states", lambda: dict.fromkeys("012", "FAILED"))
+    logs = [tmp_path / name for name in ("killed", "empty", "missing")]
+    logs[0].write_text("step 3\n" * 2000 + "10%\rsrun: error: vm: task 0: Killed\n\n")
+    logs[1].touch()
+    jobs = [Job(number, [], None, log=log, slurm_id=str(number)) for number, log in enumerate(logs)]
+    update_from_slurm(jobs)
+    ended = "ended by SLURM as FAILED"
+    assert [job.reason for job in jobs] == [f"{ended}; its log ends with: srun: error: vm: task 0: Killed", ended, ended]
+
+
 def test_a_cluster_that_does_not_answer_changes_no_state(monkeypatch) -> None:
     monkeypatch.setattr(slurm, "run_command", lambda *command: None)
     job = Job(0, [], None, slurm_id="1")

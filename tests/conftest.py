@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 from xdist.scheduler import LoadScopeScheduling
@@ -17,6 +18,10 @@ from tests.helpers.typecheck import check_types
 
 # Check the annotated shapes of tensors at run time, in modules that are imported from here on.
 install_import_hook(["hjepa.losses", "hjepa.masking", "hjepa.models"], "tests.helpers.typecheck.check_types")
+
+# The same examples in every run, and no limit on the time of one, which other tests slow down.
+hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("reproducible")
 
 __all__ = ["check_types", "cluster"]  # the type checker of the hook, and a fixture of the whole session
 

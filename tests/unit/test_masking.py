@@ -54,7 +54,7 @@ def check_contract(masks: Masks, grid: int, pools: list[int], batch: int) -> Non
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     grid=st.integers(4, 32),
     pools=st.sampled_from([[1], [1, 2], [1, 2, 4], [1, 1]]),

@@ -109,7 +109,9 @@ def check_type(path: str, value: Any, annotation: str | None) -> None:
     try:
         adapter(annotation).validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{path}={value!r}: expected {annotation} ({explain(error)}){hint(path, value, annotation)}.") from None
+        reason = explain(error)
+        expected = reason if reason.startswith("expected ") else f"expected {annotation} ({reason})"
+        raise UserError(f"{path}={value!r}: {expected}{hint(path, value, annotation)}.") from None
     except (NameError, AttributeError, TypeError, PydanticUserError):
         if annotation.startswith("Callable") and "None" not in annotation and not callable(value):
             raise UserError(f"{path}={value!r}: expected options with a _target_, as in the YAML file of the group.") from None

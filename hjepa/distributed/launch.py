@@ -33,7 +33,8 @@ def launch(task: Task, config: Config, path: Path) -> float | None:
     """Run a task in `hardware.processes` processes, or as one of them if they have been started already.
 
     Raises:
-        UserError: A process failed; the message is that of the process that failed first.
+        UserError: A process failed; the message is that of the process that failed first. Or `srun` has started another number
+            of tasks.
     """
     count = config["hardware"]["processes"]
     if count == 1 or "RANK" in os.environ:
@@ -41,6 +42,7 @@ def launch(task: Task, config: Config, path: Path) -> float | None:
     if was_started_by_srun():
         from hjepa.distributed.slurm import adopt_slurm
 
+        check_tasks(count, int(os.environ["SLURM_STEP_NUM_TASKS"]))
         adopt_slurm()
         return task(config, path)
     count = count or num_gpus()
@@ -57,6 +59,15 @@ def num_gpus() -> int:
 def was_started_by_srun() -> bool:
     """Return whether this process is one of several tasks of `srun`, and not a job of a local sweep inside of one."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and os.environ.get("SUBMITIT_EXECUTOR") != "local"
+
+
+def check_tasks(count: int | None, tasks: int) -> None:
+    """Raise a UserError unless `hardware.processes`, if it is a number, is the number of tasks that `srun` has started."""
+    if count not in (None, tasks):
+        raise UserError(
+            f"hardware.processes={count}, but srun has started {tasks} tasks, each of which is a process; make them equal, as in "
+            f"`srun -n {count}` or hardware.processes={tasks}."
+        )
 
 
 def start(task: Task, config: Config, path: Path, count: int) -> float | None:

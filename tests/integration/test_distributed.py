@@ -1,5 +1,6 @@
 """Several processes train the same weights as one, and start, stop and fail together. Real processes, gloo."""
 
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from hjepa.config.errors import UserError
+from hjepa.distributed.launch import launch as start_task
 from hjepa.distributed.launch import start as start_processes
 from hjepa.distributed.launch import was_started_by_srun
 from hjepa.distributed.process_group import World
@@ -131,6 +133,24 @@ def test_tasks_of_srun_are_processes_of_the_run_unless_a_local_sweep_started_the
     monkeypatch.delenv("SUBMITIT_EXECUTOR")
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
     assert not was_started_by_srun(), "in a batch script"
+
+
+@pytest.mark.parametrize(("processes", "is_accepted"), [(4, True), (None, True), (2, False)])
+def test_srun_must_start_as_many_tasks_as_the_config_says(monkeypatch, processes: int | None, is_accepted: bool) -> None:
+    for name in (*TORCHRUN, "SUBMITIT_EXECUTOR"):
+        monkeypatch.setenv(name, "")  # which restores it after the test
+        monkeypatch.delenv(name)
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    started: list[Path] = []
+
+    def task(config: Any, path: Path) -> None:
+        started.append(path)
+
+    refusal = pytest.raises(UserError, match="processes=2, but srun has started 4 tasks")
+    with contextlib.nullcontext() if is_accepted else refusal:
+        start_task(task, {"hardware": {"processes": processes}}, Path("run"))
+    assert bool(started) == is_accepted
 
 
 def refuse(config: Any, path: Path) -> None:

@@ -137,7 +137,7 @@ def test_a_target_that_cannot_be_found_is_explained(target: str, words: str, pac
         ("PositiveFloat | list[PositiveFloat]", 0, "(input should be greater than 0)."),
         ("float | list[float]", [1.0, "a"], "(item 1: input should be a valid number)."),
         ("float | list[float]", "a", "(input should be a valid number, or input should be a valid list)."),
-        ("FractionRange", [0.5, 0.2], "(expected [smallest, largest] with 0 < smallest <= largest <= 1)."),
+        ("FractionRange", [0.5, 0.2], ": expected [smallest, largest] with 0 < smallest <= largest <= 1."),
         ("Literal['a', 'b']", "c", "expected Literal['a', 'b'] (input should be 'a' or 'b')."),
     ],
 )

@@ -6,9 +6,11 @@ This works without accounting (sacct) as well.
 import getpass
 import io
 import logging
+import os
 import re
 import subprocess
 import time
+from collections.abc import Collection
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
@@ -205,9 +207,11 @@ def final_states(jobs: list[Job]) -> dict[str, str]:
     ids = [job.slurm_id for job in jobs]
     undecided = [job.slurm_id for job in jobs if not job.is_done]
     states: dict[str, str] = {}
+    logs = [job.log for job in jobs if job.log and os.path.lexists(job.log)]
+    owners = {log.lstat().st_uid for log in logs}  # a colleague may have submitted the jobs
     for attempt in range(NUM_CONFIRMATIONS if ids else 0):
         time.sleep(CONFIRMATION_SECONDS if attempt else 0)
-        queued = queue_states()
+        queued = queue_states(owners)
         known = (accounting_states(ids) or {}) | (queued or {})
         states = {job_id: known.get(job_id, "" if queued is None else "UNKNOWN") for job_id in ids}
         if not any(states[job_id] in END_STATES for job_id in undecided):
@@ -235,9 +239,14 @@ def accounting_states(ids: list[str]) -> dict[str, str] | None:
     return None if answer is None else parse_states(answer)
 
 
-def queue_states() -> dict[str, str] | None:
-    """Return SLURM's states by job id of the user's recent jobs, or None if the controller does not answer."""
-    answer = run_command("squeue", "-h", "-r", "--me", "--states=all", "-o", "%i|%T")
+def queue_states(users: Collection[int] = ()) -> dict[str, str] | None:
+    """Return SLURM's states by job id of recent jobs, or None if the controller does not answer.
+
+    Args:
+        users: Ids of the users whose jobs are listed; empty for those of this user.
+    """
+    whose = f"--user={','.join(map(str, sorted(users)))}" if users else "--me"
+    answer = run_command("squeue", "-h", "-r", whose, "--states=all", "-o", "%i|%T")
     return None if answer is None else parse_states(answer)
 
 

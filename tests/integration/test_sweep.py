@@ -178,7 +178,7 @@ def test_the_table_shows_which_jobs_wait_or_run_again(run, tmp_path: Path, monke
         stopped.slurm_id = f"7_{number}"
     Sweep(tmp_path).save(jobs)
     monkeypatch.setattr(slurm, "accounting_states", lambda ids: {})
-    monkeypatch.setattr(slurm, "queue_states", lambda: {"7_0": "RUNNING", "7_1": "PENDING"})
+    monkeypatch.setattr(slurm, "queue_states", lambda users: {"7_0": "RUNNING", "7_1": "PENDING"})
     run("task=sweep", f"task.folder={tmp_path}")
     assert [job.state for job in Sweep(tmp_path).load()] == ["running", "pending"]
     assert "stopped" not in capsys.readouterr().out

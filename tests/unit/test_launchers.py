@@ -106,7 +106,7 @@ def test_jobs_that_nobody_follows_get_their_states_from_slurm(monkeypatch) -> No
     answers = [waiting, waiting | {"2": "PENDING"}, waiting | {"2": "PENDING"}]
     monkeypatch.setattr(slurm, "CONFIRMATION_SECONDS", 0)
     monkeypatch.setattr(slurm, "accounting_states", lambda ids: {})
-    monkeypatch.setattr(slurm, "queue_states", lambda: answers.pop(0))
+    monkeypatch.setattr(slurm, "queue_states", lambda users: answers.pop(0))
     jobs = [Job(number, [], None, slurm_id=str(number)) for number in range(1, 6)]
     update_from_slurm(jobs)
     assert [job.state for job in jobs] == ["running", "pending", "finished", "FAILED", "FAILED"]
@@ -130,7 +130,7 @@ def test_a_job_that_waits_or_runs_again_is_not_what_its_summary_says(
     monkeypatch, summary: str, slurm_state: str, expected: str
 ) -> None:
     monkeypatch.setattr(slurm, "accounting_states", lambda ids: {})
-    monkeypatch.setattr(slurm, "queue_states", lambda: {"1": slurm_state} if slurm_state else None)
+    monkeypatch.setattr(slurm, "queue_states", lambda users: {"1": slurm_state} if slurm_state else None)
     job = Job(0, [], Path("/nowhere"), state=summary, reason="of the last session", slurm_id="1")
     update_from_slurm([job])
     assert (job.state, bool(job.reason)) == (expected, expected == summary)
@@ -138,7 +138,7 @@ def test_a_job_that_waits_or_runs_again_is_not_what_its_summary_says(
 
 def test_the_reason_of_a_failure_without_a_result_contains_the_end_of_the_log(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(slurm, "CONFIRMATION_SECONDS", 0)
-    monkeypatch.setattr(slurm, "queue_states", lambda: dict.fromkeys("012", "FAILED"))
+    monkeypatch.setattr(slurm, "queue_states", lambda users: dict.fromkeys("012", "FAILED"))
     logs = [tmp_path / name for name in ("killed", "empty", "missing")]
     logs[0].write_text("step 3\n" * 2000 + "10%\rsrun: error: vm: task 0: Killed\n\n")
     logs[1].touch()
@@ -146,6 +146,16 @@ def test_the_reason_of_a_failure_without_a_result_contains_the_end_of_the_log(tm
     update_from_slurm(jobs)
     ended = "ended by SLURM as FAILED"
     assert [job.reason for job in jobs] == [f"{ended}; its log ends with: srun: error: vm: task 0: Killed", ended, ended]
+
+
+def test_the_jobs_of_the_user_who_submitted_them_are_listed(tmp_path: Path, monkeypatch) -> None:
+    commands = []
+    monkeypatch.setattr(slurm, "run_command", lambda *command: commands.append(command) or "1|RUNNING\n")
+    log = tmp_path / "0.log"
+    log.symlink_to("submitit/1_0_log.out")
+    update_from_slurm([job := Job(0, [], None, log=log, slurm_id="1")])
+    assert job.state == "running"
+    assert f"--user={os.getuid()}" in next(command for command in commands if command[0] == "squeue")
 
 
 def test_a_cluster_that_does_not_answer_changes_no_state(monkeypatch) -> None:
@@ -158,7 +168,7 @@ def test_a_cluster_that_does_not_answer_changes_no_state(monkeypatch) -> None:
 def test_the_result_of_a_job_without_a_run_is_known_after_slurm_has_forgotten_it(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(slurm, "CONFIRMATION_SECONDS", 0)
     monkeypatch.setattr(slurm, "accounting_states", lambda ids: {})
-    monkeypatch.setattr(slurm, "queue_states", dict)
+    monkeypatch.setattr(slurm, "queue_states", lambda users: {})
     jobs = []
     for number, outcome in enumerate([("success", None), ("error", "Traceback\nhjepa.config.errors.UserError: no run\n")]):
         cloudpickle_dump(outcome, tmp_path / f"5_{number}_0_result.pkl")

@@ -65,8 +65,8 @@ def explain_machine_error(error: BaseException) -> UserError | None:
             return UserError(
                 f"Out of memory ({first_line(cause)}). Training: hardware.activation_checkpointing=true continues this run; a "
                 "new one needs less with a smaller train.batch_size, train.accumulate=2 or more (contrastive losses and batch "
-                "norms then see one part of a batch at a time), or a smaller model. Evaluation and features: a smaller "
-                "task.batch_size."
+                "norms then see one part of a batch at a time), or a smaller model. Features: a smaller task.batch_size. Probes "
+                "of an evaluation: a smaller task.train_images, or hardware=cpu."
             )
     return None
 

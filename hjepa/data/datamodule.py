@@ -133,6 +133,10 @@ class DataModule(ABC):
     def load(self, split: Literal["train", "test"]) -> Split:
         """Return all images of a split."""
 
+    def fingerprint(self, split: Literal["train", "test"]) -> str:
+        """Return a hash of what the options do not say about a split, such as which files a folder contains, or an empty text."""
+        return ""
+
     def class_names(self, label: str) -> list[str]:
         """Return the names of a label's classes by index, or an empty list if they have no names."""
         return []

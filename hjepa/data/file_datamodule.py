@@ -4,6 +4,7 @@ To read images from another place, write a subclass with `find_images(split)`, a
 `huggingface.py`, and a file in conf/dataset/ that names it.
 """
 
+import hashlib
 import logging
 from abc import abstractmethod
 from dataclasses import replace
@@ -53,6 +54,16 @@ class FileDataModule(DataModule):
     @abstractmethod
     def find_images(self, split: Literal["train", "test"]) -> tuple[ImageSource, Tensor]:
         """Return the images of a split and their labels int64 [N], -1 for an unknown label."""
+
+    def fingerprint(self, split: Literal["train", "test"]) -> str:
+        """Return a hash of the names and labels of the images; it does not change when all of them are moved together."""
+        source, labels = self.find_images(split)
+        names = [source.name(position) for position in range(len(source))]
+        pairs = zip(min(names), max(names), strict=False)
+        start = next((place for place, (a, b) in enumerate(pairs) if a != b), 0)  # what all names have in common
+        content = hashlib.sha256(labels.numpy().tobytes())
+        content.update("\0".join(name[start:] for name in names).encode(errors="surrogateescape"))
+        return content.hexdigest()[:8]
 
     def load(self, split: Literal["train", "test"]) -> Split:
         files = self.files(split)

@@ -242,6 +242,8 @@ def principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
 def knn(x: Tensor, labels: Tensor, y: Tensor, neighbors: int, temperature: float, chunk: int = 1024) -> Tensor:
     """Return the votes [M, classes] of the nearest neighbors in x [N, D] for y [M, D], weighted by exp(cosine / temperature).
 
+    The weights of a row of y are divided by the largest one, so that they do not vanish at a low temperature.
+
     Rows of x with the label -1 have no vote.
     """
     x, labels = known_rows(x, labels.to(x.device))
@@ -249,6 +251,6 @@ def knn(x: Tensor, labels: Tensor, y: Tensor, neighbors: int, temperature: float
     votes = []
     for queries in y.split(chunk):
         similarity, index = (queries @ x.T).topk(min(neighbors, len(x)), dim=1)
-        weight = ((similarity - 1) / temperature).exp()
+        weight = ((similarity - similarity[:, :1]) / temperature).exp()
         votes.append(torch.zeros(len(queries), int(labels.max()) + 1, device=x.device).scatter_add_(1, labels[index], weight))
     return torch.cat(votes)

@@ -142,6 +142,45 @@ def test_other_options_and_checkpoints_are_evaluated_beside_the_earlier_results(
     assert not features & set((fresh / "evaluate" / "features").iterdir())
 
 
+def test_an_evaluation_is_repeated_if_images_were_added_or_moved_to_another_class(fresh_colored: Path) -> None:
+    images = fresh_colored.parent / "images"
+    options = ("protocol=[linear,knn]", f"task.root={images}")
+
+    def scores_after(change: Callable[[], object]) -> dict[str, Any]:
+        change()
+        evaluate(fresh_colored, *options)
+        return read_scores(fresh_colored)
+
+    first = scores_after(lambda: None)
+    for i in range(10):
+        (images / "train" / "class0" / f"{i}.png").rename(images / "train" / "class2" / f"moved{i}.png")
+    moved = scores_after(lambda: None)
+    assert moved["linear"] != first["linear"]
+    write_color_images(images / "more", "train", 3)
+    added = scores_after(
+        lambda: [file.rename(images / "train" / file.parent.name / f"a{file.name}") for file in images.glob("more/*/*/*")]
+    )
+    evaluate(fresh_colored, *options, "overwrite=true")
+    assert read_scores(fresh_colored) == added
+
+
+def test_overwrite_replaces_the_chosen_protocols_only(fresh_colored: Path) -> None:
+    root = f"task.root={fresh_colored.parent / 'images'}"
+    evaluate(fresh_colored, "protocol=[linear,quality]", root)
+    file = fresh_colored / "evaluate" / "summary.json"
+    before = file.read_text()
+    with pytest.raises(UserError, match="dense"):
+        evaluate(fresh_colored, "protocol=[dense]", root, "overwrite=true")
+    assert file.read_text() == before
+    summary = json.loads(before)
+    results = summary["checkpoints"][summary["checkpoint"]]["results"]
+    results["linear"]["rows"] = results["quality"]["rows"] = {}
+    file.write_text(json.dumps(summary))
+    evaluate(fresh_colored, "protocol=[linear]", root, "overwrite=true")
+    assert read_scores(fresh_colored)["linear"]
+    assert read_scores(fresh_colored)["quality"] == {}
+
+
 def test_an_interrupted_evaluation_is_continued(fresh: Path, monkeypatch) -> None:
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt

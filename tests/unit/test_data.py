@@ -124,6 +124,24 @@ def test_chosen_classes(tmp_path: Path) -> None:
         folder(tmp_path / "images", classes=str(tmp_path / "names.txt")).load("train")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: (root / "class0" / "0.jpg").rename(root / "class0" / "00.jpg"),
+        lambda root: (root / "class0" / "0.jpg").rename(root / "class1" / "0.jpg~moved.jpg"),
+        lambda root: (root / "class0" / "0.jpg").unlink(),
+        lambda root: (root / "class1").rename(root / "other"),
+    ],
+)
+def test_the_fingerprint_changes_with_names_and_labels_and_not_with_the_place(tmp_path: Path, change) -> None:
+    root = make_folder(tmp_path / "images", images=3)
+    before = folder(root).fingerprint("train")
+    root = root.rename(tmp_path / "moved")
+    assert folder(root).fingerprint("train") == before
+    change(root)
+    assert folder(root).fingerprint("train") != before
+
+
 def test_a_text_file_of_class_names_is_an_option_of_the_command_line(tmp_path: Path) -> None:
     """Names may contain blanks."""
     root = make_folder(tmp_path / "images")

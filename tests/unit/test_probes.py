@@ -35,6 +35,13 @@ def test_linear_probe_agrees_with_scikit_learn() -> None:
     assert 0.5 < ours < 0.95
 
 
+def test_knn_at_a_low_temperature_is_the_class_of_the_nearest_neighbor() -> None:
+    x, labels = blobs(200, 1)
+    y, _ = blobs(100, 2)
+    nearest = torch.cosine_similarity(y.unsqueeze(1), x.unsqueeze(0), dim=2).argmax(1)
+    assert torch.equal(knn(x, labels, y, neighbors=20, temperature=1e-4).argmax(1), labels[nearest])
+
+
 def test_knn_agrees_with_scikit_learn() -> None:
     x, labels = blobs(2000, 1)
     y, truth = blobs(1000, 2)

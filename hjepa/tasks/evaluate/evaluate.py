@@ -92,10 +92,10 @@ def evaluate_run(
     with try_lock(output) as locked:
         if not locked:
             raise UserError(f"Another process is evaluating {folder}; wait for it.")
-        results = Results(output, context.run, overwrite=config["overwrite"])
+        results = Results(output, context.run)
         print(f"{folder}, checkpoint {context.run.checkpoint.stem} of step {context.run.step}", flush=True)
         print(explain_baselines(context.run), end="", flush=True)
-        compute_missing(protocols, contexts, results, skip_inapplicable)
+        compute_missing(protocols, contexts, results, skip_inapplicable, config["overwrite"])
         results.finish()
     files = [output / "summary.json", output / "table.txt"]
     log_artifacts(config, folder, Artifacts(files, "evaluate", metrics=results.metrics(), step=context.run.step))
@@ -113,14 +113,20 @@ def explain_baselines(run: TrainedRun) -> str:
 
 
 def compute_missing(
-    protocols: dict[str, EvalProtocol], contexts: dict[str, EvalContext], results: Results, skip_inapplicable: bool
+    protocols: dict[str, EvalProtocol],
+    contexts: dict[str, EvalContext],
+    results: Results,
+    skip_inapplicable: bool,
+    overwrite: bool,
 ) -> None:
     """Compute the protocols without results and print all tables; every protocol is checked before the first computation.
+
+    With `overwrite`, those with results are computed again.
 
     Raises:
         UserError: If a protocol cannot evaluate the run or its data or, with `skip_inapplicable`, if none can.
     """
-    missing = [name for name in protocols if not results.has(name, contexts[name])]
+    missing = [name for name in protocols if overwrite or not results.has(name, protocols[name], contexts[name])]
     skipped = []
     for name in missing:
         try:
@@ -133,6 +139,8 @@ def compute_missing(
     if len(skipped) == len(protocols):
         raise UserError("No protocol can evaluate this run, for the reasons above; correct one of them, or choose another run.")
     results.select([name for name in protocols if name not in skipped])
+    if overwrite:
+        results.discard(results.protocols)
     for name in results.protocols:
         if name in missing:
             log.info("%s ...", name)

@@ -86,8 +86,19 @@ class EvalData:
     ) -> None:
         self.dataset, self.test = dataset, test
         self.limits: dict[Subset, int | None] = {"train": train_images, "test": test_images}
-        self.key = {name: value for name, value in node.items() if name not in NOT_IDENTITY_DATASET}
-        self.key |= {"test": test, "train_images": train_images, "test_images": test_images}
+        self.options = {name: value for name, value in node.items() if name not in NOT_IDENTITY_DATASET}
+        self.options |= {"test": test, "train_images": train_images, "test_images": test_images}
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """Everything that determines the images and their labels.
+
+        Raises:
+            UserError: If a split does not exist.
+        """
+        splits: set[Subset] = {"train", "test"} if self.test == "test" else {"train"}
+        contents = {split: content for split in sorted(splits) if (content := self.dataset.fingerprint(split))}
+        return self.options | ({"contents": contents} if contents else {})
 
     @cached_property
     def subsets(self) -> dict[Subset, LabeledImages]:
@@ -194,9 +205,10 @@ class Features:
         for kind in self.networks:
             for layer in self.layers(last_only):
                 train, test = (self.load(kind, subset)[layer].to(device) for subset in SUBSETS)
-                yield (f"{kind}/{layer}", *standardize(train, test))
+                train, test = standardize(train, test)  # frees the raw features, which may be large
+                yield f"{kind}/{layer}", train, test
         train, test = (self.pixels(subset).to(device) for subset in SUBSETS)
-        train, test = standardize(train, test)  # frees the raw pixels, which may be large
+        train, test = standardize(train, test)
         yield "pixels", train, test
 
     def load(self, kind: NetworkKind, subset: Subset) -> dict[str, Tensor]:

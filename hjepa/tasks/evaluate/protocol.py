@@ -42,7 +42,7 @@ class EvalContext:
 
     @property
     def key(self) -> str:
-        """Hash of everything that determines the scores of the protocol."""
+        """Hash of the features, the options of the protocol and the probe."""
         return short_hash(self.features.key | {"options": self.options, "probe": asdict(self.probe)})
 
     def labels(self) -> list[tuple[str, Tensor, Tensor]]:
@@ -66,6 +66,10 @@ class EvalProtocol(ABC):
         This is called before any long computation. Without an implementation of its own, a protocol needs labels.
         """
         context.labels()
+
+    def key(self, context: EvalContext) -> str:
+        """Return a hash of everything that determines the scores."""
+        return context.key
 
     @abstractmethod
     def describe(self, context: EvalContext) -> str:

@@ -26,14 +26,11 @@ class Results:
     Args:
         folder: The folder evaluate/ in the run's folder.
         run: Run.
-        overwrite: Discard earlier results and features.
     """
 
-    def __init__(self, folder: Path, run: TrainedRun, overwrite: bool) -> None:
-        if overwrite:
-            (folder / "summary.json").unlink(missing_ok=True)
+    def __init__(self, folder: Path, run: TrainedRun) -> None:
         for features in (folder / "features").glob("*"):
-            if overwrite or not features.name.startswith(run.hash):
+            if not features.name.startswith(run.hash):
                 remove(features)  # features of another checkpoint, or incomplete ones
         self.folder = folder
         self.protocols: list[str] = []
@@ -55,14 +52,22 @@ class Results:
         """Set the protocols of this evaluation."""
         self.protocols = self.summary["protocols"] = protocols
 
-    def has(self, name: str, context: EvalContext) -> bool:
-        """Return whether a protocol was computed with this checkpoint and these options."""
-        return bool(self.by_protocol.get(name, {}).get("key") == context.key)
+    def discard(self, protocols: list[str]) -> None:
+        """Remove the results of some protocols for this checkpoint, and all features; other results stay."""
+        for name in protocols:
+            self.by_protocol.pop(name, None)
+        self.write_summary()
+        for features in (self.folder / "features").glob("*"):
+            remove(features)
+
+    def has(self, name: str, protocol: EvalProtocol, context: EvalContext) -> bool:
+        """Return whether a protocol was computed with this checkpoint, these options and these images."""
+        return name in self.by_protocol and bool(self.by_protocol[name]["key"] == protocol.key(context))
 
     def add(self, name: str, protocol: EvalProtocol, context: EvalContext) -> None:
         """Compute a protocol and store its scores."""
         title, rows = protocol.describe(context), protocol.score(context)
-        self.by_protocol[name] = {"key": context.key, "about": title, "rows": rows, "percent": protocol.percent}
+        self.by_protocol[name] = {"key": protocol.key(context), "about": title, "rows": rows, "percent": protocol.percent}
         self.write_summary()
 
     def finish(self) -> None:

@@ -33,7 +33,7 @@ class Schedule(ABC):
     warmup_steps: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
-        if self.warmup_epochs and self.warmup_steps:
+        if self.warmup_epochs and self.warmup_steps is not None:
             raise UserError(
                 f"warmup_epochs={self.warmup_epochs} and warmup_steps={self.warmup_steps} exclude each other; set one to null."
             )

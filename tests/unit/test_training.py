@@ -52,9 +52,10 @@ def test_a_length_in_epochs_or_steps_replaces_the_fraction(length: dict[str, Any
     assert CosineSchedule(start=1.0, end=0.0, warmup_ratio=0.5, **length)(plan(10, 2)) == expected(plan(10, 2))
 
 
-def test_warmup_in_both_units_is_refused() -> None:
+@pytest.mark.parametrize("steps", [5, 0])
+def test_warmup_in_both_units_is_refused(steps: int) -> None:
     with pytest.raises(UserError, match="exclude each other"):
-        CosineSchedule(start=1.0, end=0.0, warmup_epochs=1, warmup_steps=5)
+        CosineSchedule(start=1.0, end=0.0, warmup_epochs=1, warmup_steps=steps)
 
 
 def test_learning_rates_are_set_before_the_update() -> None:

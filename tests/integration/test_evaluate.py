@@ -1,6 +1,7 @@
 """Evaluation of finished runs: its scores equal those of the run, are not computed twice, and bad requests are refused."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from hjepa.config.cli_errors import format_hydra_error
 from hjepa.config.errors import UserError
 from hjepa.config.run import run as run_config
+from hjepa.data.sources import FilePaths
 from hjepa.tracking.run_folder import read_summary
 from tests.helpers.database import prepare_database
 from tests.helpers.runs import compose, tiny
@@ -162,6 +164,18 @@ def test_an_evaluation_is_repeated_if_images_were_added_or_moved_to_another_clas
     )
     evaluate(fresh_colored, *options, "overwrite=true")
     assert read_scores(fresh_colored) == added
+
+
+def test_streamed_images_are_decoded_once_per_source(fresh_colored: Path, monkeypatch) -> None:
+    config = fresh_colored / "config.yaml"
+    streamed = re.sub(r"memory_limit_gb: .*", "memory_limit_gb: 0", config.read_text())
+    config.write_text(re.sub(r"workers: .*", "workers: 0", streamed))
+    opened: list[int] = []
+    monkeypatch.setattr(FilePaths, "open", lambda self, position: opened.append(position) or self.name(position))
+    evaluate(fresh_colored, "protocol=[linear,knn]", f"task.root={fresh_colored.parent / 'images'}")
+    in_total = 3 * 20 * 4 // 5 + 3 * 5  # training images that are not held out, and test images
+    in_advance = len(opened) - 3 * in_total  # looked at by the checks
+    assert 0 <= in_advance <= 4, "the trained network, the untrained one, and the pixels"
 
 
 def test_overwrite_replaces_the_chosen_protocols_only(fresh_colored: Path) -> None:

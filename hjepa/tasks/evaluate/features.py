@@ -33,6 +33,8 @@ PIXEL_SIZE = 32  # larger images are averaged down to this side: more pixels wou
 
 Subset = Literal["train", "test"]
 
+SourceKind = NetworkKind | Literal["pixels"]
+
 SUBSETS: tuple[Subset, Subset] = ("train", "test")
 
 
@@ -211,23 +213,32 @@ class Features:
         train, test = standardize(train, test)
         yield "pixels", train, test
 
-    def load(self, kind: NetworkKind, subset: Subset) -> dict[str, Tensor]:
+    def load(self, kind: SourceKind, subset: Subset) -> dict[str, Tensor]:
         """Return the features float32 [N, F] by layer, memory-mapped; compute them first if they are not stored."""
         folder = self.folder / f"{self.run.hash}-{short_hash(self.key | {'kind': kind, 'subset': subset})}"
         if not folder.exists():
             self.compute(kind, subset, folder)
-        return {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in self.layers()}
+        names = ["pixels"] if kind == "pixels" else self.layers()
+        return {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in names}
 
-    def compute(self, kind: NetworkKind, subset: Subset, folder: Path) -> None:
-        """Compute and store the features of all layers."""
+    def batches(self, kind: SourceKind, subset: Subset) -> Iterator[dict[str, Tensor]]:
+        """Yield the features float32 [B, F] of all layers, or the pixels in [0, 1], averaged to at most `PIXEL_SIZE` a side."""
         images = self.data.subsets[subset]
-        self.folder.mkdir(exist_ok=True)
+        if kind == "pixels":
+            side = min(PIXEL_SIZE, self.run.encoder.image_size)
+            batches = images.batches(self.batch_size, torch.device("cpu"), f"averaging pixels ({subset})")
+            return ({"pixels": F.adaptive_avg_pool2d(to_unit_range(batch), side).flatten(1)} for batch in batches)
         batches = images.batches(self.batch_size, self.run.hardware.device, f"extracting features ({kind}, {subset})")
+        return extract_features(self.networks[kind], batches, self.run.dataset.normalize)
+
+    def compute(self, kind: SourceKind, subset: Subset, folder: Path) -> None:
+        """Compute and store the features of all layers, or the pixels."""
+        self.folder.mkdir(exist_ok=True)
         with atomic_folder(folder) as temporary:
             files: dict[str, np.memmap] = {}
             first = 0
-            for features in extract_features(self.networks[kind], batches, self.run.dataset.normalize):
-                files = files or self.create_files(temporary, features, len(images))
+            for features in self.batches(kind, subset):
+                files = files or self.create_files(temporary, features, len(self.data.subsets[subset]))
                 for layer, rows in features.items():
                     files[layer][first : first + len(rows)] = rows.cpu().numpy()
                 first += len(rows)
@@ -249,11 +260,13 @@ class Features:
         }
 
     def pixels(self, subset: Subset) -> Tensor:
-        """Return the pixels in [0, 1], float32 [N, F], of images averaged down to at most `PIXEL_SIZE` pixels a side."""
-        images, side = self.data.subsets[subset], min(PIXEL_SIZE, self.run.encoder.image_size)
-        pixels = torch.empty(len(images), 3 * side**2)
+        """Return the pixels [N, F] of `batches`; those of streamed images are stored, since decoding them again takes long."""
+        images = self.data.subsets[subset]
+        if not isinstance(images.split.images, Tensor):
+            return self.load("pixels", subset)["pixels"]
+        pixels = torch.empty(len(images), 3 * min(PIXEL_SIZE, self.run.encoder.image_size) ** 2)
         first = 0
-        for batch in images.batches(self.batch_size, torch.device("cpu"), f"averaging pixels ({subset})"):
-            pixels[first : first + len(batch)] = F.adaptive_avg_pool2d(to_unit_range(batch), side).flatten(1)
-            first += len(batch)
+        for batch in self.batches("pixels", subset):
+            pixels[first : first + len(batch["pixels"])] = batch["pixels"]
+            first += len(batch["pixels"])
         return pixels

@@ -63,6 +63,8 @@ def format_hydra_error(error: CompactHydraException | ValueError, arguments: Seq
         key, _, value = ambiguous[1].partition("=")
         text, values = (shlex.quote(f"{key}={form}") for form in (quote(value), f"[{value}]"))
         return f"{key}={value} has several values; add --multirun to try each, or write {values} for a list, {text} for a text"
+    if unknown := re.match("Could not override '((?:dataset@)?protocol[^']*)'", message):
+        return describe_missing_protocol(unknown[1])
     if message.startswith("Multiple values for ") and (group := message.split()[3].rstrip(".")):
         return f"{group} already has an option; write {group}=OPTION without the plus sign to choose another one."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -75,6 +77,8 @@ def format_hydra_error(error: CompactHydraException | ValueError, arguments: Seq
         return f"{name} is not an option{suggest(option, [name for name in options if not name.startswith('_')])}"
     if isinstance(cause, OmegaConfBaseException) and cause.parent_node is not None and re.match("Key .* not in ", str(cause)):
         path, key = str(cause.full_key), str(cause.key)
+        if path == "protocol":
+            return describe_missing_protocol(path)
         place = swept_option(path, cause.parent_node, arguments)
         return f"{path} is not an option{place}{suggest(key, [str(name) for name in cause.parent_node])}"
     if merged := re.match("Error merging override (.*)$", message.strip()):  # a value that the launcher's schema refuses
@@ -83,6 +87,13 @@ def format_hydra_error(error: CompactHydraException | ValueError, arguments: Seq
     if isinstance(error, InstantiationException):
         return f"{message} (set {FULL_ERROR}=1 for the stack trace)"
     return message
+
+
+def describe_missing_protocol(key: str) -> str:
+    """Return a sentence that says where protocols, or the dataset of one, are options."""
+    if "@" not in key:
+        return f"{key} belongs to task=evaluate; add task=evaluate and run=outputs/default/NAME."
+    return f"{key} belongs to task=evaluate with the protocol of this name; add task=evaluate and 'protocol=[transfer]'."
 
 
 def swept_option(path: str, node: Container, arguments: Sequence[str]) -> str:

@@ -84,6 +84,10 @@ def test_help_lists_the_options_in_less_than_two_seconds() -> None:
         (["experiment_name=.."], ["experiment_name=.. is not the name of a folder inside of output_root"]),
         (["model=3"], ["model=3 chooses no option"]),
         (["train.steps=${nope}"], ["train.steps refers to a value that does not exist"]),
+        (["run=outputs/default/photos", "train.epochs=100"], ["run=outputs/default/photos names a run to read", "task=evaluate"]),
+        (["protocol=linear"], ["protocol belongs to task=evaluate; add task=evaluate and run="]),
+        (["protocol.knn.neighbors=3"], ["protocol.knn.neighbors belongs to task=evaluate"]),
+        (["dataset@protocol.transfer.dataset=stl10"], ["dataset@protocol.transfer.dataset belongs to task=evaluate", "transfer"]),
         (["--config-name=foo"], ["--config-name=foo is not an option"]),
     ],
 )

@@ -66,6 +66,12 @@ def arrange(arguments: Sequence[str]) -> list[str]:
     return [*flags, *others, *([f"++hydra.sweeper.params={{{entries}}}"] if values else [])]
 
 
+def without_sweep(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of a sweep that hold for all of its jobs: without swept keys and options of swept groups."""
+    parsed = ((argument, parse(argument)) for argument in arrange(overrides))
+    return [argument for argument, override in parsed if not (override and override.is_sweep_override())]
+
+
 def is_value(argument: str) -> bool:
     """Return whether an argument sets one value, which Hydra can read."""
     override = parse(argument)

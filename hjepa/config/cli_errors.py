@@ -47,7 +47,11 @@ def format_hydra_error(error: CompactHydraException | ValueError, arguments: Seq
         ValueError: The error is a `ValueError` that has nothing to do with the arguments.
     """
     cause, message = error.__cause__, str(error)
-    if isinstance(error, ValueError):  # Hydra raises one if a config group is given a number or null
+    if isinstance(error, ValueError):  # Hydra raises one for flags that exclude each other, and for a group without an option
+        if message.startswith("Only one of --run, --multirun, --cfg, --info"):
+            if not {"--multirun", "-m"} & set(arguments):
+                return f"{message}; leave the others out."
+            return "--cfg and --info show one config; leave --multirun out and give each swept key one value."
         groups = [folder.name for folder in CONF.iterdir()]
         argument = find_choice_of_no_option(arguments, groups) if message.startswith("Config group override") else None
         if argument is None:

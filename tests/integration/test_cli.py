@@ -140,6 +140,19 @@ def test_options_that_do_not_fit_together_are_refused_before_work_starts(
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
+@pytest.mark.parametrize("flags", [["--multirun", "--cfg", "job"], ["-m", "--info", "all"]])
+def test_flags_that_show_one_config_are_refused_beside_a_sweep(flags: list[str]) -> None:
+    result = launch("seed=0,1", *flags)
+    assert result.returncode == 1
+    assert result.stderr == "--cfg and --info show one config; leave --multirun out and give each swept key one value.\n"
+
+
+def test_the_help_of_a_sweep_leaves_out_what_is_swept() -> None:
+    result = launch("--multirun", "masking=multiblock,hierarchical", "masking.context_scale=[0.7,1.0]", "seed=0,1", "--help")
+    assert result.returncode == 0, result.stderr
+    assert "seed: 0\n" in result.stdout
+
+
 def test_a_sweep_into_an_unwritable_folder_is_refused() -> None:
     result = children.launch("--multirun", *TINY, "output_root=/dev/null/x", "seed=0,1")
     assert result.returncode == 1

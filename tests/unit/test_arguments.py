@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hjepa.config.arguments import arrange, check_options_are_read
+from hjepa.config.arguments import arrange, check_options_are_read, without_sweep
 from hjepa.config.errors import UserError
 from hjepa.sweeps.sweep import take_folder
 
@@ -31,6 +31,11 @@ def test_values_of_swept_options_are_set_in_every_job_and_others_as_ever() -> No
     assert arrange([*sweep, *values, "masking.d=1,2"]) == [*sweep, "masking.d=1,2", moved]
     assert arrange(["masking=multiblock", "masking.blocks=3"]) == ["masking=multiblock", "masking.blocks=3"]
     assert arrange(["+sweeps=masking", "masking.a=1"]) == ["+sweeps=masking", '++hydra.sweeper.params={masking.a:"1"}']
+
+
+def test_the_help_of_a_sweep_shows_what_its_jobs_have_in_common() -> None:
+    overrides = ["model=conv_nano,vit_nano", "seed=range(3)", "model.image_size=32", "train.epochs=3", "dataset=cifar10"]
+    assert without_sweep(overrides) == ["train.epochs=3", "dataset=cifar10", '++hydra.sweeper.params={model.image_size:"32"}']
 
 
 @pytest.mark.parametrize("argument", ["+sweeps=levels,masking", "sweeps=levels,masking", "+sweeps=[levels,masking]"])

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hjepa.config.arguments import swept_groups
 from hjepa.config.errors import UserError
 from hjepa.config.paths import CONF
-from hjepa.config.quoting import correct, find_choice_of_no_option, quote
+from hjepa.config.quoting import correct, find_choice_of_no_option, other_forms
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # environment variable: if set, Hydra prints stack traces
 
@@ -64,9 +64,7 @@ def format_hydra_error(error: CompactHydraException | ValueError, arguments: Seq
             return f"{error.override} cannot be parsed as it is; write {corrected}"
         return f"{error.override} cannot be parsed; write group=option or key=value, in quotes for the shell: 'key=[1,2]'."
     if ambiguous := re.match(r"Ambiguous value for argument '(.*)'$", message.strip().partition("\n")[0]):
-        key, _, value = ambiguous[1].partition("=")
-        text, values = (shlex.quote(f"{key}={form}") for form in (quote(value), f"[{value}]"))
-        return f"{key}={value} has several values; add --multirun to try each, or write {values} for a list, {text} for a text"
+        return f"{ambiguous[1]} has several values; add --multirun to try each{other_forms(ambiguous[1], shlex.quote)}"
     if unknown := re.match("Could not override '((?:dataset@)?protocol[^']*)'", message):
         return describe_missing_protocol(unknown[1])
     if message.startswith("Multiple values for ") and (group := message.split()[3].rstrip(".")):

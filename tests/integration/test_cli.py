@@ -82,6 +82,7 @@ def test_help_lists_the_options_in_less_than_two_seconds() -> None:
         (["seed=1", "dataset.root=/data/My", "Photos", "(2024)"], ["""; write 'dataset.root="/data/My Photos (2024)"'"""]),
         (["name=../../x"], ["name=../../x is not the name of a folder inside of output_root"]),
         (["experiment_name=.."], ["experiment_name=.. is not the name of a folder inside of output_root"]),
+        (["name=a,b"], ["name=a,b has several values; add --multirun to try each, or write 'name=[a,b]' for a list"]),
         (["model=3"], ["model=3 chooses no option"]),
         (["train.steps=${nope}"], ["train.steps refers to a value that does not exist"]),
         (["run=outputs/default/photos", "train.epochs=100"], ["run=outputs/default/photos names a run to read", "task=evaluate"]),

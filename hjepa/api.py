@@ -13,7 +13,7 @@ Every mistake in an argument raises a `hjepa.UserError`, whose message is the se
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from hjepa.config.compose import compose_config, environment
 from hjepa.config.errors import UserError
 from hjepa.config.paths import path_variables
+from hjepa.config.quoting import other_forms, parse
 from hjepa.config.run import import_from_working_directory, perform
 from hjepa.config.run_path import run_path
 from hjepa.config.schema import Config, check, resolve
@@ -58,16 +59,29 @@ def compose(*overrides: str, config_dir: str | os.PathLike[str] | None = None) -
         The config, in which unknown keys cannot be set.
 
     Raises:
-        UserError: If an option is unknown, or a value is missing or of the wrong type.
+        UserError: If an option is unknown, has several values, or a value is missing or of the wrong type.
 
     Example:
         >>> config = hjepa.compose("experiment=cifar10", "dataset.root=images", "seed=1")
         >>> config.optimizer.lr = 1e-3
     """
+    check_overrides(overrides)
     import_from_working_directory()
     config = compose_config(overrides, config_dir)
     with hydra_config(config), environment(path_variables()):  # to which interpolations refer
         return finish(config)
+
+
+def check_overrides(overrides: Sequence[Any]) -> None:
+    """Refuse options that are no texts, such as a list of them, and options with several values."""
+    for override in overrides:
+        if not isinstance(override, str):
+            raise UserError(
+                f"hjepa.compose({override!r}): expected every option as a text of its own, as in "
+                'hjepa.compose("model=vit_tiny", "seed=1"); write hjepa.compose(*options) for a list of options.'
+            )
+        if (parsed := parse(override)) and parsed.is_sweep_override():
+            raise UserError(f"{override} has several values; call hjepa.compose once for each of them{other_forms(override)}.")
 
 
 @contextmanager

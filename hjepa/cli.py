@@ -108,6 +108,7 @@ def print_help() -> None:
     """Print the options of all groups and the config of the command; Hydra's own help takes several times as long."""
     from omegaconf import OmegaConf, open_dict
 
+    from hjepa.config.arguments import without_sweep
     from hjepa.config.compose import compose_config, list_options
     from hjepa.config.errors import UserError
     from hjepa.config.paths import PROGRAM
@@ -115,8 +116,10 @@ def print_help() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--config-dir", "-cd")
     known, others = parser.parse_known_args()
+    overrides = [argument for argument in others if not argument.startswith("-")]
     try:
-        config = compose_config([argument for argument in others if not argument.startswith("-")], known.config_dir)
+        overrides = without_sweep(overrides) if {"--multirun", "-m"} & set(others) else overrides
+        config = compose_config(overrides, known.config_dir)
     except UserError as error:
         sys.exit(str(error))
     with open_dict(config):

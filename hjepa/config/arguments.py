@@ -1,5 +1,6 @@
 """Arguments of the command line, arranged so that Hydra reads them as they are meant."""
 
+import re
 from collections.abc import Sequence
 
 from hydra._internal.utils import get_args_parser
@@ -8,6 +9,39 @@ from omegaconf import OmegaConf
 from hjepa.config.errors import UserError
 from hjepa.config.paths import CONF, FILES, PROGRAM
 from hjepa.config.quoting import parse, quote
+
+READERS = ("evaluate", "export", "features", "visualize")  # tasks that take a run as it was trained
+OPTIONS_OF_RUN = (
+    *("model", "levels", "masking", "loss", "regularizer", "projector", "teacher", "optimizer", "schedule", "dataset"),
+    *("train", "checkpoint", "experiment", "seed", "init_from"),
+)
+# What else to write instead of such an option, as the end of a sentence.
+OTHER_WAYS = {
+    "dataset": (
+        ", set task.root=FOLDER if the images of the run were moved, or score on another dataset with task=evaluate "
+        "'protocol=[transfer]' dataset@protocol.transfer.dataset=cifar100"
+    ),
+    "checkpoint": ", or choose a checkpoint of the run with task.checkpoint=latest",
+}
+
+
+def check_options_are_read(task: str | None, overrides: Sequence[str]) -> None:
+    """Refuse options that a task takes from the config of the run that it reads, since it would ignore them.
+
+    Args:
+        task: Chosen option of the group `task`.
+        overrides: Options and values of the command.
+
+    Raises:
+        UserError: The task reads a run, and one of the overrides sets what the run was trained with.
+    """
+    for argument in overrides if task in READERS else ():
+        key = re.match(r"[+~]*(\w+)(?=[.=]|$)", argument)  # not dataset@protocol.transfer.dataset
+        if key and key[1] in OPTIONS_OF_RUN:
+            raise UserError(
+                f"{argument}: task={task} takes {key[1]} from the config of the run, where it was set for training; leave it out"
+                f"{OTHER_WAYS.get(key[1], ', or train another run with it')}."
+            )
 
 
 def arrange(arguments: Sequence[str]) -> list[str]:
@@ -30,6 +64,12 @@ def arrange(arguments: Sequence[str]) -> list[str]:
     others = [argument for argument in overrides if argument.partition("=")[0] not in values]
     entries = ",".join(f"{key}:{quote(value)}" for key, value in values.items())
     return [*flags, *others, *([f"++hydra.sweeper.params={{{entries}}}"] if values else [])]
+
+
+def without_sweep(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of a sweep that hold for all of its jobs: without swept keys and options of swept groups."""
+    parsed = ((argument, parse(argument)) for argument in arrange(overrides))
+    return [argument for argument, override in parsed if not (override and override.is_sweep_override())]
 
 
 def is_value(argument: str) -> bool:

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hjepa.config.arguments import swept_groups
 from hjepa.config.errors import UserError
 from hjepa.config.paths import CONF
-from hjepa.config.quoting import correct, find_choice_of_no_option, quote
+from hjepa.config.quoting import correct, find_choice_of_no_option, other_forms
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # environment variable: if set, Hydra prints stack traces
 
@@ -47,7 +47,11 @@ def format_hydra_error(error: CompactHydraException | ValueError, arguments: Seq
         ValueError: The error is a `ValueError` that has nothing to do with the arguments.
     """
     cause, message = error.__cause__, str(error)
-    if isinstance(error, ValueError):  # Hydra raises one if a config group is given a number or null
+    if isinstance(error, ValueError):  # Hydra raises one for flags that exclude each other, and for a group without an option
+        if message.startswith("Only one of --run, --multirun, --cfg, --info"):
+            if not {"--multirun", "-m"} & set(arguments):
+                return f"{message}; leave the others out."
+            return "--cfg and --info show one config; leave --multirun out and give each swept key one value."
         groups = [folder.name for folder in CONF.iterdir()]
         argument = find_choice_of_no_option(arguments, groups) if message.startswith("Config group override") else None
         if argument is None:
@@ -60,9 +64,9 @@ def format_hydra_error(error: CompactHydraException | ValueError, arguments: Seq
             return f"{error.override} cannot be parsed as it is; write {corrected}"
         return f"{error.override} cannot be parsed; write group=option or key=value, in quotes for the shell: 'key=[1,2]'."
     if ambiguous := re.match(r"Ambiguous value for argument '(.*)'$", message.strip().partition("\n")[0]):
-        key, _, value = ambiguous[1].partition("=")
-        text, values = (shlex.quote(f"{key}={form}") for form in (quote(value), f"[{value}]"))
-        return f"{key}={value} has several values; add --multirun to try each, or write {values} for a list, {text} for a text"
+        return f"{ambiguous[1]} has several values; add --multirun to try each{other_forms(ambiguous[1], shlex.quote)}"
+    if unknown := re.match("Could not override '((?:dataset@)?protocol[^']*)'", message):
+        return describe_missing_protocol(unknown[1])
     if message.startswith("Multiple values for ") and (group := message.split()[3].rstrip(".")):
         return f"{group} already has an option; write {group}=OPTION without the plus sign to choose another one."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -75,6 +79,8 @@ def format_hydra_error(error: CompactHydraException | ValueError, arguments: Seq
         return f"{name} is not an option{suggest(option, [name for name in options if not name.startswith('_')])}"
     if isinstance(cause, OmegaConfBaseException) and cause.parent_node is not None and re.match("Key .* not in ", str(cause)):
         path, key = str(cause.full_key), str(cause.key)
+        if path == "protocol":
+            return describe_missing_protocol(path)
         place = swept_option(path, cause.parent_node, arguments)
         return f"{path} is not an option{place}{suggest(key, [str(name) for name in cause.parent_node])}"
     if merged := re.match("Error merging override (.*)$", message.strip()):  # a value that the launcher's schema refuses
@@ -83,6 +89,13 @@ def format_hydra_error(error: CompactHydraException | ValueError, arguments: Seq
     if isinstance(error, InstantiationException):
         return f"{message} (set {FULL_ERROR}=1 for the stack trace)"
     return message
+
+
+def describe_missing_protocol(key: str) -> str:
+    """Return a sentence that says where protocols, or the dataset of one, are options."""
+    if "@" not in key:
+        return f"{key} belongs to task=evaluate; add task=evaluate and run=outputs/default/NAME."
+    return f"{key} belongs to task=evaluate with the protocol of this name; add task=evaluate and 'protocol=[transfer]'."
 
 
 def swept_option(path: str, node: Container, arguments: Sequence[str]) -> str:

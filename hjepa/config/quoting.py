@@ -2,11 +2,11 @@
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Sweep
+from hydra.core.override_parser.types import Override, Sweep, ValueType
 from hydra.errors import HydraException
 
 
@@ -14,6 +14,20 @@ def quote(text: str) -> str:
     """Quote a text for Hydra's grammar; backslashes only escape where a quotation mark follows."""
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
     return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
+
+
+def other_forms(argument: str, shell_quote: Callable[[str], str] = repr) -> str:
+    """Return how to write values that commas separate as one value, as the end of a sentence; empty for functions.
+
+    Args:
+        argument: The argument, such as `seed=0,1` or `seed=range(3)`.
+        shell_quote: Quotes an argument for the place where it is typed.
+    """
+    key, _, value = argument.partition("=")
+    override = parse(argument)
+    if not override or override.value_type != ValueType.SIMPLE_CHOICE_SWEEP:
+        return ""
+    return f", or write {shell_quote(f'{key}=[{value}]')} for a list, {shell_quote(f'{key}={quote(value)}')} for a text"
 
 
 def parse(argument: str) -> Override | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from hjepa.config.arguments import check_options_are_read
 from hjepa.config.errors import friendly_errors
 from hjepa.config.instantiate import build
 from hjepa.config.passwords import hide_passwords, hide_passwords_in_logs
@@ -28,7 +29,9 @@ def run(cfg: DictConfig) -> float | None:
 def prepare(cfg: DictConfig) -> tuple[Config, Path]:
     """Return a composed config as checked plain data, and the folder of the run that it names."""
     import_from_working_directory()
-    allow_targets_of_command_line(HydraConfig.get().runtime)
+    hydra = HydraConfig.get()
+    allow_targets_of_command_line(hydra.runtime)
+    check_options_are_read(hydra.runtime.choices.get("task"), hydra.overrides.task)
     config = resolve(cfg)
     check(config)
     return config, run_path(config)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hjepa.config.errors import UserError
 from hjepa.config.extension import find_shorter_run
-from hjepa.config.identity import BENCHMARK, TRAINING, config_hash
+from hjepa.config.identity import TRAINING, config_hash, is_benchmark
 from hjepa.config.schema import Config
 
 LONGEST_NAME = 200  # bytes; file systems allow 255, of which `benchmark-` and temporary files need some
@@ -22,15 +22,16 @@ def run_path(config: Config) -> Path:
     the shorter run.
 
     Raises:
-        UserError: `name` or `experiment_name` is not the name of a folder inside of the one that holds it, or there is no run to
-            extend.
+        UserError: `name` or `experiment_name` is not the name of a folder inside of the one that holds it, there is no run to
+            extend, or `run` is set although the task reads none.
     """
+    check_run_is_read(config)
     check_name("experiment_name", config["experiment_name"])
     if config["name"]:
         check_name("name", config["name"])
     folder = Path(config["output_root"]).expanduser().absolute() / config["experiment_name"]
     words = [config["choices"][group] for group in NAME_GROUPS if group in config["choices"]]
-    if config["task"]["_target_"] == BENCHMARK:
+    if is_benchmark(config):
         return folder / ("benchmark-" + (config["name"] or "-".join([*words, config_hash(config)])))
     prefix = "-".join([*words, f"s{config['seed']}", ""])
     path = folder / (config["name"] or prefix + config_hash(config))
@@ -41,6 +42,18 @@ def run_path(config: Config) -> Path:
     if config["run"]:
         path = Path(config["run"]).expanduser().absolute()
     return find_shorter_run(config, path, None if config["name"] or config["run"] else prefix)
+
+
+def check_run_is_read(config: Config) -> None:
+    """Refuse `run` beside a task that reads no earlier run, which would train or measure the model of the command instead."""
+    run, is_training = config["run"], config["task"]["_target_"] == TRAINING
+    if not run or not (is_benchmark(config) or (is_training and not config["extend"])):
+        return
+    raise UserError(
+        f"run={run} names a run to read, and task={'train' if is_training else 'benchmark'} reads none. Ways out: task=evaluate, "
+        f"visualize, features, export, report or sync reads this run; task=train with run={run} extend=true trains it on; "
+        f"init_from={run} in place of run starts from its weights."
+    )
 
 
 def check_name(key: str, name: str) -> None:

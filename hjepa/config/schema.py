@@ -5,7 +5,7 @@ reported in under a second, before any work starts, and a new class needs no sec
 """
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, Optional, Union, get_origin
 
 from omegaconf import DictConfig, OmegaConf
@@ -50,7 +50,7 @@ def resolve(cfg: DictConfig) -> Config:
     `choices` keeps the option of every group, without Hydra's own groups and groups without an option.
 
     Raises:
-        UserError: A mandatory value is missing, or a value refers to one that does not exist.
+        UserError: A mandatory value is missing, a value refers to one that does not exist, or a text is empty.
     """
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
@@ -60,8 +60,19 @@ def resolve(cfg: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise UserError(f"{error.full_key} refers to a value that does not exist ({reason}); correct or remove it.") from None
+    if empty := sorted(empty_texts(config), key=lambda path: path.count(".")):  # first those to which others refer
+        raise UserError(f"{empty[0]}='' is empty (a shell variable without a value?); give a value, or null for none.")
     chosen = {group: option for group, option in config.get("choices", {}).items() if option and not group.startswith("hydra/")}
     return config | {"choices": dict(sorted(chosen.items()))}
+
+
+def empty_texts(value: Any, path: str = "") -> Iterator[str]:
+    """Yield the dotted path of every empty text in plain data."""
+    if isinstance(value, dict | list):
+        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from empty_texts(child, f"{path}.{key}".lstrip("."))
+    elif value == "":
+        yield path
 
 
 def check(config: Config) -> None:

@@ -194,7 +194,8 @@ class RunFolder:
         self.check_same_config()
         (self.path / "plots").mkdir(exist_ok=True)
         (self.path / "summary.json").unlink(missing_ok=True)  # of an earlier session
-        config = self.config | {"overwrite": False, "extend": False}  # so that training this config again changes nothing
+        # Training this config again changes nothing, and it does not name itself as a run to extend.
+        config = self.config | {"overwrite": False, "extend": False, "run": None}
         self.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(hide_passwords(config))))
 
     def empty(self) -> None:

@@ -80,6 +80,9 @@ def test_mistakes_are_reported_in_one_sentence(tmp_path: Path) -> None:
         (["train.epochs=0"], "train.epochs=0"),
         (["dataset=image_folder"], "dataset.root has no value"),
         (["+sweeps=seeds"], "A sweep has several configs"),
+        (["seed=0,1"], r"^seed=0,1 has several values; call hjepa.compose once for each of them, or write 'seed=\[0,1\]'"),
+        (["seed=range(3)"], r"^seed=range\(3\) has several values; call hjepa.compose once for each of them\.$"),
+        ([["seed=1"]], r"expected every option as a text of its own.*hjepa.compose\(\*options\)"),
     ]:
         with pytest.raises(hjepa.UserError, match=message) as caught:
             hjepa.compose(*overrides)

@@ -82,8 +82,14 @@ def test_help_lists_the_options_in_less_than_two_seconds() -> None:
         (["seed=1", "dataset.root=/data/My", "Photos", "(2024)"], ["""; write 'dataset.root="/data/My Photos (2024)"'"""]),
         (["name=../../x"], ["name=../../x is not the name of a folder inside of output_root"]),
         (["experiment_name=.."], ["experiment_name=.. is not the name of a folder inside of output_root"]),
+        (["name=a,b"], ["name=a,b has several values; add --multirun to try each, or write 'name=[a,b]' for a list"]),
         (["model=3"], ["model=3 chooses no option"]),
         (["train.steps=${nope}"], ["train.steps refers to a value that does not exist"]),
+        (["run=outputs/default/photos", "train.epochs=100"], ["run=outputs/default/photos names a run to read", "task=evaluate"]),
+        (["task=evaluate", "run=/r", "dataset=image_folder"], ["dataset=image_folder: task=evaluate takes", "task.root"]),
+        (["protocol=linear"], ["protocol belongs to task=evaluate; add task=evaluate and run="]),
+        (["protocol.knn.neighbors=3"], ["protocol.knn.neighbors belongs to task=evaluate"]),
+        (["dataset@protocol.transfer.dataset=stl10"], ["dataset@protocol.transfer.dataset belongs to task=evaluate", "transfer"]),
         (["--config-name=foo"], ["--config-name=foo is not an option"]),
     ],
 )
@@ -133,6 +139,19 @@ def test_options_that_do_not_fit_together_are_refused_before_work_starts(
         run(*overrides)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+@pytest.mark.parametrize("flags", [["--multirun", "--cfg", "job"], ["-m", "--info", "all"]])
+def test_flags_that_show_one_config_are_refused_beside_a_sweep(flags: list[str]) -> None:
+    result = launch("seed=0,1", *flags)
+    assert result.returncode == 1
+    assert result.stderr == "--cfg and --info show one config; leave --multirun out and give each swept key one value.\n"
+
+
+def test_the_help_of_a_sweep_leaves_out_what_is_swept() -> None:
+    result = launch("--multirun", "masking=multiblock,hierarchical", "masking.context_scale=[0.7,1.0]", "seed=0,1", "--help")
+    assert result.returncode == 0, result.stderr
+    assert "seed: 0\n" in result.stdout
 
 
 def test_a_sweep_into_an_unwritable_folder_is_refused() -> None:

@@ -101,7 +101,11 @@ def test_a_run_is_extended_by_its_folder(tmp_path: Path) -> None:
     folder = claim(tmp_path, "train.epochs=1", "name=r")
     longer = checked_config("train.epochs=2", "extend=true", f"run={folder}", f"output_root={tmp_path}/elsewhere")
     assert run_path(longer) == folder
-    assert RunFolder(folder, longer).check_same_config(), "it makes the run longer"
+    extended = RunFolder(folder, longer)
+    assert extended.check_same_config(), "it makes the run longer"
+    extended.claim(overwrite=False)
+    extended.release()
+    assert read_config(folder)["run"] is None, "the config of the run can be trained again as it is"
 
 
 REFUSED = {

@@ -20,10 +20,8 @@ FILES = example_files() | {
 
 RECIPE = ("experiment=ijepa", "experiment_name=default", "masking=checkerboard", "loss=huber", "dataset=noise")
 OWN = (*RECIPE, "model=patch_mlp", "levels=pyramid")
-SHORT = (
-    *("train.epochs=null", "train.steps=2", "train.batch_size=8", "tracking=none", "probe=none", "hardware=cpu"),
-    *("hardware.threads=1", "output_root=out"),
-)
+COMPUTE = ("tracking=none", "hardware=cpu", "hardware.threads=1", "output_root=out")
+SHORT = ("train.epochs=null", "train.steps=2", "train.batch_size=8", "probe=none", *COMPUTE)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +61,7 @@ def test_the_processes_of_a_sweep_find_own_classes_through_the_search_path(proje
 
 
 def test_the_config_of_a_run_folder_calls_own_classes_only_with_their_config_folder(trained: Path, project: Path) -> None:
-    task = ("task=visualize", f"run={trained}", "task.pictures=[predictions]", *SHORT)
+    task = ("task=visualize", f"run={trained}", "task.pictures=[predictions]", *COMPUTE)
     refused = launch(*task, cwd=project)
     assert refused.returncode == 1
     assert "_target_='lab." in refused.stderr
@@ -78,7 +76,7 @@ def test_the_config_of_a_stranger_is_refused_even_beside_a_config_folder(trained
     config = OmegaConf.load(folder / "config.yaml")
     config.loss = {"_target_": "os.system", "command": f"touch {folder}/owned"}
     OmegaConf.save(config, folder / "config.yaml")
-    task = ("task=visualize", f"run={folder}", "task.pictures=[predictions]", *SHORT)
+    task = ("task=visualize", f"run={folder}", "task.pictures=[predictions]", *COMPUTE)
     for config_folder in ("conf", "."):
         refused = launch("--config-dir", config_folder, *task, cwd=project)
         assert refused.returncode == 1

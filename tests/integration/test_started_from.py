@@ -13,6 +13,7 @@ from hjepa.tracking.run_folder import read_records, read_summary
 from hjepa.training.summary import gains
 from tests.helpers.runs import compose, tiny
 
+COMPUTE = ("hardware=cpu", "hardware.threads=1", "tracking=none")
 SHORT = ("train.epochs=null", "train.log_every=1", "dataset.train=120", "probe.train_images=60", "probe.penalties=[0.01]")
 
 
@@ -67,7 +68,7 @@ def test_training_evaluation_and_report_call_them_what_they_are(root: Path, run,
     assert "; a network with random weights " in line
     shutil.rmtree(source)
     options = ("protocol=[knn]", "task.split=validation", "task.train_images=60", "task.checkpoint=latest", "task.depths=[2]")
-    run("task=evaluate", f"run={folder}", *options)
+    run_config(compose("task=evaluate", f"run={folder}", *COMPUTE, *options))
     assert 'Rows "initial" are the weights it started from' in capsys.readouterr().out
     (checkpoint,) = read_summary(folder / "evaluate")["checkpoints"].values()
     rows, summary = checkpoint["results"]["knn"]["rows"], read_summary(folder)
@@ -79,7 +80,7 @@ def test_training_evaluation_and_report_call_them_what_they_are(root: Path, run,
     assert "than with the weights it started from" in text.replace("</strong>", "").replace("<strong>", "")
     assert "a network with random weights reaches" in text
     (folder / "checkpoints" / "initial.pt").unlink()  # as in runs of earlier versions
-    run("task=evaluate", f"run={folder}", *options)
+    run_config(compose("task=evaluate", f"run={folder}", *COMPUTE, *options))
     assert "were not kept" in capsys.readouterr().out
 
 

@@ -1,10 +1,11 @@
 """Arguments in the order and form that Hydra reads, and the folder that a sweep takes."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from hjepa.config.arguments import arrange
+from hjepa.config.arguments import arrange, check_options_are_read, without_sweep
 from hjepa.config.errors import UserError
 from hjepa.sweeps.sweep import take_folder
 
@@ -32,6 +33,11 @@ def test_values_of_swept_options_are_set_in_every_job_and_others_as_ever() -> No
     assert arrange(["+sweeps=masking", "masking.a=1"]) == ["+sweeps=masking", '++hydra.sweeper.params={masking.a:"1"}']
 
 
+def test_the_help_of_a_sweep_shows_what_its_jobs_have_in_common() -> None:
+    overrides = ["model=conv_nano,vit_nano", "seed=range(3)", "model.image_size=32", "train.epochs=3", "dataset=cifar10"]
+    assert without_sweep(overrides) == ["train.epochs=3", "dataset=cifar10", '++hydra.sweeper.params={model.image_size:"32"}']
+
+
 @pytest.mark.parametrize("argument", ["+sweeps=levels,masking", "sweeps=levels,masking", "+sweeps=[levels,masking]"])
 def test_several_prepared_sweeps_at_once_are_refused(argument: str) -> None:
     with pytest.raises(UserError, match=r"one prepared sweep at a time; .*\+sweeps=levels && .*\+sweeps=masking$"):
@@ -43,3 +49,21 @@ def test_sweeps_that_begin_in_the_same_second_take_folders_of_their_own(tmp_path
     taken = [take_folder(folder) for _ in range(3)]
     assert [path.name for path in taken] == [folder.name, f"{folder.name}_2", f"{folder.name}_3"]
     assert all(path.is_dir() for path in taken)
+
+
+OF_RUN = ["dataset=cifar10", "model.features=all", "++train.epochs=3", "~masking", "experiment=ijepa", "seed=1"]
+
+
+@pytest.mark.parametrize("task", ["evaluate", "export", "features", "visualize"])
+@pytest.mark.parametrize("argument", OF_RUN)
+def test_options_that_a_task_takes_from_the_run_are_refused(task: str, argument: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(argument)}: task={task} takes .* from the config of the run") as caught:
+        check_options_are_read(task, [f"task={task}", "run=outputs/default/photos", argument])
+    assert "\n" not in str(caught.value)
+    check_options_are_read("train", [argument])
+
+
+def test_options_that_a_task_reads_from_the_command_are_kept() -> None:
+    dataset = ("protocol=[transfer]", "dataset@protocol.transfer.dataset=cifar100", "protocol.transfer.dataset.root=/x")
+    options = ("hardware=cpu", "tracking=none", "task.root=/x", "probe.batch_size=8", "output_root=/o", "hydra.verbose=true")
+    check_options_are_read("evaluate", ["task=evaluate", "run=/r", *dataset, *options])

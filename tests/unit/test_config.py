@@ -73,6 +73,21 @@ def test_any_name_of_a_folder_inside_of_output_root_is_a_name(value: str, config
         run_path(config | {"experiment_name": ""})
 
 
+@pytest.mark.parametrize("task", ["train", "benchmark"])
+def test_a_run_to_read_is_refused_beside_a_task_that_reads_none(task: str) -> None:
+    config = resolve(compose(f"task={task}", "run=/o/default/photos"))
+    with pytest.raises(UserError, match=r"^run=/o/default/photos names a run to read, .* extend=true") as caught:
+        run_path(config)
+    assert "\n" not in str(caught.value)
+    run_path(config | {"run": None})
+
+
+@pytest.mark.parametrize("key", ["init_from", "output_root", "model.pretrained", "dataset.root", "tracking.mlflow.uri"])
+def test_a_shell_variable_without_a_value_is_refused(key: str) -> None:
+    with pytest.raises(UserError, match=f"^{key}='' is empty .a shell variable without a value"):
+        resolve(compose("dataset=cifar10", f"{key}="))
+
+
 def test_an_option_that_is_missing_is_named(config: dict[str, Any]) -> None:
     node = {key: value for key, value in config["train"].items() if key != "epochs"}
     with pytest.raises(UserError, match=r"hjepa.training.Trainer lacks an option .*'epochs'"):

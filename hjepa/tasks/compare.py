@@ -10,6 +10,7 @@ those of a sweep.
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,30 @@ from hjepa.sweeps.job import Job
 from hjepa.sweeps.sweep import Sweep, check_metric, log_artifacts_of_jobs
 from hjepa.sweeps.tables import Comparison, default_metric, lookup, options
 from hjepa.tracking.atomic import atomic_write
-from hjepa.tracking.run_folder import check_writable, read_config, read_summary
+from hjepa.tracking.run_folder import Record, check_writable, read_config, read_records, read_summary
 
 MISSING = object()
+
+DEFAULT_COLUMNS = {"evaluate.quality": "evaluate.quality.rankme"}  # task.metric that stands for several columns -> one of them
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of a run by one protocol of `task=evaluate`.
+
+    Attributes:
+        about: The title of its table, which names the images.
+        checkpoint: What the evaluated checkpoint is now: the best one, the latest one, both, or that of an earlier step.
+        score: The score on the main label; of `quality`, the scores by column.
+    """
+
+    about: str
+    checkpoint: frozenset[str]
+    score: float | dict[str, float]
+
+    def describe(self) -> str:
+        """Return what was evaluated in words."""
+        return f"{self.about}, at {' and '.join(sorted(self.checkpoint))}"
 
 
 def compare_runs(config: Config, path: Path, runs: list[str], sweep: str | None, metric: str | None) -> None:
@@ -45,14 +67,17 @@ def compare_runs(config: Config, path: Path, runs: list[str], sweep: str | None,
             "task=compare needs what to compare: 'task.runs=[outputs/default/A,outputs/default/B]' or task.sweep=FOLDER."
         )
     jobs, notes = jobs_of_sweep(sweep) if sweep else jobs_of_runs(runs)
-    for job in jobs:
-        add_evaluation(job)
+    left_out = add_evaluations(jobs)
+    metric = DEFAULT_COLUMNS.get(metric or "", metric)
+    check_comparable(left_out, metric)
     check_metric(jobs, metric)
     check_enough_runs(jobs)
     name = config["name"] or short_hash([str(job.folder) for job in jobs])  # `run_path` has checked the name
     folder = Path(config["output_root"]).expanduser().absolute() / "comparisons" / name
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if left_out:
+        notes = [*(notes or [""]), *(f"{key} is left out: {reason}." for key, reason in left_out.items())]
     files = save_comparison(folder, jobs, metric or default_metric(jobs), notes)
     if config["tracking"]:
         log_artifacts_of_jobs(jobs, files, "compare", {}, config)
@@ -162,22 +187,6 @@ def format_override(key: str, value: Any) -> str:
     return f"{key.removesuffix('._target_')}={value}"
 
 
-def add_evaluation(job: Job) -> None:
-    """Add the last results of `task=evaluate`, if any, to the summary of a job.
-
-    Of each protocol, these are the results of the trained encoder's deepest features on the main label.
-    """
-    evaluation = read_summary(job.folder / "evaluate") if job.folder else {}
-    if not evaluation.get("checkpoints"):
-        return
-    scores = {}
-    for protocol, result in evaluation["checkpoints"][evaluation["checkpoint"]]["results"].items():
-        trained = [columns for source, columns in result["rows"].items() if source.startswith("trained")]
-        if trained and trained[0]:  # the features that the run uses come first
-            scores[protocol] = next(iter(trained[0].values()))
-    job.summary = job.summary | {"evaluate": scores}
-
-
 def check_enough_runs(jobs: Sequence[Job]) -> None:
     """Raise a UserError unless at least two runs are complete."""
     count = sum(job.is_complete for job in jobs)
@@ -187,6 +196,79 @@ def check_enough_runs(jobs: Sequence[Job]) -> None:
             f"{count} of {len(jobs)} runs are complete, and a comparison needs two: {others}; run the command that started a run "
             "again to continue it."
         )
+
+
+# -- the evaluations of the runs -------------------------------------------------------------------------------------------
+
+
+def add_evaluations(jobs: Sequence[Job]) -> dict[str, str]:
+    """Add the last results of `task=evaluate`, if any, to the summaries of complete jobs.
+
+    The results of a protocol are left out if the runs were evaluated on different images, with different options, or at
+    checkpoints that do not correspond to one another.
+
+    Returns:
+        Keys of the results that are left out, such as evaluate.linear, with the reason.
+    """
+    evaluations = {job.number: read_evaluations(job) for job in jobs}
+    left_out = {}
+    for protocol in dict.fromkeys(protocol for results in evaluations.values() for protocol in results):
+        evaluated = [(job, results[protocol]) for job in jobs if protocol in (results := evaluations[job.number])]
+        if are_comparable([evaluation for _, evaluation in evaluated]):
+            for job, evaluation in evaluated:
+                job.summary = job.summary | {"evaluate": job.summary.get("evaluate", {}) | {protocol: evaluation.score}}
+        else:
+            left_out[f"evaluate.{protocol}"] = describe_differences(evaluated)
+    return left_out
+
+
+def read_evaluations(job: Job) -> dict[str, Evaluation]:
+    """Return the last results of `task=evaluate` of a complete job by protocol; empty if there are none.
+
+    These are the results of the trained encoder's deepest features.
+    """
+    summary = read_summary(job.folder / "evaluate") if job.folder and job.is_complete else {}
+    if not job.folder or not summary.get("checkpoints"):
+        return {}
+    evaluated = summary["checkpoints"][summary["checkpoint"]]
+    checkpoint = describe_checkpoint(job.folder, job.summary, evaluated["step"])
+    evaluations = {}
+    for protocol, result in evaluated["results"].items():
+        trained = [columns for source, columns in result["rows"].items() if source.startswith("trained")]
+        if trained and trained[0]:  # the features that the run uses come first
+            score = trained[0] if protocol == "quality" else next(iter(trained[0].values()))
+            evaluations[protocol] = Evaluation(result["about"], checkpoint, score)
+    return evaluations
+
+
+def describe_checkpoint(folder: Path, summary: Record, step: int) -> frozenset[str]:
+    """Return what the checkpoint of a step is now, which changes when the run is trained on; see `Evaluation`."""
+    probed = [record for record in read_records(folder) if "probe/linear" in record and record["step"]]
+    best = max(probed, key=lambda record: (round(record["probe/linear"], 4), -record["step"]), default={})  # as best.pt is chosen
+    steps = {"the best checkpoint": best.get("step"), "the latest checkpoint": summary.get("steps")}
+    return frozenset(name for name, own in steps.items() if own == step) or frozenset({f"the checkpoint of step {step}"})
+
+
+def are_comparable(evaluations: Sequence[Evaluation]) -> bool:
+    """Return whether the same was evaluated in all runs."""
+    same_checkpoint = frozenset.intersection(*(evaluation.checkpoint for evaluation in evaluations))
+    return bool(same_checkpoint) and len({evaluation.about for evaluation in evaluations}) == 1
+
+
+def describe_differences(evaluated: Sequence[tuple[Job, Evaluation]]) -> str:
+    """Return in words which runs were evaluated in which way, without a period."""
+    names: dict[str, list[str]] = {}
+    for job, evaluation in evaluated:
+        names.setdefault(evaluation.describe(), []).append(job.folder.name if job.folder else str(job.number))
+    ways = "; ".join(f"{', '.join(runs)}: {description}" for description, runs in names.items())
+    return f"the runs were not evaluated in the same way ({ways}); evaluate them with the same options"
+
+
+def check_comparable(left_out: dict[str, str], metric: str | None) -> None:
+    """Raise a UserError if the results of the metric are left out."""
+    reason = left_out.get(".".join((metric or "").split(".")[:2]))
+    if reason:
+        raise UserError(f"task.metric={metric}: {reason}.")
 
 
 # -- compare.json ----------------------------------------------------------------------------------------------------------

@@ -121,15 +121,64 @@ def test_runs_that_differ_only_in_the_seed_are_one_group(trained: Path, compare)
     assert group["probe.linear"]["deviation"] == pytest.approx(stdev([linear(trained, "flat0"), linear(trained, "flat1")]))
 
 
+def write_evaluation(folder: Path, score: float, about: str = "40 test images", step: int = 2) -> None:
+    """Write evaluate/summary.json of a run, with this accuracy of the linear probe."""
+    rows = {"pixels": {"part": 0.9}, "trained/block 2": {"part": score, "whole": 0.7}, "trained/block 1": {"part": 0.8}}
+    quality = {"trained/block 2": {"std": 0.1, "rankme": 20 * score, "lidar": 3.0}}
+    results = {"linear": {"about": about, "rows": rows}, "quality": {"about": "40 test images", "rows": quality}}
+    contents = {"checkpoint": "a", "checkpoints": {"a": {"name": "best", "step": step, "results": results}}}
+    (folder / "evaluate").mkdir(exist_ok=True)
+    (folder / "evaluate" / "summary.json").write_text(json.dumps(contents))
+
+
 def test_results_of_an_evaluation_are_compared_as_well(trained: Path, compare, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "runs")
     for name, score in (("flat0", 0.25), ("pyramid0", 0.5)):
-        (tmp_path / "runs" / name / "evaluate").mkdir()
-        rows = {"pixels": {"part": 0.9}, "trained/block 2": {"part": score, "whole": 0.7}, "trained/block 1": {"part": 0.8}}
-        contents = {"checkpoint": "a", "checkpoints": {"a": {"results": {"linear": {"rows": rows}}}}}
-        (tmp_path / "runs" / name / "evaluate" / "summary.json").write_text(json.dumps(contents))
-    data = compare(folders(tmp_path / "runs", "flat0", "pyramid0"), "task.metric=evaluate.linear")
+        write_evaluation(tmp_path / "runs" / name, score)
+    runs = folders(tmp_path / "runs", "flat0", "pyramid0")
+    data = compare(runs, "task.metric=evaluate.linear")
     assert [run["evaluate.linear"] for run in data["runs"]] == [0.25, 0.5]
+    for metric, key in (("quality", "quality.rankme"), ("quality.lidar", "quality.lidar")):
+        data = compare(runs, f"task.metric=evaluate.{metric}")
+        assert data["metric"] == f"evaluate.{key}"
+        assert [run["evaluate.quality.rankme"] for run in data["runs"]] == [5, 10]
+        assert [group[data["metric"]]["mean"] for group in data["groups"]] == ([5, 10] if metric == "quality" else [3, 3])
+
+
+@pytest.mark.parametrize(
+    ("other", "described"),
+    [
+        ({"about": "40 validation images"}, "40 validation images, at the best checkpoint and the latest checkpoint"),
+        ({"step": 1}, "40 test images, at the checkpoint of step 1"),
+    ],
+)
+def test_different_evaluations_are_not_compared(trained: Path, compare, tmp_path: Path, capsys, other, described: str) -> None:
+    shutil.copytree(trained, tmp_path / "runs")
+    for name, options in (("flat0", {}), ("flat1", {}), ("pyramid0", other)):
+        write_evaluation(tmp_path / "runs" / name, 0.5, **options)
+    runs = folders(tmp_path / "runs", "flat0", "flat1", "pyramid0")
+    data = compare(runs)
+    assert "evaluate.linear" not in str(data)
+    assert ("evaluate.quality.rankme" in str(data)) == ("about" in other), "the linear probe alone was scored on other images"
+    same = "flat0, flat1: 40 test images, at the best checkpoint and the latest checkpoint"
+    reason = f"the runs were not evaluated in the same way ({same}; pyramid0: {described}); evaluate them with the same options."
+    assert f"evaluate.linear is left out: {reason}" in capsys.readouterr().out
+    with pytest.raises(UserError) as error:
+        compare(runs, "task.metric=evaluate.linear")
+    assert str(error.value) == f"task.metric=evaluate.linear: {reason}"
+
+
+def test_evaluations_at_the_best_steps_of_the_runs_are_compared(trained: Path, compare, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "runs")
+    for name, step in (("flat0", 1), ("pyramid0", 2)):
+        folder = tmp_path / "runs" / name
+        records = [{"step": 0, "probe/linear": 1.0}, {"step": step, "probe/linear": 0.9}, {"step": 3 - step, "probe/linear": 0.1}]
+        (folder / "metrics.jsonl").write_text(
+            "".join(json.dumps(record | {"seconds": record["step"]}) + "\n" for record in records)
+        )
+        write_evaluation(folder, 0.5, step=step)
+    data = compare(folders(tmp_path / "runs", "flat0", "pyramid0"))
+    assert data["groups"][1]["difference"]["evaluate.linear"]["mean"] == 0
 
 
 def test_an_unfinished_run_is_listed_but_not_counted(trained: Path, compare, tmp_path: Path) -> None:

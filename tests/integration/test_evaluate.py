@@ -240,6 +240,19 @@ def test_a_copy_of_a_run_does_not_count_twice_in_the_statistics_over_seeds(seeds
     assert "s1_copy has the config and the seed of" in capsys.readouterr().out
 
 
+def test_a_run_that_cannot_be_evaluated_does_not_keep_others_from_it(seeds: Path, tmp_path: Path, caplog) -> None:
+    runs = Path(shutil.copytree(seeds, tmp_path / "runs"))
+    shutil.copytree(seeds / "s0", runs / "a")  # comes before the others
+    config = (runs / "a" / "config.yaml").read_text()
+    (runs / "a" / "config.yaml").write_text(re.sub(r"_target_: hjepa\.data\.\w+", "_target_: hjepa.data.Moved", config))
+    options = ("protocol=[quality]", "task.depths=[2]", "protocol.quality.images=5")
+    with pytest.raises(UserError, match=r"^1 of 3 runs could not be evaluated: .*runs/a; see the warnings above\.$"):
+        evaluate(runs, *options)
+    assert f"{runs / 'a'} was not evaluated: " in caplog.text
+    (group,) = read_summary(runs / "evaluate")["groups"]
+    assert [Path(folder).name for folder in group["runs"]] == ["s0", "s1"]
+
+
 def test_linear_and_knn_agree_with_scikit_learn_on_the_same_features(fresh: Path) -> None:
     from hjepa.config.schema import resolve
     from hjepa.data.shapes import Shapes

@@ -1,6 +1,7 @@
 """Tests of `task=report` in a real browser: a page shows the content of its folder, escaped, and loads nothing else."""
 
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from hjepa.config.run import run
 from hjepa.config.schema import resolve
 from hjepa.sweeps.sweep import Sweep
 from hjepa.tasks.report.report import write_report
+from hjepa.tasks.report.run_page import run_facts
 from hjepa.tracking.run_folder import read_config, read_summary
 from tests.helpers.runs import compose, tiny
 from tests.integration.test_sweep import job
@@ -186,6 +188,52 @@ def test_the_page_says_which_pictures_and_probes_are_missing(trained: Path, tmp_
     text = (folder / "report.html").read_text()
     assert "Not drawn yet: predictions, scatter." in text
     assert "no results of probes yet" in text
+
+
+def test_the_page_shows_the_newer_curves(trained: Path, tmp_path: Path) -> None:
+    """Curves of `task=visualize` are older after more training, and newer if they were drawn after it."""
+    folder = Path(shutil.copytree(trained, tmp_path / "r"))
+    drawn, final = folder / "visualize" / "curves.png", folder / "plots" / "curves.png"
+    shutil.copyfile(folder / "visualize" / "pca.png", drawn)
+    for time, expected in ((final.stat().st_mtime - 9, final), (final.stat().st_mtime + 9, drawn)):
+        os.utime(drawn, (time, time))
+        (curves,) = run_facts(folder)["curves"]
+        assert curves.file == expected
+
+
+def test_pictures_and_evaluations_of_an_earlier_step_say_so(trained: Path, tmp_path: Path) -> None:
+    folder, steps = Path(shutil.copytree(trained, tmp_path / "r")), read_summary(trained)["steps"]
+    (folder / "plots" / "curves.png").rename(folder / "visualize" / "curves.png")
+    summary = read_summary(folder / "visualize")
+    changed = {
+        "pictures": ["attention.png", "curves.png"],
+        "step": 3,
+        "steps": {"attention.png": 3, "curves.png": 3, "pca.png": steps},
+    }
+    (folder / "visualize" / "summary.json").write_text(json.dumps(summary | changed))
+    evaluation = read_summary(folder / "evaluate")
+    for step, note in ((4, f"; the network of step 4 of {steps}"), (steps, "")):
+        evaluation["checkpoints"]["aa"]["step"] = step
+        (folder / "evaluate" / "summary.json").write_text(json.dumps(evaluation))
+        facts = run_facts(folder)
+        assert [table.title for table in facts["evaluation"]] == [f"test split{note}"]
+    notes = {picture.name: picture.note for picture in (*facts["curves"], *facts["pictures"])}
+    assert notes == {"attention": f"The network of step 3 of {steps}.", "curves": "", "masks": "", "pca": ""}
+    report(f"run={folder}")
+    assert f"The network of step 3 of {steps}." in (folder / "report.html").read_text()
+
+
+def test_pictures_of_earlier_commands_keep_their_steps_and_the_skipped_ones(trained: Path, tmp_path: Path) -> None:
+    """The pictures of the fixture were drawn at the last step by an earlier command, whose summary has no steps of files."""
+    folder = Path(shutil.copytree(trained, tmp_path / "r"))
+    (folder / "visualize" / "attention.png").unlink()
+    (folder / "checkpoints" / "latest.pt").rename(folder / "checkpoints" / "other.pt")
+    summary = read_summary(folder / "visualize")
+    (folder / "visualize" / "summary.json").write_text(json.dumps(summary | {"step": 3, "steps": {}}))
+    run(compose("task=visualize", f"run={folder}", *COMMAND, "task.searched=2", "task.pictures=curves", "task.checkpoint=other"))
+    summary = read_summary(folder / "visualize")
+    assert summary["steps"] == {"pca.png": 3, "curves.png": read_summary(folder)["steps"]}
+    assert summary["skipped"] == ["views"], "the run predicts no other views, whatever was drawn last"
 
 
 def test_a_config_of_another_program_is_refused_in_one_sentence(tmp_path: Path) -> None:

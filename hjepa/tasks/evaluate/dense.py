@@ -52,7 +52,7 @@ class DenseProbe(EvalProtocol):
         background = (self.patch_labels(context)["test"] == 0).double().mean().item()
         return (
             f"Dense: which part a patch shows, by a linear probe of the patches of {counts['train']} images, scored on those of "
-            f"{counts['test']} ({background:.1%} of them show the background)"
+            f"{counts['test']} {context.data.test} images ({background:.1%} of them show the background)"
         )
 
     def score(self, context: EvalContext) -> Scores:

@@ -51,6 +51,9 @@ def evaluate_runs(
 
     Returns:
         The linear accuracy of the features, averaged over the runs, or None if the linear probe was not computed.
+
+    Raises:
+        UserError: The only run cannot be evaluated or, after all others were evaluated, one of several runs.
     """
     nodes = dict(config.get("protocol") or {})
     skip_inapplicable = nodes.pop("skip_inapplicable", False)
@@ -59,17 +62,34 @@ def evaluate_runs(
     protocols: dict[str, EvalProtocol] = {name: build(node) for name, node in nodes.items()}
     options = EvalOptions(checkpoint, root, split, train_images, test_images, batch_size, depths)
     folders = find_evaluable_runs(config["run"])
+    evaluate = evaluate_run if len(folders) == 1 else evaluate_or_report
     try:
-        results = {folder: evaluate_run(config, folder, options, protocols, skip_inapplicable) for folder in folders}
+        every = {folder: evaluate(config, folder, options, protocols, skip_inapplicable) for folder in folders}
     except KeyboardInterrupt:
         raise UserError(
             "Interrupted: the protocols that were finished are stored; the same command continues with the others"
             f"{' if you leave out overwrite=true, which deletes them' if config['overwrite'] else ''}."
         ) from None
+    results = {folder: result for folder, result in every.items() if result}
     if len(folders) > 1:
         aggregate_seeds(Path(config["run"]).expanduser().absolute(), results)
+    if failed := [str(folder) for folder in folders if folder not in results]:
+        raise UserError(
+            f"{len(failed)} of {len(folders)} runs could not be evaluated: {', '.join(failed)}; see the warnings above."
+        )
     accuracies = [accuracy for result in results.values() if (accuracy := result.linear_accuracy()) is not None]
     return mean(accuracies) if accuracies else None
+
+
+def evaluate_or_report(
+    config: Config, folder: Path, options: EvalOptions, protocols: dict[str, EvalProtocol], skip_inapplicable: bool
+) -> Results | None:
+    """Do what `evaluate_run` does, and return None for a run that cannot be evaluated, after a warning."""
+    try:
+        return evaluate_run(config, folder, options, protocols, skip_inapplicable)
+    except UserError as error:
+        log.warning("%s was not evaluated: %s", folder, error)
+        return None
 
 
 def evaluate_run(

@@ -39,8 +39,8 @@ class Quality(EvalProtocol):
     def describe(self, context: EvalContext) -> str:
         count = len(context.data.subsets["test"])
         return (
-            f"Quality of the features of {count} images; rank: effective rank of the centered features; lidar: of "
-            f"{min(count, self.images)} images in {self.views} views each"
+            f"Quality of the features of {count} {context.data.test} images; rank: effective rank of the centered features; "
+            f"lidar: of {min(count, self.images)} images in {self.views} views each"
         )
 
     def score(self, context: EvalContext) -> Scores:

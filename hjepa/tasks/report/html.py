@@ -42,9 +42,11 @@ class Picture:
 
     Attributes:
         file: Path of the file, which is named after the picture and, where it has one, its layer.
+        note: Sentence to add to the caption.
     """
 
     file: Path
+    note: str = ""
 
     @property
     def name(self) -> str:
@@ -59,7 +61,7 @@ class Picture:
     @property
     def caption(self) -> str:
         """Description of the picture."""
-        return CAPTIONS.get(self.name, "")
+        return f"{CAPTIONS.get(self.name, '')} {self.note}".strip()
 
     @property
     def source(self) -> str:

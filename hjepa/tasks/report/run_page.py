@@ -12,6 +12,7 @@ from hjepa.config.schema import Config
 from hjepa.plotting import CAPTIONS
 from hjepa.tasks.evaluate.tables import result_table
 from hjepa.tasks.report.html import Picture, Table
+from hjepa.tasks.visualize.summary import picture_steps
 from hjepa.tracking.run_folder import Record, read_config, read_records, read_summary
 from hjepa.training.summary import gains
 
@@ -37,11 +38,16 @@ COSTS = {  # key of summary.json -> label and format
     "device": ("device", "{}"),
 }
 
+CURVES = "curves.png"
+
+OF_ALL_STEPS = (CURVES, "masks.png")  # pictures that show no network of a certain step
+
 
 def run_facts(folder: Path) -> dict[str, Any]:
     """Return the facts of a run's page; the run may be unfinished, failed, or without probes."""
     config, summary, records = read_config(folder), read_summary(folder), read_records(folder)
-    pictures = find_pictures(folder)
+    last = last_step(summary, records)
+    pictures = find_pictures(folder, last)
     absent = {picture.name for picture in pictures} | set(read_summary(folder / "visualize").get("skipped", []))
     check_complete(folder, config)
     return {
@@ -55,7 +61,7 @@ def run_facts(folder: Path) -> dict[str, Any]:
         "curves": [picture for picture in pictures if picture.name == "curves"],
         "pictures": [picture for picture in pictures if picture.name != "curves"],
         "missing": [name for name in CAPTIONS if name not in absent and name not in impossible_pictures(config)],
-        "evaluation": evaluation_tables(folder),
+        "evaluation": evaluation_tables(folder, last),
         "costs": cost_rows(summary),
         "groups": [group_row(group, config[group]) for group in GROUPS if group in config],
         "config": OmegaConf.to_yaml(OmegaConf.create(hide_passwords(config))),
@@ -81,7 +87,7 @@ def impossible_pictures(config: Config) -> set[str]:
 def describe_status(summary: Record, records: list[Record]) -> str:
     """Return a sentence about a run that has not finished; empty for a finished run."""
     if not summary:
-        return f"This run has not ended; it has reached step {records[-1]['step'] if records else 0} so far."
+        return f"This run has not ended; it has reached step {last_step(summary, records)} so far."
     if summary["status"] == "finished":
         return ""
     reason = f": {summary['reason']}" if summary.get("reason") else ""
@@ -94,20 +100,48 @@ def held_out_losses(records: list[Record]) -> dict[str, float] | None:
     return last and {"loss": last["validation/loss"], "constant": last["validation/constant_loss"]}
 
 
-def find_pictures(folder: Path) -> list[Picture]:
-    """Return the pictures of a run in the order of `CAPTIONS`; those of task=visualize replace those of training."""
-    files = {file.name: file for subfolder in ("plots", "visualize") for file in (folder / subfolder).glob("*.png")}
+def last_step(summary: Record, records: list[Record]) -> int:
+    """Return the step that a run has reached."""
+    return int(summary.get("steps") or (records[-1]["step"] if records else 0))
+
+
+def find_pictures(folder: Path, last: int) -> list[Picture]:
+    """Return the pictures of a run in the order of `CAPTIONS`; those of task=visualize replace those of training.
+
+    Of the curves, which both draw, the newer ones are taken.
+
+    Args:
+        folder: Run folder.
+        last: Step that the run has reached; pictures of another step say so.
+    """
+    trained, drawn = ({file.name: file for file in (folder / name).glob("*.png")} for name in ("plots", "visualize"))
+    if CURVES in trained and CURVES in drawn:
+        drawn[CURVES] = max(drawn[CURVES], trained[CURVES], key=lambda file: file.stat().st_mtime_ns)
+    steps = picture_steps(folder / "visualize")
+    files = (trained | drawn).values()
+    pictures = [Picture(file, picture_note(file, steps, last)) for file in files]
     order = list(CAPTIONS)
-    pictures = [Picture(file) for file in files.values()]
     return sorted(pictures, key=lambda p: (order.index(p.name) if p.name in order else len(order), p.file.name))
 
 
-def evaluation_tables(folder: Path) -> list[Table]:
-    """Return a table per protocol of task=evaluate, for the checkpoint that was evaluated last; none before an evaluation."""
+def picture_note(file: Path, steps: dict[str, int], last: int) -> str:
+    """Return a sentence about the step of a picture that shows a network of another step than the last; empty for others."""
+    step = steps.get(file.name) if file.parent.name == "visualize" and file.name not in OF_ALL_STEPS else None
+    return "" if step in (None, last) else f"The network of step {step} of {last}."
+
+
+def evaluation_tables(folder: Path, last: int) -> list[Table]:
+    """Return a table per protocol of task=evaluate, for the checkpoint that was evaluated last; none before an evaluation.
+
+    Args:
+        folder: Run folder.
+        last: Step that the run has reached; the titles of results of another step say so.
+    """
     evaluation = read_summary(folder / "evaluate")
     checkpoint = evaluation.get("checkpoints", {}).get(evaluation.get("checkpoint"), {})
+    note = "" if checkpoint.get("step") in (None, last) else f"; the network of step {checkpoint['step']} of {last}"
     results = checkpoint.get("results", {})
-    return [Table.from_frame(result["about"], result_table(protocol, result)) for protocol, result in results.items()]
+    return [Table.from_frame(f"{result['about']}{note}", result_table(name, result)) for name, result in results.items()]
 
 
 def cost_rows(summary: Record) -> list[tuple[str, str]]:

@@ -4,9 +4,9 @@ To add a picture, write a function of `Samples` that returns the paths of its fi
 `hjepa.plotting.CAPTIONS`. If some runs cannot have the picture, list a check in `CHECKS`.
 """
 
-import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from hjepa.config.errors import UserError
@@ -15,15 +15,15 @@ from hjepa.config.terminal import progress_bar
 from hjepa.config.types import PositiveInt
 from hjepa.distributed.seeding import generator
 from hjepa.plotting import CAPTIONS, plot_curves, plot_masks
-from hjepa.tasks.trained_run import TrainedRun, load_run, run_folder
+from hjepa.tasks.trained_run import load_run, run_folder
 from hjepa.tasks.visualize.attention import check_attention, draw_attention
 from hjepa.tasks.visualize.neighbors import draw_neighbors
 from hjepa.tasks.visualize.pca import draw_pca
 from hjepa.tasks.visualize.predictions import check_predictions, draw_predictions
 from hjepa.tasks.visualize.samples import Samples, select_samples
-from hjepa.tasks.visualize.tsne import check_tsne, draw_tsne
+from hjepa.tasks.visualize.summary import write_summary
+from hjepa.tasks.visualize.tsne import MIN_POINTS, check_tsne, draw_tsne
 from hjepa.tasks.visualize.views import check_views, draw_views
-from hjepa.tracking.atomic import atomic_write
 from hjepa.tracking.run_folder import check_writable, read_records
 from hjepa.tracking.tracker import Artifacts, log_artifacts
 
@@ -109,7 +109,8 @@ def visualize_run(
     for name in (bar := progress_bar(available, desc="drawing pictures", unit="picture")):
         bar.set_postfix_str(name)
         files += PICTURES[name](samples)
-    write_summary(run, files, [name for name in names if name not in available], len(samples.split))
+    enough = replace(samples, split=select_samples(validation, MIN_POINTS))  # whatever the number of images of this command
+    write_summary(run, files, list(impossible_pictures(PICTURES, enough)), len(samples.split))
     log_artifacts(config, run.folder, Artifacts(files, "visualize"))
     for file in files:
         print(f"{file.stem:>22}: {CAPTIONS[file.stem.partition('-')[0]]}")
@@ -132,29 +133,21 @@ def picture_names(pictures: str | list[str]) -> list[str]:
 
 def available_pictures(names: list[str], samples: Samples, skip: bool) -> list[str]:
     """Return the pictures that the run can have; the others are skipped, or raise `UserError` if `skip` is false."""
-    available = []
+    reasons = impossible_pictures(names, samples)
+    for name, reason in reasons.items():
+        if not skip:
+            raise reason
+        log.info("The picture %s is skipped. %s", name, reason)
+    return [name for name in names if name not in reasons]
+
+
+def impossible_pictures(names: Iterable[str], samples: Samples) -> dict[str, UserError]:
+    """Return which of these pictures the run cannot have, with the reasons."""
+    reasons = {}
     for name in names:
         try:
             if name in CHECKS:
                 CHECKS[name](samples)
         except UserError as error:
-            if not skip:
-                raise
-            log.info("The picture %s is skipped. %s", name, error)
-        else:
-            available.append(name)
-    return available
-
-
-def write_summary(run: TrainedRun, files: list[Path], skipped: list[str], num_images: int) -> None:
-    """Write summary.json beside the pictures, with the names of pictures that the run cannot have."""
-    summary = {
-        "status": "finished",
-        "pictures": [file.name for file in files],
-        "skipped": skipped,
-        "checkpoint": run.checkpoint.name,
-        "hash": run.hash,
-        "step": run.step,
-        "images": num_images,
-    }
-    atomic_write(run.folder / "visualize" / "summary.json", json.dumps(summary, indent=2) + "\n")
+            reasons[name] = error
+    return reasons

@@ -9,13 +9,20 @@ from hjepa.config.errors import UserError
 from hjepa.config.paths import CONF, FILES, PROGRAM
 from hjepa.config.quoting import parse, quote
 
+# The groups whose options recipes choose. The hardware is not among them: a sweep reads its slots from its own config.
+RECIPE_GROUPS = (
+    *("model", "levels", "masking", "loss", "regularizer", "projector", "teacher"),
+    *("optimizer", "schedule", "dataset", "probe"),
+)
+
 
 def arrange(arguments: Sequence[str]) -> list[str]:
     """Reorder the arguments for Hydra: flags first, and options of swept groups as parameters of the sweeper.
 
     Flags come first, because Hydra's parser does not read overrides on both sides of a flag. A value of a swept option, such as
     `masking.scale=0.2` beside `masking=block,multiblock`, becomes a parameter of the sweeper, which sets it in every job; Hydra
-    would otherwise set it in the config of the whole sweep, which has none of these options.
+    would otherwise set it in the config of the whole sweep, which has none of these options. A swept `experiment` chooses the
+    options of other groups, whose values are then set in every job as well.
 
     Raises:
         UserError: Several prepared sweeps are chosen.
@@ -25,7 +32,8 @@ def arrange(arguments: Sequence[str]) -> list[str]:
     for override in overrides:
         flags.remove(override)
     check_one_sweep(overrides)
-    prefixes = tuple(f"{group}." for group in swept_groups(overrides))
+    swept = swept_groups(overrides)
+    prefixes = tuple(f"{group}." for group in (*swept, *(RECIPE_GROUPS if "experiment" in swept else ())))
     values = {a.partition("=")[0]: a.partition("=")[2] for a in overrides if a.lstrip("+").startswith(prefixes) and is_value(a)}
     others = [argument for argument in overrides if argument.partition("=")[0] not in values]
     entries = ",".join(f"{key}:{quote(value)}" for key, value in values.items())

@@ -1,11 +1,14 @@
 """Arguments in the order and form that Hydra reads, and the folder that a sweep takes."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from hjepa.config.arguments import arrange
+from hjepa.config.arguments import RECIPE_GROUPS, arrange
+from hjepa.config.cli_errors import suggest
 from hjepa.config.errors import UserError
+from hjepa.config.paths import CONF
 from hjepa.sweeps.sweep import take_folder
 
 
@@ -30,6 +33,27 @@ def test_values_of_swept_options_are_set_in_every_job_and_others_as_ever() -> No
     assert arrange([*sweep, *values, "masking.d=1,2"]) == [*sweep, "masking.d=1,2", moved]
     assert arrange(["masking=multiblock", "masking.blocks=3"]) == ["masking=multiblock", "masking.blocks=3"]
     assert arrange(["+sweeps=masking", "masking.a=1"]) == ["+sweeps=masking", '++hydra.sweeper.params={masking.a:"1"}']
+
+
+def test_swept_recipes_have_their_options_set_in_every_job_and_those_of_the_whole_sweep_stay() -> None:
+    sweep = ["experiment=ijepa,cjepa", "seed=0,1", "hardware.slots=2", "hydra.launcher.wait=false", "train.epochs=3"]
+    moved = '++hydra.sweeper.params={dataset.root:"data",masking.blocks:"2"}'
+    assert arrange([*sweep, "dataset.root=data", "masking.blocks=2"]) == [*sweep, moved]
+    assert arrange(["experiment=ijepa", "masking.blocks=2"]) == ["experiment=ijepa", "masking.blocks=2"]
+
+
+def test_the_groups_of_recipes_are_those_that_recipes_choose() -> None:
+    chosen = {
+        group
+        for file in (CONF / "experiment").glob("*.yaml")
+        for group in re.findall(r"override /(\w+):", file.read_text())
+        if group not in ("hydra", "hardware", "task", "tracking")
+    }
+    assert chosen <= set(RECIPE_GROUPS) <= {folder.name for folder in CONF.iterdir()}
+
+
+def test_the_suggestion_for_a_node_without_options_lists_none() -> None:
+    assert suggest("blocks", ["_target_"]) == "."
 
 
 @pytest.mark.parametrize("argument", ["+sweeps=levels,masking", "sweeps=levels,masking", "+sweeps=[levels,masking]"])

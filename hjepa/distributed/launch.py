@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -75,21 +75,22 @@ def start(task: Task, config: Config, path: Path, count: int) -> float | None:
     from torch.distributed.elastic.utils.distributed import get_free_port
     from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
-    reports = multiprocessing.get_context("spawn").SimpleQueue()
+    reports = multiprocessing.get_context("spawn").SimpleQueue()  # which starts the resource tracker
     called_by_hydra = HydraConfig.initialized()
     logging_node = HydraConfig.get().job_logging if called_by_hydra else OmegaConf.load(CONF / "hydra/job_logging/hjepa.yaml")
     loggers = OmegaConf.to_container(logging_node, resolve=True)
     arguments = (task, config, path, count, get_free_port(), loggers, reports)
     claimed = claim_time(path)
-    processes = start_processes(rank, arguments, nprocs=count, join=False, start_method="spawn")
+    with blocked_interrupts():
+        processes = start_processes(rank, arguments, nprocs=count, join=False, start_method="spawn")
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        for pid in processes.pids():
-            with contextlib.suppress(ProcessLookupError):  # it has ended
-                os.kill(pid, number)
+        def forward(number: int, frame: FrameType | None) -> None:
+            for pid in processes.pids():
+                with contextlib.suppress(ProcessLookupError):  # it has ended
+                    os.kill(pid, number)
 
-    is_main_thread = threading.current_thread() is threading.main_thread()  # only that one may handle signals
-    previous = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)} if is_main_thread else {}
+        is_main_thread = threading.current_thread() is threading.main_thread()  # only that one may handle signals
+        previous = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)} if is_main_thread else {}
     try:
         while not processes.join(grace_period=GRACE_SECONDS):
             pass
@@ -107,6 +108,20 @@ def start(task: Task, config: Config, path: Path, count: int) -> float | None:
     return sys.exit(code) if code else result
 
 
+@contextlib.contextmanager
+def blocked_interrupts() -> Iterator[None]:
+    """Block SIGINT inside of the `with` statement, also in processes that are started there until they unblock it.
+
+    A Ctrl-C then waits until the handlers are installed, in this process, and the modules imported, in the others. The resource
+    tracker of multiprocessing unblocks the signal when it starts, so that it must run before.
+    """
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
 def rank(number: int, task: Task, config: Config, path: Path, count: int, port: int, loggers: Any, reports: Any) -> None:
     """Run the task in one process. Any process reports an error, the main process also reports the result."""
     os.setpgrp()  # so that a Ctrl-C in the terminal arrives once, from the parent
@@ -118,6 +133,7 @@ def rank(number: int, task: Task, config: Config, path: Path, count: int, port: 
     report: tuple[int, float | None] = (0, None)
     try:
         with friendly_errors():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see `blocked_interrupts`
             report = (0, task(config, path))
     except UserError as error:
         reports.put(str(error))

@@ -21,8 +21,8 @@ from hjepa.distributed.launch import was_started_by_srun
 from hjepa.distributed.process_group import World
 from hjepa.distributed.slurm import adopt_slurm
 from hjepa.tracking.run_folder import RunFolder
-from tests.helpers.children import begin, launch, start
-from tests.helpers.runs import TINY, VIEWS, trainer
+from tests.helpers.children import begin, launch, run_command, start
+from tests.helpers.runs import ROOT, TINY, VIEWS, trainer
 
 STEPS = 3
 COMMON = ("schedule.lr.warmup_epochs=0", "optimizer.eps=1e-3", "train.clip_norm=0.5", "dataset.augment.jitter=0.5")
@@ -179,6 +179,18 @@ def start_two(root: Path) -> ForkServerProcess:
     return start(*OPTIONS, f"output_root={root}", "name=r", output=root / "output", errors=root / "errors")
 
 
+def run_as_a_process_group(root: Path) -> None:
+    """Run launch.py as the leader of a process group, as a shell starts a command."""
+    os.setpgrp()
+    command = [*OPTIONS, f"output_root={root}", "name=r"]
+    run_command(command, root / "output", root / "errors", ROOT, {**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def ranks_of(pid: int) -> list[psutil.Process]:
+    """Return the processes that a launching process has started."""
+    return [child for child in psutil.Process(pid).children() if "spawn_main" in " ".join(child.cmdline())]
+
+
 def wait_for_step(folder: Path, step: int) -> None:
     """Wait until the run has recorded a step."""
     end = time.monotonic() + 200
@@ -223,11 +235,25 @@ def test_a_stopped_run_continues_to_the_same_bits(uninterrupted: Path, tmp_path:
 
 
 @pytest.mark.thorough
+def test_an_interrupt_while_the_processes_start_is_one_line(tmp_path: Path) -> None:
+    process = begin(run_as_a_process_group, tmp_path)
+    end = time.monotonic() + 200
+    while len(ranks_of(process.pid)) < 2:
+        assert time.monotonic() < end, "the processes do not start"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # to the whole process group, as a terminal does
+    process.join(100)
+    assert (tmp_path / "errors").read_text() == "Interrupted; no file is left half-written.\n"
+    assert process.exitcode == 130
+    assert not (tmp_path / "default" / "r").exists()
+
+
+@pytest.mark.thorough
 def test_a_dead_process_ends_the_run_which_another_number_of_processes_continues(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "default" / "r"
     process = start_two(tmp_path)
     wait_for_step(folder, 10)
-    ranks = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    ranks = ranks_of(process.pid)
     max(ranks, key=lambda r: r.create_time()).kill()
     process.join(60)
     assert process.exitcode == 1

@@ -34,7 +34,7 @@ def launch(task: Task, config: Config, path: Path) -> float | None:
 
     Raises:
         UserError: A process failed; the message is that of the process that failed first. Or `srun` has started another number
-            of tasks.
+            of tasks, or there are fewer GPUs than processes to start.
     """
     count = config["hardware"]["processes"]
     if count == 1 or "RANK" in os.environ:
@@ -46,7 +46,10 @@ def launch(task: Task, config: Config, path: Path) -> float | None:
         adopt_slurm()
         return task(config, path)
     count = count or num_gpus()
-    return task(config, path) if count == 1 else start(task, config, path, count)
+    if count == 1:
+        return task(config, path)
+    check_gpus(count, config["hardware"]["device"])
+    return start(task, config, path, count)
 
 
 def num_gpus() -> int:
@@ -67,6 +70,25 @@ def check_tasks(count: int | None, tasks: int) -> None:
         raise UserError(
             f"hardware.processes={count}, but srun has started {tasks} tasks, each of which is a process; make them equal, as in "
             f"`srun -n {count}` or hardware.processes={tasks}."
+        )
+
+
+def check_gpus(count: int, device: str) -> None:
+    """Raise a UserError if processes that are started here would have to share GPUs, which NCCL refuses.
+
+    Tasks of `srun` are not checked: each may see one GPU only, which is its own.
+
+    Args:
+        count: Number of processes.
+        device: `hardware.device`.
+    """
+    import torch
+
+    gpus = 0 if device in ("cpu", "mps") else torch.cuda.device_count()
+    if 0 < gpus < count:
+        raise UserError(
+            f"hardware.processes={count}: every process needs a GPU of its own, and the number of GPUs is {gpus}; "
+            f"set hardware.processes={gpus}, or choose hardware=cpu."
         )
 
 

@@ -142,6 +142,7 @@ def test_srun_must_start_as_many_tasks_as_the_config_says(monkeypatch, processes
         monkeypatch.delenv(name)
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)  # each task may see the GPU that is its own
     started: list[Path] = []
 
     def task(config: Any, path: Path) -> None:
@@ -149,8 +150,32 @@ def test_srun_must_start_as_many_tasks_as_the_config_says(monkeypatch, processes
 
     refusal = pytest.raises(UserError, match="processes=2, but srun has started 4 tasks")
     with contextlib.nullcontext() if is_accepted else refusal:
-        start_task(task, {"hardware": {"processes": processes}}, Path("run"))
+        start_task(task, {"hardware": {"processes": processes, "device": "cuda"}}, Path("run"))
     assert bool(started) == is_accepted
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "processes", "refusal"),
+    [
+        (1, "cuda", 2, "the number of GPUs is 1; set hardware.processes=1, or choose hardware=cpu"),
+        (3, "auto", 4, "the number of GPUs is 3; set hardware.processes=3, or choose hardware=cpu"),
+        (2, "cuda", 2, None),
+        (1, "cpu", 2, None),
+        (0, "auto", 2, None),
+        (2, "cuda", None, None),
+    ],
+)
+def test_every_process_needs_a_gpu_of_its_own(monkeypatch, gpus: int, device: str, processes: int, refusal: str | None) -> None:
+    for name in (*TORCHRUN, "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.setenv(name, "")  # which restores it after the test
+        monkeypatch.delenv(name)
+    counts: list[int] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("hjepa.distributed.launch.start", lambda task, config, path, count: counts.append(count))
+    config = {"hardware": {"processes": processes, "device": device}}
+    with pytest.raises(UserError, match=f"processes={processes}: .*{refusal}") if refusal else contextlib.nullcontext():
+        start_task(refuse, config, Path("run"))
+    assert counts == ([] if refusal else [2])
 
 
 def refuse(config: Any, path: Path) -> None:

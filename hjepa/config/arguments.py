@@ -10,11 +10,18 @@ from hjepa.config.errors import UserError
 from hjepa.config.paths import CONF, FILES, PROGRAM
 from hjepa.config.quoting import parse, quote
 
-READERS = ("evaluate", "export", "features", "visualize")  # tasks that take a run as it was trained
-OPTIONS_OF_RUN = (
-    *("model", "levels", "masking", "loss", "regularizer", "projector", "teacher", "optimizer", "schedule", "dataset"),
-    *("train", "checkpoint", "experiment", "seed", "init_from"),
+GROUPS_OF_RUN = (
+    *("model", "levels", "masking", "loss", "regularizer", "projector", "teacher"),
+    *("optimizer", "schedule", "dataset"),
 )
+
+# The groups whose options recipes choose. The hardware is not among them: a sweep reads its slots from its own config.
+RECIPE_GROUPS = (*GROUPS_OF_RUN, "probe")
+
+READERS = ("evaluate", "export", "features", "visualize")  # tasks that take a run as it was trained
+
+OPTIONS_OF_RUN = (*GROUPS_OF_RUN, "train", "checkpoint", "experiment", "seed", "init_from")
+
 # What else to write instead of such an option, as the end of a sentence.
 OTHER_WAYS = {
     "dataset": (
@@ -49,7 +56,8 @@ def arrange(arguments: Sequence[str]) -> list[str]:
 
     Flags come first, because Hydra's parser does not read overrides on both sides of a flag. A value of a swept option, such as
     `masking.scale=0.2` beside `masking=block,multiblock`, becomes a parameter of the sweeper, which sets it in every job; Hydra
-    would otherwise set it in the config of the whole sweep, which has none of these options.
+    would otherwise set it in the config of the whole sweep, which has none of these options. A swept `experiment` chooses the
+    options of other groups, whose values are then set in every job as well.
 
     Raises:
         UserError: Several prepared sweeps are chosen.
@@ -59,7 +67,8 @@ def arrange(arguments: Sequence[str]) -> list[str]:
     for override in overrides:
         flags.remove(override)
     check_one_sweep(overrides)
-    prefixes = tuple(f"{group}." for group in swept_groups(overrides))
+    swept = swept_groups(overrides)
+    prefixes = tuple(f"{group}." for group in (*swept, *(RECIPE_GROUPS if "experiment" in swept else ())))
     values = {a.partition("=")[0]: a.partition("=")[2] for a in overrides if a.lstrip("+").startswith(prefixes) and is_value(a)}
     others = [argument for argument in overrides if argument.partition("=")[0] not in values]
     entries = ",".join(f"{key}:{quote(value)}" for key, value in values.items())

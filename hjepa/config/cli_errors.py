@@ -109,7 +109,9 @@ def swept_option(path: str, node: Container, arguments: Sequence[str]) -> str:
 
 
 def suggest(word: str, options: list[str]) -> str:
-    """Return the end of a sentence that names the option nearest to a word, and all options."""
+    """Return the end of a sentence that names the option nearest to a word, and all options if there are any."""
     names = sorted(set(options) - {"_target_", "hydra"})
+    if not names:
+        return "."
     nearest = get_close_matches(word, names, n=1)
     return (f"; did you mean {nearest[0]}?" if nearest else ".") + f" The options are {', '.join(names)}."

@@ -20,6 +20,8 @@ SCRIPT_ADVICE = "In a Python script, call hjepa below `if __name__ == '__main__'
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc")
 
+NO_COMPILER = ("InvalidCxxCompiler", "No working C++ compiler", "Failed to find C compiler")  # said by Inductor and Triton
+
 
 class UserError(CompactHydraException):
     """An error that the user can fix: its message names the value, what was expected and what to do."""
@@ -68,6 +70,11 @@ def explain_machine_error(error: BaseException) -> UserError | None:
                 "norms then see one part of a batch at a time), or a smaller model. Features: a smaller task.batch_size. Probes "
                 "of an evaluation: a smaller task.train_images, or hardware=cpu."
             )
+        if lacks_compiler(cause):
+            return UserError(
+                f"hardware.compile=true needs a C++ compiler, and none was found ({first_line(cause)}); install one, such as "
+                "g++, or add hardware.compile=false, which also continues a training run."
+            )
     return None
 
 
@@ -82,6 +89,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out, as reported by Python, the CPU allocator, CUDA or Metal."""
     message = str(error).lower()
     return isinstance(error, MemoryError) or any(words in message for words in OUT_OF_MEMORY)
+
+
+def lacks_compiler(error: BaseException) -> bool:
+    """Return whether `torch.compile` found no compiler for its C++ code or for the launchers of Triton's kernels."""
+    message = f"{type(error).__name__}: {error}"
+    return isinstance(error, RuntimeError) and any(words in message for words in NO_COMPILER)
 
 
 def first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,7 +34,7 @@ def launch(task: Task, config: Config, path: Path) -> float | None:
 
     Raises:
         UserError: A process failed; the message is that of the process that failed first. Or `srun` has started another number
-            of tasks.
+            of tasks, or there are fewer GPUs than processes to start.
     """
     count = config["hardware"]["processes"]
     if count == 1 or "RANK" in os.environ:
@@ -46,7 +46,10 @@ def launch(task: Task, config: Config, path: Path) -> float | None:
         adopt_slurm()
         return task(config, path)
     count = count or num_gpus()
-    return task(config, path) if count == 1 else start(task, config, path, count)
+    if count == 1:
+        return task(config, path)
+    check_gpus(count, config["hardware"]["device"])
+    return start(task, config, path, count)
 
 
 def num_gpus() -> int:
@@ -70,26 +73,46 @@ def check_tasks(count: int | None, tasks: int) -> None:
         )
 
 
+def check_gpus(count: int, device: str) -> None:
+    """Raise a UserError if processes that are started here would have to share GPUs, which NCCL refuses.
+
+    Tasks of `srun` are not checked: each may see one GPU only, which is its own.
+
+    Args:
+        count: Number of processes.
+        device: `hardware.device`.
+    """
+    import torch
+
+    gpus = 0 if device in ("cpu", "mps") else torch.cuda.device_count()
+    if 0 < gpus < count:
+        raise UserError(
+            f"hardware.processes={count}: every process needs a GPU of its own, and the number of GPUs is {gpus}; "
+            f"set hardware.processes={gpus}, or choose hardware=cpu."
+        )
+
+
 def start(task: Task, config: Config, path: Path, count: int) -> float | None:
     """Start the processes, forward SIGINT and SIGTERM to them, and wait for all."""
     from torch.distributed.elastic.utils.distributed import get_free_port
     from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
-    reports = multiprocessing.get_context("spawn").SimpleQueue()
+    reports = multiprocessing.get_context("spawn").SimpleQueue()  # which starts the resource tracker
     called_by_hydra = HydraConfig.initialized()
     logging_node = HydraConfig.get().job_logging if called_by_hydra else OmegaConf.load(CONF / "hydra/job_logging/hjepa.yaml")
     loggers = OmegaConf.to_container(logging_node, resolve=True)
     arguments = (task, config, path, count, get_free_port(), loggers, reports)
     claimed = claim_time(path)
-    processes = start_processes(rank, arguments, nprocs=count, join=False, start_method="spawn")
+    with blocked_interrupts():
+        processes = start_processes(rank, arguments, nprocs=count, join=False, start_method="spawn")
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        for pid in processes.pids():
-            with contextlib.suppress(ProcessLookupError):  # it has ended
-                os.kill(pid, number)
+        def forward(number: int, frame: FrameType | None) -> None:
+            for pid in processes.pids():
+                with contextlib.suppress(ProcessLookupError):  # it has ended
+                    os.kill(pid, number)
 
-    is_main_thread = threading.current_thread() is threading.main_thread()  # only that one may handle signals
-    previous = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)} if is_main_thread else {}
+        is_main_thread = threading.current_thread() is threading.main_thread()  # only that one may handle signals
+        previous = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)} if is_main_thread else {}
     try:
         while not processes.join(grace_period=GRACE_SECONDS):
             pass
@@ -107,6 +130,20 @@ def start(task: Task, config: Config, path: Path, count: int) -> float | None:
     return sys.exit(code) if code else result
 
 
+@contextlib.contextmanager
+def blocked_interrupts() -> Iterator[None]:
+    """Block SIGINT inside of the `with` statement, also in processes that are started there until they unblock it.
+
+    A Ctrl-C then waits until the handlers are installed, in this process, and the modules imported, in the others. The resource
+    tracker of multiprocessing unblocks the signal when it starts, so that it must run before.
+    """
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
 def rank(number: int, task: Task, config: Config, path: Path, count: int, port: int, loggers: Any, reports: Any) -> None:
     """Run the task in one process. Any process reports an error, the main process also reports the result."""
     os.setpgrp()  # so that a Ctrl-C in the terminal arrives once, from the parent
@@ -118,6 +155,7 @@ def rank(number: int, task: Task, config: Config, path: Path, count: int, port: 
     report: tuple[int, float | None] = (0, None)
     try:
         with friendly_errors():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see `blocked_interrupts`
             report = (0, task(config, path))
     except UserError as error:
         reports.put(str(error))

@@ -207,6 +207,7 @@ class Trainer:
                 self.save(monitor, checkpointer)
                 self.world.broadcast_object(None)  # the others wait for the measurements, however long they take
             self.started = True
+            self.check_collapse(monitor)  # of a run that this has ended before
             self.model.train()
             steps = {"total": self.num_steps, "initial": self.completed_steps, "unit": "step"}
             with progress_bar(**steps, disable=not self.world.main) as bar:
@@ -281,9 +282,14 @@ class Trainer:
         held_out = f", held-out {measured['validation/loss']:.4f}" if "validation/loss" in measured else ""
         accuracies = "".join(f", {name} {scores[name]:.1%}" for name in ("linear", "knn") if name in scores)
         log.info("epoch %d: loss %.4f%s%s", epoch, means["epoch/loss"], held_out, accuracies)
+        self.check_collapse(monitor)
+
+    def check_collapse(self, monitor: Monitor) -> None:
+        """Raise `UserError` if the last measurement found a collapse and `stop_on_collapse` is set."""
         if monitor.collapse and self.stop_on_collapse:
             raise UserError(
-                f"The run collapsed at step {self.completed_steps} ({monitor.collapse}), and train.stop_on_collapse is set."
+                f"The run collapsed at step {self.completed_steps} ({monitor.collapse}), and train.stop_on_collapse=true ends "
+                "it; change the options that cause it, such as optimizer.lr or the regularizer, which starts a new run."
             )
 
     def check_finite(self) -> None:

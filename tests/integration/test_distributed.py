@@ -21,8 +21,8 @@ from hjepa.distributed.launch import was_started_by_srun
 from hjepa.distributed.process_group import World
 from hjepa.distributed.slurm import adopt_slurm
 from hjepa.tracking.run_folder import RunFolder
-from tests.helpers.children import begin, launch, start
-from tests.helpers.runs import TINY, VIEWS, trainer
+from tests.helpers.children import begin, launch, run_command, start
+from tests.helpers.runs import ROOT, TINY, VIEWS, trainer
 
 STEPS = 3
 COMMON = ("schedule.lr.warmup_epochs=0", "optimizer.eps=1e-3", "train.clip_norm=0.5", "dataset.augment.jitter=0.5")
@@ -142,6 +142,7 @@ def test_srun_must_start_as_many_tasks_as_the_config_says(monkeypatch, processes
         monkeypatch.delenv(name)
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)  # each task may see the GPU that is its own
     started: list[Path] = []
 
     def task(config: Any, path: Path) -> None:
@@ -149,8 +150,32 @@ def test_srun_must_start_as_many_tasks_as_the_config_says(monkeypatch, processes
 
     refusal = pytest.raises(UserError, match="processes=2, but srun has started 4 tasks")
     with contextlib.nullcontext() if is_accepted else refusal:
-        start_task(task, {"hardware": {"processes": processes}}, Path("run"))
+        start_task(task, {"hardware": {"processes": processes, "device": "cuda"}}, Path("run"))
     assert bool(started) == is_accepted
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "processes", "refusal"),
+    [
+        (1, "cuda", 2, "the number of GPUs is 1; set hardware.processes=1, or choose hardware=cpu"),
+        (3, "auto", 4, "the number of GPUs is 3; set hardware.processes=3, or choose hardware=cpu"),
+        (2, "cuda", 2, None),
+        (1, "cpu", 2, None),
+        (0, "auto", 2, None),
+        (2, "cuda", None, None),
+    ],
+)
+def test_every_process_needs_a_gpu_of_its_own(monkeypatch, gpus: int, device: str, processes: int, refusal: str | None) -> None:
+    for name in (*TORCHRUN, "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.setenv(name, "")  # which restores it after the test
+        monkeypatch.delenv(name)
+    counts: list[int] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("hjepa.distributed.launch.start", lambda task, config, path, count: counts.append(count))
+    config = {"hardware": {"processes": processes, "device": device}}
+    with pytest.raises(UserError, match=f"processes={processes}: .*{refusal}") if refusal else contextlib.nullcontext():
+        start_task(refuse, config, Path("run"))
+    assert counts == ([] if refusal else [2])
 
 
 def refuse(config: Any, path: Path) -> None:
@@ -177,6 +202,18 @@ OPTIONS = [o for o in TINY if not o.startswith(("dataset.train", "train.epochs")
 def start_two(root: Path) -> ForkServerProcess:
     """Start the run in the background; its errors go to a file."""
     return start(*OPTIONS, f"output_root={root}", "name=r", output=root / "output", errors=root / "errors")
+
+
+def run_as_a_process_group(root: Path) -> None:
+    """Run launch.py as the leader of a process group, as a shell starts a command."""
+    os.setpgrp()
+    command = [*OPTIONS, f"output_root={root}", "name=r"]
+    run_command(command, root / "output", root / "errors", ROOT, {**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def ranks_of(pid: int) -> list[psutil.Process]:
+    """Return the processes that a launching process has started."""
+    return [child for child in psutil.Process(pid).children() if "spawn_main" in " ".join(child.cmdline())]
 
 
 def wait_for_step(folder: Path, step: int) -> None:
@@ -223,11 +260,25 @@ def test_a_stopped_run_continues_to_the_same_bits(uninterrupted: Path, tmp_path:
 
 
 @pytest.mark.thorough
+def test_an_interrupt_while_the_processes_start_is_one_line(tmp_path: Path) -> None:
+    process = begin(run_as_a_process_group, tmp_path)
+    end = time.monotonic() + 200
+    while len(ranks_of(process.pid)) < 2:
+        assert time.monotonic() < end, "the processes do not start"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # to the whole process group, as a terminal does
+    process.join(100)
+    assert (tmp_path / "errors").read_text() == "Interrupted; no file is left half-written.\n"
+    assert process.exitcode == 130
+    assert not (tmp_path / "default" / "r").exists()
+
+
+@pytest.mark.thorough
 def test_a_dead_process_ends_the_run_which_another_number_of_processes_continues(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "default" / "r"
     process = start_two(tmp_path)
     wait_for_step(folder, 10)
-    ranks = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    ranks = ranks_of(process.pid)
     max(ranks, key=lambda r: r.create_time()).kill()
     process.join(60)
     assert process.exitcode == 1

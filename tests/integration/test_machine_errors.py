@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.exc import InvalidCxxCompiler
 
 from hjepa.config.errors import UserError, explain_machine_error
 from hjepa.tracking import atomic
@@ -149,6 +151,48 @@ def test_other_errors_stay_what_they_are(error: Exception) -> None:
 def test_a_file_without_permission_is_named() -> None:
     sentence = str(explain_machine_error(PermissionError(13, "Permission denied", "/data/train")))
     assert sentence.startswith("/data/train cannot be accessed (Permission denied); change its permissions")
+
+
+# -- no compiler -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidCxxCompiler(),
+        InvalidCxxCompiler("cl"),
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+    ],
+)
+def test_a_missing_compiler_is_one_sentence_also_if_the_error_is_wrapped(error: Exception) -> None:
+    wrapped = RuntimeError("backend failed")
+    wrapped.__cause__ = error
+    for raised in (error, wrapped):
+        sentence = str(explain_machine_error(raised))
+        assert sentence.startswith("hardware.compile=true needs a C++ compiler, and none was found (")
+        assert "add hardware.compile=false" in sentence
+        assert "\n" not in sentence
+
+
+def run_without_compiler(overrides: list[str], output: Path) -> None:
+    """Run a config in a child process that finds no compiler and nothing compiled before."""
+    os.environ |= {"PATH": "", "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(output.parent / "compiled")}
+    run_config(overrides, output)
+
+
+@pytest.mark.thorough
+def test_a_run_that_finds_no_compiler_is_continued_without_compilation(tmp_path: Path) -> None:
+    brief = [option for option in tiny("train.steps=2", "train.epochs=null", "probe=none") if not option.startswith("probe.")]
+    command, said = [*brief, f"output_root={tmp_path}", "name=r"], tmp_path / "said"
+    process = begin(run_without_compiler, [*command, "hardware.compile=true"], said)
+    process.join(300)
+    assert process.exitcode == 1, said.read_text()
+    assert said.read_text().splitlines()[-1].startswith("hardware.compile=true needs a C++ compiler, and none was found (")
+    assert "Traceback" not in said.read_text()
+    process = begin(run_without_compiler, command, said)
+    process.join(300)
+    assert process.exitcode == 0, said.read_text()
+    assert json.loads((tmp_path / "default" / "r" / "summary.json").read_text())["status"] == "finished"
 
 
 # -- data and numbers --------------------------------------------------------------------------------------------------

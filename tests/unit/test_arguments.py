@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from hjepa.config.arguments import arrange, check_options_are_read, without_sweep
+from hjepa.config.arguments import RECIPE_GROUPS, arrange, check_options_are_read, without_sweep
+from hjepa.config.cli_errors import suggest
 from hjepa.config.errors import UserError
+from hjepa.config.paths import CONF
 from hjepa.sweeps.sweep import take_folder
 
 
@@ -36,6 +38,27 @@ def test_values_of_swept_options_are_set_in_every_job_and_others_as_ever() -> No
 def test_the_help_of_a_sweep_shows_what_its_jobs_have_in_common() -> None:
     overrides = ["model=conv_nano,vit_nano", "seed=range(3)", "model.image_size=32", "train.epochs=3", "dataset=cifar10"]
     assert without_sweep(overrides) == ["train.epochs=3", "dataset=cifar10", '++hydra.sweeper.params={model.image_size:"32"}']
+
+
+def test_swept_recipes_have_their_options_set_in_every_job_and_those_of_the_whole_sweep_stay() -> None:
+    sweep = ["experiment=ijepa,cjepa", "seed=0,1", "hardware.slots=2", "hydra.launcher.wait=false", "train.epochs=3"]
+    moved = '++hydra.sweeper.params={dataset.root:"data",masking.blocks:"2"}'
+    assert arrange([*sweep, "dataset.root=data", "masking.blocks=2"]) == [*sweep, moved]
+    assert arrange(["experiment=ijepa", "masking.blocks=2"]) == ["experiment=ijepa", "masking.blocks=2"]
+
+
+def test_the_groups_of_recipes_are_those_that_recipes_choose() -> None:
+    chosen = {
+        group
+        for file in (CONF / "experiment").glob("*.yaml")
+        for group in re.findall(r"override /(\w+):", file.read_text())
+        if group not in ("hydra", "hardware", "task", "tracking")
+    }
+    assert chosen <= set(RECIPE_GROUPS) <= {folder.name for folder in CONF.iterdir()}
+
+
+def test_the_suggestion_for_a_node_without_options_lists_none() -> None:
+    assert suggest("blocks", ["_target_"]) == "."
 
 
 @pytest.mark.parametrize("argument", ["+sweeps=levels,masking", "sweeps=levels,masking", "+sweeps=[levels,masking]"])

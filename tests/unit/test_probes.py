@@ -149,16 +149,17 @@ def test_a_collapsed_run_is_reported_as_collapsed_within_an_epoch(run, tmp_path,
     assert "collapse:" in summary["reason"]
 
 
-def test_stop_on_collapse_ends_the_run(run, tmp_path, collapsing) -> None:
-    with pytest.raises(UserError, match=r"collapsed at step 36 .*collapse"):
-        run(
-            *COLLAPSE,
-            "train.epochs=3",
-            "name=c",
-            "train.stop_on_collapse=true",
-            "teacher.momentum.start=0.5",
-            "teacher.momentum.end=0.5",
-        )
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_stop_on_collapse_ends_the_run_for_good(run, tmp_path, collapsing, epochs: int) -> None:
+    folder, momentum = tmp_path / "default" / "c", ("teacher.momentum.start=0.5", "teacher.momentum.end=0.5")
+    results = []
+    for _ in range(2):  # the same command trains no further, and says the same
+        with pytest.raises(UserError, match=r"collapsed at step 36 .*collapse"):
+            run(*COLLAPSE, *momentum, f"train.epochs={epochs}", "name=c", "train.stop_on_collapse=true")
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["status"] == "collapsed"
+        results.append((summary["reason"], (folder / "metrics.jsonl").read_text()))
+    assert results[0] == results[1]
 
 
 @pytest.mark.thorough

@@ -50,9 +50,9 @@ def check_run_is_read(config: Config) -> None:
     if not run or not (is_benchmark(config) or (is_training and not config["extend"])):
         return
     raise UserError(
-        f"run={run} names a run to read, and task={'train' if is_training else 'benchmark'} reads none. Ways out: task=evaluate, "
-        f"visualize, features, export, report or sync reads this run; task=train with run={run} extend=true trains it on; "
-        f"init_from={run} in place of run starts from its weights."
+        f"run={run} names an earlier run, which task={'train' if is_training else 'benchmark'} does not read. To evaluate it, "
+        f"add task=evaluate (or visualize, features, export, report, sync); to train it on, write run={run} extend=true; to "
+        f"start a new run from its weights, write init_from={run} instead."
     )
 
 

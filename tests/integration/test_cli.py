@@ -85,7 +85,10 @@ def test_help_lists_the_options_in_less_than_two_seconds() -> None:
         (["name=a,b"], ["name=a,b has several values; add --multirun to try each, or write 'name=[a,b]' for a list"]),
         (["model=3"], ["model=3 chooses no option"]),
         (["train.steps=${nope}"], ["train.steps refers to a value that does not exist"]),
-        (["run=outputs/default/photos", "train.epochs=100"], ["run=outputs/default/photos names a run to read", "task=evaluate"]),
+        (
+            ["run=outputs/default/photos", "train.epochs=100"],
+            ["run=outputs/default/photos names an earlier run", "task=evaluate"],
+        ),
         (["task=evaluate", "run=/r", "dataset=image_folder"], ["dataset=image_folder: task=evaluate takes", "task.root"]),
         (["protocol=linear"], ["protocol belongs to task=evaluate; add task=evaluate and run="]),
         (["protocol.knn.neighbors=3"], ["protocol.knn.neighbors belongs to task=evaluate"]),

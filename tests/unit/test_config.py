@@ -76,7 +76,7 @@ def test_any_name_of_a_folder_inside_of_output_root_is_a_name(value: str, config
 @pytest.mark.parametrize("task", ["train", "benchmark"])
 def test_a_run_to_read_is_refused_beside_a_task_that_reads_none(task: str) -> None:
     config = resolve(compose(f"task={task}", "run=/o/default/photos"))
-    with pytest.raises(UserError, match=r"^run=/o/default/photos names a run to read, .* extend=true") as caught:
+    with pytest.raises(UserError, match=r"^run=/o/default/photos names an earlier run, .* extend=true") as caught:
         run_path(config)
     assert "\n" not in str(caught.value)
     run_path(config | {"run": None})

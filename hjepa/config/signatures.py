@@ -69,7 +69,8 @@ def class_signature(module: str, definition: ast.ClassDef) -> Signature:
     if not any("dataclass" in ast.unparse(decorator) for decorator in definition.decorator_list):
         return inherited
     fields = [node for node in definition.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
-    annotations = {ast.unparse(field.target): ast.unparse(field.annotation) for field in fields}
+    options = [field for field in fields if not (field.value and "init=False" in ast.unparse(field.value))]
+    annotations = {ast.unparse(field.target): ast.unparse(field.annotation) for field in options}
     return inherited | {name: annotation for name, annotation in annotations.items() if "ClassVar" not in annotation}
 
 

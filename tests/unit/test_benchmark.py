@@ -129,7 +129,9 @@ def test_options_out_of_bounds_are_refused(run: Run, tmp_path: Path, option: str
     assert not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_ends_any_task_with_a_message(capsys) -> None:
+def test_ctrl_c_ends_any_task_with_a_message(capsys, request: pytest.FixtureRequest) -> None:
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell without job control lets its jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, previous))
     with pytest.raises(SystemExit) as ended, friendly_errors():
         signal.raise_signal(signal.SIGINT)
     assert ended.value.code == 130

@@ -39,6 +39,8 @@ LISTS = {"partition": "sinfo -s", "account": ASSOCIATIONS, "qos": ASSOCIATIONS} 
 
 LOG_TAIL_BYTES = 4096
 
+AFTERMATH = re.compile(r"srun: .*Terminat(ed|ing) StepId")  # lines that follow the one with the reason
+
 NUM_CONFIRMATIONS = 3  # polls that must agree on a failure: a requeued job passes through end states, and results may appear late
 
 
@@ -155,11 +157,11 @@ def end_reason(job: Job, slurm_state: str) -> str:
 
 
 def last_line(file: Path) -> str:
-    """Return the last line of a text file that is not blank, shortened to 200 characters; empty if there is none."""
+    """Return the last line of a log that says something, shortened to 200 characters; empty if there is none."""
     with suppress(OSError), file.open("rb") as content:
         content.seek(max(0, file.stat().st_size - LOG_TAIL_BYTES))
         lines = [line.strip() for line in content.read().decode(errors="replace").splitlines()]
-        return next((line[:200] for line in reversed(lines) if line), "")
+        return next((line[:200] for line in reversed(lines) if line and not AFTERMATH.match(line)), "")
     return ""
 
 

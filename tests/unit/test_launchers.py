@@ -140,7 +140,8 @@ def test_the_reason_of_a_failure_without_a_result_contains_the_end_of_the_log(tm
     monkeypatch.setattr(slurm, "CONFIRMATION_SECONDS", 0)
     monkeypatch.setattr(slurm, "queue_states", lambda users: dict.fromkeys("012", "FAILED"))
     logs = [tmp_path / name for name in ("killed", "empty", "missing")]
-    logs[0].write_text("step 3\n" * 2000 + "10%\rsrun: error: vm: task 0: Killed\n\n")
+    end = "10%\rsrun: error: vm: task 0: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=1.0\n"
+    logs[0].write_text("step 3\n" * 2000 + end + "srun: Force Terminated StepId=1.0\n\n")
     logs[1].touch()
     jobs = [Job(number, [], None, log=log, slurm_id=str(number)) for number, log in enumerate(logs)]
     update_from_slurm(jobs)

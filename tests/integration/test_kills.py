@@ -24,7 +24,7 @@ from tests.helpers.children import begin, redirect
 from tests.helpers.database import prepare_database
 from tests.helpers.runs import checked_config
 
-KILLS = int(os.environ.get("HJEPA_KILLS", 25))
+KILLS = int(os.environ.get("HJEPA_KILLS", 8))
 
 INTERVALS = (60, 0.01)  # seconds between checkpoints: the default, with none but those of the epochs, and one for every step
 

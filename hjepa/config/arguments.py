@@ -10,6 +10,7 @@ from hjepa.config.errors import UserError
 from hjepa.config.paths import CONF, FILES, PROGRAM
 from hjepa.config.quoting import parse, quote
 
+# The groups that define what a run learns, from which images and how.
 GROUPS_OF_RUN = (
     *("model", "levels", "masking", "loss", "regularizer", "projector", "teacher"),
     *("optimizer", "schedule", "dataset"),

@@ -210,7 +210,7 @@ def final_states(jobs: list[Job]) -> dict[str, str]:
     undecided = [job.slurm_id for job in jobs if not job.is_done]
     states: dict[str, str] = {}
     logs = [job.log for job in jobs if job.log and os.path.lexists(job.log)]
-    owners = {log.lstat().st_uid for log in logs}  # a colleague may have submitted the jobs
+    owners = {os.getuid(), *(log.lstat().st_uid for log in logs)}  # a colleague may have submitted the jobs
     for attempt in range(NUM_CONFIRMATIONS if ids else 0):
         time.sleep(CONFIRMATION_SECONDS if attempt else 0)
         queued = queue_states(owners)

@@ -26,7 +26,8 @@ class Histogram(NamedTuple):
 
 def count_values(values: NDArray[np.float32]) -> Histogram:
     """Return the histogram of the finite ones of any number of values."""
-    return Histogram(*np.histogram(values[np.isfinite(values)], BINS))
+    counts, edges = np.histogram(values[np.isfinite(values)], BINS)
+    return Histogram(counts.astype(np.int64), edges.astype(np.float64))
 
 
 def histogram_files(folder: Path) -> list[Path]:

@@ -69,20 +69,34 @@ def suspend_in_the_middle(folder: Path, job: str) -> int:
     poll(file.exists, 120, f"start of {folder.name}")
     pid = process_of(job_fields(job)["JobId"])
     poll(lambda: len(file.read_text().splitlines()) >= 5, 120, f"training in {folder.name}")
-    os.kill(pid, signal.SIGSTOP)
+    suspend(pid)
     while not is_unlocked(folder.parents[1] / "mlflow.db"):  # it would block the other jobs
         os.kill(pid, signal.SIGCONT)
         time.sleep(0.01)  # continue to another point of its work
-        os.kill(pid, signal.SIGSTOP)
+        suspend(pid)
     assert not (folder / "summary.json").exists(), "still in the middle"
     return pid
 
 
+def suspend(pid: int) -> None:
+    """Suspend a process, and wait until each of its threads has stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    poll(lambda: all(state(thread) == "T" for thread in Path(f"/proc/{pid}/task").iterdir()), 30, "suspension")
+
+
+def state(thread: Path) -> str:
+    """Return the state of a thread, given its folder in /proc; stopped if it has ended."""
+    try:
+        return (thread / "stat").read_text().rpartition(") ")[2][0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "T"
+
+
 def is_unlocked(database: Path) -> bool:
-    """Return whether a write to the database is possible within a second."""
+    """Return whether no other process reads or writes a database; one that reads would keep others from committing."""
     connection = sqlite3.connect(database, timeout=1)
     try:
-        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("BEGIN EXCLUSIVE")
         return True
     except sqlite3.OperationalError:
         return False

@@ -116,7 +116,8 @@ class Probe:
         classes, held = int(labels.max()) + 1, len(x) // 5
         if len(self.penalties) == 1:
             return logistic(x, labels, classes, self.penalties[0])(y)
-        fits = [logistic(x[held:], labels[held:], classes, penalty)(x[:held]) for penalty in self.penalties]
+        axes = principal_axes(x[held:])
+        fits = [logistic(x[held:], labels[held:], classes, penalty, axes)(x[:held]) for penalty in self.penalties]
         best = max(range(len(fits)), key=lambda i: accuracy(fits[i], labels[:held]))
         return logistic(x, labels, classes, self.penalties[best])(y)
 
@@ -187,7 +188,9 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels)[labels >= 0].float().mean().item()
 
 
-def logistic(x: Tensor, labels: Tensor, classes: int, penalty: float) -> Callable[[Tensor], Tensor]:
+def logistic(
+    x: Tensor, labels: Tensor, classes: int, penalty: float, principal: tuple[Tensor, Tensor] | None = None
+) -> Callable[[Tensor], Tensor]:
     """Fit a multinomial logistic regression with L-BFGS and return it as a function from features to logits.
 
     Features are far from isotropic, so the solver works in coordinates along their principal axes, each scaled by the approximate
@@ -198,9 +201,10 @@ def logistic(x: Tensor, labels: Tensor, classes: int, penalty: float) -> Callabl
         labels: Class indices [N].
         classes: Number of classes.
         penalty: L2 penalty on the weights; the bias is not penalized.
+        principal: `principal_axes(x)` if they have been computed already.
     """
     labels = labels.to(x.device)
-    axes, variance = principal_axes(x)
+    axes, variance = principal or principal_axes(x)
     scale = (CURVATURE * variance + penalty).rsqrt()
     axes = axes * scale
     coordinates = x @ axes

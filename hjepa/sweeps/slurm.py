@@ -157,7 +157,7 @@ def end_reason(job: Job, slurm_state: str) -> str:
 
 
 def last_line(file: Path) -> str:
-    """Return the last line of a log, without blank lines and `AFTERMATH`, in at most 200 characters; empty if there is none."""
+    """Return the last line of a log that is not blank and does not match `AFTERMATH`, cut to 200 characters; empty if none."""
     with suppress(OSError), file.open("rb") as content:
         content.seek(max(0, file.stat().st_size - LOG_TAIL_BYTES))
         lines = [line.strip() for line in content.read().decode(errors="replace").splitlines()]

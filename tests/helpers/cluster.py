@@ -94,14 +94,14 @@ def job_fields(job: str) -> dict[str, str]:
 
 
 def process_of(job: str) -> int:
-    """Return the process id of the only task of a running job."""
+    """Return the process id of the only task of a running job of this cluster."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
         except OSError:  # the process has ended, or belongs to another user
             continue
-        variable = f"SLURM_JOB_ID={job}\0".encode()
-        if b"submitit.core._submit" in command and b"SLURM_STEP_ID=0" in environment and variable in environment:
+        variables = {f"SLURM_JOB_ID={job}", "SLURM_STEP_ID=0", f"SLURM_CONF={os.environ['SLURM_CONF']}"}
+        if b"submitit.core._submit" in command and variables <= {*environment.decode(errors="replace").split("\0")}:
             return int(folder.name)
     pytest.fail(f"job {job} has no process")
 
@@ -116,7 +116,13 @@ def let_node_die(name: str, folder: Path) -> None:
     daemon = psutil.Process(int((folder / f"slurmd.{name}.pid").read_text()))
     tasks = [process for process in psutil.process_iter(["environ"]) if runs_on(name, process.info["environ"] or {})]
     managers = {parent for task in tasks for parent in task.parents() if parent.name().startswith("slurmstepd")}
-    for process in [daemon, *managers, *tasks]:  # the managers would report the end of their tasks
+    # None may notice the end of another: srun would ask the controller to kill its tasks, and the controller, if it does not get
+    # an answer, tries again a minute later, when the job has already started anew. Children end first, because Linux continues
+    # the suspended children of a process that ends.
+    processes = [daemon, *managers, *tasks]
+    for process in processes:
+        process.suspend()
+    for process in sorted(processes, key=lambda process: (process.create_time(), process.pid), reverse=True):
         process.kill()
     slurm("scontrol", "update", f"nodename={name}", "state=down", "reason=died")  # as after SlurmdTimeout
     slurm("slurmd", "-N", name)

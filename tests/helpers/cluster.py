@@ -95,14 +95,11 @@ def job_fields(job: str) -> dict[str, str]:
 
 def process_of(job: str) -> int:
     """Return the process id of the only task of a running job of this cluster."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
-        except OSError:  # the process has ended, or belongs to another user
-            continue
-        variables = {f"SLURM_JOB_ID={job}", "SLURM_STEP_ID=0", f"SLURM_CONF={os.environ['SLURM_CONF']}"}
-        if b"submitit.core._submit" in command and variables <= {*environment.decode(errors="replace").split("\0")}:
-            return int(folder.name)
+    variables = {"SLURM_JOB_ID": job, "SLURM_STEP_ID": "0", "SLURM_CONF": os.environ["SLURM_CONF"]}
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        command, environment = process.info["cmdline"] or [], process.info["environ"] or {}
+        if "submitit.core._submit" in command and variables.items() <= environment.items():
+            return process.pid
     pytest.fail(f"job {job} has no process")
 
 
